@@ -1,0 +1,160 @@
+"""The configuration: `farebox.toml` and `FAREBOX_*` variables, checked once at start.
+
+Secrets (signer and treasury keys, provider keys, the gateway's own secret) come from the environment only; the file names the
+variables. Every field is documented where it stands, and the README's table is made from here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Usd = Annotated[str, Field(pattern=r"^[0-9]{1,12}(\.[0-9]{1,9})?$")]
+Address = Annotated[str, Field(pattern=r"^0x[0-9a-fA-F]{40}$")]
+Capability = Literal["tools", "json_object", "json_schema", "vision", "audio", "reasoning", "prefill"]
+Dialect = Literal["openai_chat", "anthropic_messages", "gemini"]
+StrategyName = Literal["balanced", "cost-first", "latency-first", "availability-first"]
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown fields are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TokenSettings(Section):
+    """A token on a network. Known tokens need only their symbol."""
+
+    symbol: str
+    address: Address | None = None
+    decimals: int | None = Field(default=None, ge=0, le=36)
+    transfer_method: Literal["eip3009", "permit2"] | None = None
+    domain_name: str | None = None
+    domain_version: str | None = None
+
+
+class NetworkSettings(Section):
+    """A chain on which payments are taken."""
+
+    chain_id: int = Field(gt=0)
+    rpc_urls: list[str] = Field(min_length=1)
+    tokens: list[TokenSettings] = Field(default_factory=list)
+    """Empty: every token known on this chain."""
+    pay_to: Address | None = None
+    """The treasury on this chain; the default is the top-level `pay_to`."""
+    confirmations: int = Field(default=2, ge=0)
+    block_time_ms: int | None = Field(default=None, gt=0)
+
+
+class ProviderSettings(Section):
+    """How to reach an upstream that speaks one of the known dialects."""
+
+    dialect: Dialect
+    base_url: str
+    api_key_env: str | None = None
+    """The variable that holds the key; none for an upstream that needs none."""
+    headers: dict[str, str] = Field(default_factory=dict)
+
+
+class ModelSettings(Section):
+    """A model that callers can name, at one provider. Prices are dollars per million tokens."""
+
+    id: str
+    provider: str
+    upstream_model: str | None = None
+    input_usd: Usd
+    output_usd: Usd
+    cached_input_usd: Usd | None = None
+    cache_write_usd: Usd | None = None
+    request_usd: Usd = "0"
+    context_tokens: int = Field(default=128_000, gt=0)
+    max_output_tokens: int = Field(default=16_384, gt=0)
+    capabilities: list[Capability] = ["tools", "json_object"]
+    tokenizer: str = "o200k_base"
+    quality: float = Field(default=0.5, ge=0, le=1)
+    first_token_ms: int = Field(default=800, ge=0)
+    tokens_per_second: int = Field(default=60, gt=0)
+
+
+class TimeoutSettings(Section):
+    """Limits of one attempt at an upstream, in milliseconds."""
+
+    connect_ms: int = Field(default=3_000, gt=0)
+    first_token_ms: int = Field(default=30_000, gt=0)
+    between_tokens_ms: int = Field(default=20_000, gt=0)
+    total_ms: int = Field(default=600_000, gt=0)
+
+
+class RoutingSettings(Section):
+    """How a model is chosen."""
+
+    strategy: StrategyName = "balanced"
+    fallbacks: dict[str, list[str]] = Field(default_factory=dict)
+    """Model id → models to try after it, in order."""
+    attempts_max: int = Field(default=4, ge=1, le=10)
+    auto_models: list[str] = Field(default_factory=list)
+    """What `model: "auto"` chooses from; empty: all models."""
+
+
+class PaymentSettings(Section):
+    """Prices, quotes and settlement."""
+
+    quote_ttl_s: int = Field(default=300, ge=10, le=3600)
+    default_max_output_tokens: int = Field(default=4_096, gt=0)
+    markup_percent: int = Field(default=0, ge=0, le=1000)
+    network_fee_usd: Usd = "0"
+    minimum_charge_usd: Usd = "0"
+    settlement_wait_s: int = Field(default=60, gt=0)
+    """How long a paid request waits for its transfer before it answers 202."""
+    payer_exposure_usd: Usd = "0.05"
+    """Inference that one payer may have under way before its transfers are mined; above it the transfer comes first."""
+    replay_ttl_s: int = Field(default=600, ge=0)
+    refund_threshold_usd: Usd = "1"
+    """Credit at or above this is sent back on chain by itself; needs the treasury key."""
+    gas_alarm_native: Usd = "0.005"
+    """A signer below this balance of the chain's own coin raises an alarm."""
+    treasury_alarm_usd: Usd = "0"
+    session_ttl_s: int = Field(default=3600, gt=0)
+
+
+class LimitSettings(Section):
+    """What one caller can ask of the gateway."""
+
+    header_bytes: int = Field(default=32_768, gt=1024)
+    body_bytes: int = Field(default=4_194_304, gt=1024)
+    json_depth: int = Field(default=64, gt=4)
+    quotes_per_minute: int = Field(default=600, gt=0)
+    """Unpaid quotes per client address."""
+    concurrency: int = Field(default=1_000, gt=0)
+    drain_s: int = Field(default=30, ge=0)
+
+
+class Settings(BaseSettings):
+    """The whole configuration of a gateway."""
+
+    model_config = SettingsConfigDict(env_prefix="FAREBOX_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8402, ge=0, le=65535)
+    public_url: str | None = None
+    """How clients reach the gateway; appears as the resource in a 402."""
+    data_dir: Path = Path(".farebox")
+    database_url: str | None = None
+    """Default: SQLite in `data_dir`."""
+    secret: str | None = Field(default=None, min_length=32)
+    """FAREBOX_SECRET: signs quotes and sessions. The same on all replicas."""
+    signer_keys: list[str] = Field(default_factory=list)
+    """FAREBOX_SIGNER_KEYS (JSON list): pay the gas of settlements."""
+    treasury_key: str | None = None
+    """FAREBOX_TREASURY_KEY: sends refunds; its address must be `pay_to`."""
+    pay_to: Address | None = None
+    networks: list[NetworkSettings] = Field(default_factory=list)
+    providers: dict[str, ProviderSettings] = Field(default_factory=dict)
+    models: list[ModelSettings] = Field(default_factory=list)
+    routing: RoutingSettings = RoutingSettings()
+    timeouts: TimeoutSettings = TimeoutSettings()
+    payments: PaymentSettings = PaymentSettings()
+    limits: LimitSettings = LimitSettings()

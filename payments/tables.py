@@ -1,0 +1,171 @@
+"""The schema, as SQLModel tables. Alembic migrations (`payments/migrations`) are made from it.
+
+Hot paths write these tables with prepared SQL inside store units; the models are the schema's one description and serve
+the command line. Times are integers of milliseconds since 1970 UTC, amounts integers of nano-USD, chain values decimal text
+(a uint256 does not fit in a column).
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, CheckConstraint, Column, Index, LargeBinary, UniqueConstraint
+from sqlmodel import Field, SQLModel
+
+
+def _big(*, nullable: bool = False, default: int | None = None) -> Column[int]:
+    return Column(BigInteger, nullable=nullable, default=default)
+
+
+class LedgerAccount(SQLModel, table=True):
+    """One side of transfers. `balance` is posted; `pending_out` is held and not spendable."""
+
+    __tablename__ = "ledger_account"
+    __table_args__ = (CheckConstraint("pending_out >= 0"), CheckConstraint("overdraft OR balance >= pending_out"))
+
+    id: str = Field(primary_key=True)
+    """`<kind>:<owner>@<asset>`, e.g. `payer:0xabc…@eip155:84532/USDC`, `pool:default@USD`, `custody@eip155:84532/USDC`."""
+    kind: str = Field(index=True)
+    owner: str = Field(index=True)
+    asset: str
+    balance: int = Field(sa_column=_big(default=0))
+    pending_out: int = Field(sa_column=_big(default=0))
+    overdraft: bool = False
+    """True for the books' own accounts (custody, grants, variance), which may go below zero."""
+
+
+class LedgerTransfer(SQLModel, table=True):
+    """A movement from `debit_account` to `credit_account`."""
+
+    __tablename__ = "ledger_transfer"
+
+    id: str = Field(primary_key=True)
+    """The idempotency key, e.g. `settle:<settlement id>`, `hold:<receipt id>`, `log:<tx hash>:<index>`."""
+    debit_account: str = Field(index=True, foreign_key="ledger_account.id")
+    credit_account: str = Field(index=True, foreign_key="ledger_account.id")
+    amount: int = Field(sa_column=_big())
+    """What was held, or for a transfer posted at once what moved."""
+    posted_amount: int | None = Field(default=None, sa_column=_big(nullable=True))
+    state: str
+    """pending | posted | voided | expired"""
+    reference: str = Field(index=True)
+    created_ms: int = Field(sa_column=_big())
+    updated_ms: int = Field(sa_column=_big())
+
+
+class Authorization(SQLModel, table=True):
+    """A payer's signed authorization, reserved under its canonical identity before any work."""
+
+    __tablename__ = "authorization"
+
+    identity: str = Field(primary_key=True)
+    """`<chain id>|<verifying contract>|<payer>|<nonce as decimal>`"""
+    digest: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    """SHA-256 over payload and request: anything else under the same identity is a conflict."""
+    receipt_id: str = Field(unique=True, foreign_key="receipt.id")
+    state: str
+    """reserved | rejected | submitted | paid | failed; the transitions stand in `payments.tenders.exact`."""
+    reason: str | None = None
+    created_ms: int = Field(sa_column=_big())
+
+
+class Receipt(SQLModel, table=True):
+    """What became of one request. Holds no content."""
+
+    __tablename__ = "receipt"
+
+    id: str = Field(primary_key=True)
+    """`rcpt_` and 160 random bits: whoever knows it may read it."""
+    state: str
+    """open | captured | released | interrupted; see `payments.receipts`."""
+    tender: str
+    """exact | prepaid | account"""
+    payer: str = Field(index=True)
+    """A wallet address in lower case, or `key:<key id>`."""
+    asset: str
+    quoted_nano_usd: int = Field(sa_column=_big())
+    paid_nano_usd: int = Field(default=0, sa_column=_big(default=0))
+    """What an on-chain payment brought in; 0 for the other tenders."""
+    charged_nano_usd: int | None = Field(default=None, sa_column=_big(nullable=True))
+    details: str = "{}"
+    """JSON: itemised quote, model, provider, strategy, attempts, usage, reason."""
+    created_ms: int = Field(sa_column=_big())
+    closed_ms: int | None = Field(default=None, sa_column=_big(nullable=True))
+
+
+class Settlement(SQLModel, table=True):
+    """The outbox of transactions: written before broadcast, never signed twice."""
+
+    __tablename__ = "settlement"
+    __table_args__ = (UniqueConstraint("chain_id", "signer", "signer_nonce"), Index("settlement_open", "state"))
+
+    id: str = Field(primary_key=True)
+    kind: str
+    """payment | refund"""
+    reference: str = Field(index=True)
+    """A payment's receipt id, or a refund's ledger transfer id."""
+    chain_id: int = Field(sa_column=_big())
+    state: str
+    """queued | submitted | mined | final | failed | superseded; the transitions stand in `payments.settlement.states`."""
+    token: str
+    payer: str
+    pay_to: str
+    value: str
+    authorization_nonce: str | None = None
+    """The nonce whose use is the evidence: decimal text; None for a refund."""
+    call_to: str
+    call_data: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    valid_before: int = Field(default=0, sa_column=_big(default=0))
+    """Unix seconds after which the call cannot succeed any more; 0 if never."""
+    signer: str | None = None
+    signer_nonce: int | None = Field(default=None, sa_column=_big(nullable=True))
+    raw_transaction: bytes | None = Field(default=None, sa_column=Column(LargeBinary, nullable=True))
+    transaction_hash: str | None = Field(default=None, index=True)
+    """Of the transaction that is the evidence; somebody else's where they submitted the authorization."""
+    block_number: int | None = Field(default=None, sa_column=_big(nullable=True))
+    reason: str | None = None
+    created_ms: int = Field(sa_column=_big())
+    updated_ms: int = Field(sa_column=_big())
+
+
+class ApiKey(SQLModel, table=True):
+    """An API key, hashed at rest, drawing on a pool."""
+
+    __tablename__ = "api_key"
+
+    id: str = Field(primary_key=True)
+    name: str
+    pool: str
+    key_hash: str = Field(unique=True)
+    """SHA-256 of the whole key, which has 256 random bits (so a slow hash would protect nothing)."""
+    prefix: str
+    """The first characters, so that people can recognise a key."""
+    admin: bool = False
+    created_ms: int = Field(sa_column=_big())
+    revoked_ms: int | None = Field(default=None, sa_column=_big(nullable=True))
+
+
+class SignInNonce(SQLModel, table=True):
+    """A sign-in message's nonce that was used; kept until the message would have expired."""
+
+    __tablename__ = "sign_in_nonce"
+
+    nonce: str = Field(primary_key=True)
+    expires_ms: int = Field(sa_column=_big())
+
+
+class Replay(SQLModel, table=True):
+    """An answer kept for minutes for the same payment sent again: a ciphertext whose key only the payer can form."""
+
+    __tablename__ = "replay"
+
+    receipt_id: str = Field(primary_key=True)
+    ciphertext: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    expires_ms: int = Field(sa_column=_big())
+
+
+class ChainCursor(SQLModel, table=True):
+    """How far a token's Transfer logs of the treasury were read into the ledger."""
+
+    __tablename__ = "chain_cursor"
+
+    asset: str = Field(primary_key=True)
+    block_number: int = Field(sa_column=_big())
