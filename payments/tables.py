@@ -95,11 +95,16 @@ class Settlement(SQLModel, table=True):
     """The outbox of transactions: written before broadcast, never signed twice."""
 
     __tablename__ = "settlement"
-    __table_args__ = (UniqueConstraint("chain_id", "signer", "signer_nonce"), Index("settlement_open", "state"))
+    __table_args__ = (
+        UniqueConstraint("chain_id", "signer", "signer_nonce"),
+        # One Transfer log is the evidence of at most one settlement, or one transfer could be credited twice.
+        UniqueConstraint("chain_id", "transaction_hash", "transfer_log_index"),
+        Index("settlement_open", "state"),
+    )
 
     id: str = Field(primary_key=True)
     kind: str
-    """payment | refund"""
+    """payment | refund | filler (an empty transaction that closes a gap in a signer's nonces)"""
     reference: str = Field(index=True)
     """A payment's receipt id, or a refund's ledger transfer id."""
     chain_id: int = Field(sa_column=_big())
@@ -120,6 +125,14 @@ class Settlement(SQLModel, table=True):
     raw_transaction: bytes | None = Field(default=None, sa_column=Column(LargeBinary, nullable=True))
     transaction_hash: str | None = Field(default=None, index=True)
     """Of the transaction that is the evidence; somebody else's where they submitted the authorization."""
+    transfer_log_index: int | None = Field(default=None, sa_column=_big(nullable=True))
+    """The index in its block of the token's Transfer log that is the evidence."""
+    received_value: str | None = None
+    """What that Transfer brought, in atomic units: less than `value` for a token that takes a fee."""
+    broadcasts: str = "[]"
+    """JSON list of every transaction signed for this row, oldest first: {hash, max_fee, priority_fee}; all share the nonce."""
+    from_block: int = Field(default=0, sa_column=_big(default=0))
+    """The head when the row was written: evidence is searched from here on."""
     block_number: int | None = Field(default=None, sa_column=_big(nullable=True))
     reason: str | None = None
     created_ms: int = Field(sa_column=_big())
