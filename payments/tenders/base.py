@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from payments.quotes import Quote
+from payments.store import Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,17 @@ class Hold(Protocol):
             SettlementPending: Its fate is still unknown after the configured wait.
         """
 
-    async def capture(self, amount_nano_usd: int, outcome: Outcome) -> Charge:
+    async def capture(self, amount_nano_usd: int, outcome: Outcome, *, also: Unit[None] | None = None) -> Charge:
         """Charge `amount_nano_usd` (more than the maximum is the operator's loss, booked as variance), free the rest and
-        close the receipt, in one durable step."""
+        close the receipt, in one durable step, of which `also` is part (the gateway keeps the answer for a replay there)."""
 
     async def release(self, outcome: Outcome) -> Charge:
         """Charge nothing: free the hold, close the receipt."""
+
+    async def interrupt(self, outcome: Outcome) -> None:
+        """The request ended without an answer and without a verdict (the caller hung up, the process stops): free the hold,
+        leave the receipt `interrupted`. The same on-chain payment sent again resumes from the credit. Safe before `ready`:
+        a transfer that is mined later becomes credit."""
 
     def payment_response(self) -> dict[str, Any] | None:
         """What the `PAYMENT-RESPONSE` header says, decoded; None for tenders that are not x402."""

@@ -1,0 +1,113 @@
+"""What may come in at all: header bytes counted while they arrive, requests under way, and unpaid quotes per address."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from gateway.api.errors import ApiError, error_object
+
+ADDRESSES_MAX = 100_000
+
+
+def guarded_protocol(header_bytes_max: int) -> type[HttpToolsProtocol]:
+    """uvicorn's httptools protocol with a limit on the request head, which httptools itself does not have.
+
+    Args:
+        header_bytes_max: Request line and headers together, in bytes; beyond it the answer is 431 and the connection closes.
+    """
+    message = f"request line and headers may have at most {header_bytes_max} bytes together"
+    body = orjson.dumps({"error": error_object(431, "headers_too_large", message)})
+    refusal = (
+        b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        b"content-length: " + str(len(body)).encode() + b"\r\n\r\n" + body
+    )
+
+    class GuardedProtocol(HttpToolsProtocol):
+        """Counts the bytes of the head that is arriving; they reach no buffer of ours beyond the limit."""
+
+        _head_bytes = 0
+        _in_body = False
+        _refused = False
+
+        def on_message_begin(self) -> None:
+            self._in_body = False
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self._in_body = True
+            self._head_bytes = 0
+            if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > header_bytes_max:
+                self._refuse()
+                return
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            if not self._refused:
+                super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._in_body = False
+            self._head_bytes = 0
+            if not self._refused:
+                super().on_message_complete()
+
+        def data_received(self, data: bytes) -> None:
+            if self._refused:
+                return
+            if not self._in_body:
+                # Whole reads are counted until the head is complete, so a body that came along in the same read is too.
+                if self._head_bytes > header_bytes_max:
+                    self._refuse()
+                    return
+                self._head_bytes += len(data)
+            super().data_received(data)
+
+        def _refuse(self) -> None:
+            self._refused = True
+            if not self.transport.is_closing():
+                self.transport.write(refusal)
+                self.transport.close()
+
+    return GuardedProtocol
+
+
+class QuoteLimiter:
+    """A token bucket per client address, so that asking for prices cannot be used to load the gateway.
+
+    Args:
+        per_minute: Quotes that one address may ask for in a minute; as many may come at once.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._capacity = float(per_minute)
+        self._per_second = per_minute / 60
+        self._clock = clock
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, address: str) -> None:
+        """Count one quote.
+
+        Raises:
+            ApiError: 429 with `Retry-After`, if the address has asked for too many.
+        """
+        now = self._clock()
+        level, since = self._buckets.pop(address, (self._capacity, now))
+        level = min(self._capacity, level + (now - since) * self._per_second)
+        allowed = level >= 1
+        self._buckets[address] = (level - 1 if allowed else level, now)
+        if len(self._buckets) > ADDRESSES_MAX:
+            self._buckets.popitem(last=False)
+        if not allowed:
+            wait_s = int((1 - level) / self._per_second) + 1
+            raise ApiError(
+                429,
+                "too_many_quotes",
+                f"this address asked for too many unpaid quotes; wait {wait_s} s, or use an API key or a balance",
+                headers={"retry-after": str(wait_s)},
+            )

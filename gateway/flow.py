@@ -1,0 +1,350 @@
+"""The pipeline of a request, whoever pays: plan → tender → authorize → execute → capture or release.
+
+Read it top down. How a route is chosen, what a payment is, how an upstream is reached and what a receipt holds are other
+modules' business; the order in which things happen to money is this one's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from gateway import replays as replaying
+from gateway.access.hangup import until_gone
+from gateway.access.keys import Access, KeyCaller
+from gateway.access.limits import QuoteLimiter
+from gateway.api.errors import ApiError
+from gateway.api.http import Call, CallerGone, EventStream, read_json, send_body, send_json
+from gateway.dialects import openai_chat
+from gateway.execution.errors import CallerFault, ExecutionFailed
+from gateway.execution.failover import Executor
+from gateway.execution.streams import Running
+from gateway.metrics import Metrics
+from gateway.offers import Offers, PaidRequest, PaymentNeeded, payment_headers
+from gateway.planning import Plan, Planner
+from gateway.replays import KeptAnswer, Replays
+from gateway.routing.preferences import parse_preferences
+from payments.money import nano_to_usd
+from payments.quotes import request_digest
+from payments.store import Store
+from payments.tenders.account import AccountTender
+from payments.tenders.base import Charge, Hold, Outcome, Tender
+from payments.tenders.exact import AlreadyUsed
+from payments.tenders.prepaid import PrepaidTender
+
+ANOTHER_USE_WAIT_S = 30.0
+"""How long the same payment sent again waits for its first use before it is told to come back."""
+RESUMES_MAX = 3
+DONE = b"data: [DONE]\n\n"
+NO_RETRY = {"x-should-retry": "false"}
+"""The stock OpenAI SDK retries 409 and 5xx; through a paying transport that would be a second payment."""
+
+
+@dataclass(slots=True)
+class Job:
+    """A planned and paid request under way."""
+
+    call: Call
+    plan: Plan
+    hold: Hold
+    paid: PaidRequest | None
+
+    def headers(self, running: Running | None = None) -> dict[str, str]:
+        """What the response says about the route and the payment."""
+        headers = {"x-farebox-receipt": self.hold.receipt_id, "x-farebox-strategy": self.plan.strategy}
+        if running is not None:
+            headers["x-farebox-model"] = running.candidate.model
+            headers["x-farebox-provider"] = running.candidate.provider
+            headers["x-farebox-attempts"] = str(len(running.attempts))
+        if self.paid is not None:
+            headers |= NO_RETRY
+            response = self.hold.payment_response()
+            if response is not None:
+                headers |= payment_headers(self.paid.payment, response)
+        return headers
+
+    def seal(self, replays: Replays, answer: KeptAnswer) -> replaying.Sealed | None:
+        """The answer, kept for the same payment sent again; other tenders have nothing to send again."""
+        if self.paid is None:
+            return None
+        return replays.sealed(self.hold.receipt_id, replaying.replay_secret(self.paid.header, self.call.body), answer)
+
+
+class Flow:
+    """Serves paid requests."""
+
+    def __init__(
+        self,
+        *,
+        planner: Planner,
+        offers: Offers,
+        executor: Executor,
+        access: Access,
+        store: Store,
+        replays: Replays,
+        limiter: QuoteLimiter,
+        metrics: Metrics,
+        credit_assets: tuple[str, ...],
+        json_depth_max: int,
+    ) -> None:
+        self._planner = planner
+        self._offers = offers
+        self._executor = executor
+        self._access = access
+        self._store = store
+        self._replays = replays
+        self._limiter = limiter
+        self._metrics = metrics
+        self._credit_assets = credit_assets
+        self._json_depth_max = json_depth_max
+        self._waiting: dict[str, asyncio.Event] = {}
+
+    # ------------------------------------------------------------------ the pipeline
+
+    async def serve(self, call: Call) -> None:
+        """Answer `POST /v1/chat/completions`."""
+        plan = self.plan(call)
+        try:
+            plan, tender, paid = await self._tender(call, plan)
+        except PaymentNeeded as needed:
+            await self.ask_for_payment(call, needed)
+            return
+        for _ in range(RESUMES_MAX):
+            try:
+                hold = await tender.authorize(plan.quote, plan.details())
+            except AlreadyUsed as used:
+                if await self._answer_again(call, paid, used):
+                    return
+                continue
+            await self._perform(Job(call, plan, hold, paid))
+            return
+        raise ApiError(
+            409,
+            "payment_in_progress",
+            "this payment's first use is still under way; send it again later",
+            headers=NO_RETRY,
+        )
+
+    def plan(self, call: Call) -> Plan:
+        """Route and price a request: no database, no chain."""
+        body = read_json(call.body, self._json_depth_max)
+        request = openai_chat.parse_request(body, call.body)
+        preferences = parse_preferences(body, call.header(b"x-farebox-strategy"))
+        digest = request_digest(call.method, call.path, call.body)
+        return self._planner.plan(request, preferences, digest, int(time.time()))
+
+    async def _tender(self, call: Call, plan: Plan) -> tuple[Plan, Tender, PaidRequest | None]:
+        """Who pays, and how. A payment with the request comes before a key or session that is also there."""
+        paid = self._offers.read(call, plan, int(time.time()))
+        if paid is not None:
+            return paid.plan, paid.tender, paid
+        caller = await self._access.caller(call.header(b"authorization"))
+        if caller is None:
+            raise PaymentNeeded(plan)
+        if isinstance(caller, KeyCaller):
+            return plan, AccountTender(self._store, caller.key_id, caller.pool), None
+        return plan, PrepaidTender(self._store, caller.address, self._credit_assets), None
+
+    async def ask_for_payment(self, call: Call, needed: PaymentNeeded) -> None:
+        """Answer 402 with a quote, in the header for x402 v2 and in the body for v1 and for people."""
+        self._limiter.take(call.client)
+        self._metrics.payments_required.labels(needed.code).inc()
+        answer = self._offers.required(call, needed)
+        await send_json(call.send, 402, answer.body, {"PAYMENT-REQUIRED": answer.header, "cache-control": "no-store"})
+
+    async def _perform(self, job: Job) -> None:
+        """Execute, then capture or release: whatever happens, the hold ends here."""
+        try:
+            try:
+                async with until_gone(job.call):
+                    running = await self._begin(job)
+            except (ExecutionFailed, CallerFault) as failure:
+                await self._release(job, failure)
+            except CallerGone:
+                await job.hold.interrupt(Outcome({"reason": "the caller hung up before the answer"}))
+            except BaseException:
+                await job.hold.interrupt(Outcome({"reason": "the request was stopped before the answer"}))
+                raise
+            else:
+                async with contextlib.aclosing(running):
+                    await (self._stream(job, running) if job.plan.request.stream else self._whole(job, running))
+        finally:
+            self._end_waiting(job.hold.receipt_id)
+
+    async def _begin(self, job: Job) -> Running:
+        """Start the inference; return once there is something to show and the money for it is certain."""
+        start = (
+            asyncio.create_task(self._executor.start(job.plan.request, job.plan.candidates, job.plan.max_output_tokens))
+            if job.hold.may_start_early
+            else None
+        )
+        try:
+            await job.hold.ready()
+        except BaseException:
+            if start is not None:
+                await _abandon(start)
+            raise
+        if start is not None:
+            try:
+                return await start
+            except asyncio.CancelledError:
+                await _abandon(start)
+                raise
+        return await self._executor.start(job.plan.request, job.plan.candidates, job.plan.max_output_tokens)
+
+    async def _whole(self, job: Job, running: Running) -> None:
+        amount = self._charge(job, running)
+        headers = job.headers(running) | {"x-farebox-cost-usd": nano_to_usd(amount)}
+        kept = KeptAnswer(200, headers, "application/json", running.body)
+        await self._capture(job, running, amount, kept)
+        await send_body(job.call.send, 200, running.body, headers, kept.content_type)
+
+    async def _stream(self, job: Job, running: Running) -> None:
+        headers = job.headers(running)
+        stream = EventStream(job.call.send)
+        delivered = bytearray()
+        gone = False
+        try:
+            async with until_gone(job.call):
+                await stream.start(headers)
+                async for frame in running.frames():
+                    delivered += frame
+                    await stream.write(frame)
+        except CallerGone:
+            gone = True
+        finally:
+            await running.aclose()
+        ending = b"" if running.failure or gone else DONE
+        kept = KeptAnswer(200, headers, "text/event-stream; charset=utf-8", bytes(delivered) + ending)
+        charge = await self._capture(job, running, self._charge(job, running), kept)
+        if not gone:
+            await stream.finish(_receipt_comment(job, running, charge) + ending)
+
+    async def _capture(self, job: Job, running: Running, amount_nano_usd: int, kept: KeptAnswer) -> Charge:
+        charge = await job.hold.capture(amount_nano_usd, _outcome(running), also=job.seal(self._replays, kept))
+        self._metrics.captured(running, charge)
+        return charge
+
+    async def _release(self, job: Job, failure: ExecutionFailed | CallerFault) -> None:
+        """Nothing was delivered, so nothing is charged; say so."""
+        error = _as_api_error(failure)
+        charge = await job.hold.release(
+            Outcome({"reason": error.code, "attempts": [attempt.as_json() for attempt in failure.attempts]})
+        )
+        self._metrics.released(failure)
+        receipt: dict[str, Any] = {
+            "id": charge.receipt_id,
+            "charged_usd": "0.00",
+            "credited_usd": nano_to_usd(charge.credited_nano_usd),
+        }
+        error.extra["farebox"] = {"receipt": receipt, "attempts": [attempt.as_json() for attempt in failure.attempts]}
+        error.headers |= job.headers()
+        if job.paid is not None:
+            error.message += (
+                f" You were not charged: {receipt['credited_usd']} USD are credited to your wallet's balance; sign in to "
+                "spend them."
+            )
+        raise error
+
+    # ------------------------------------------------------------------ the same payment again
+
+    async def _answer_again(self, call: Call, paid: PaidRequest | None, used: AlreadyUsed) -> bool:
+        """Answer a payment that was sent before with its first outcome; False if it may be tried again."""
+        assert paid is not None
+        if used.state == "in_progress":
+            await self._wait_for_first_use(used.receipt_id)
+            return False
+        kept = await self._replays.find(used.receipt_id, replaying.replay_secret(paid.header, call.body))
+        if kept is None:
+            raise ApiError(
+                409,
+                used.code,
+                used.message,
+                headers=NO_RETRY | {"x-farebox-receipt": used.receipt_id},
+                extra={"receipt": used.receipt_id, "poll": f"/v1/receipts/{used.receipt_id}"},
+            )
+        self._metrics.replayed.inc()
+        headers = kept.headers | {"x-farebox-replayed": "true"}
+        await send_body(call.send, kept.status, kept.body, headers, kept.content_type)
+        return True
+
+    async def _wait_for_first_use(self, receipt_id: str) -> None:
+        event = self._waiting.setdefault(receipt_id, asyncio.Event())
+        try:
+            async with asyncio.timeout(ANOTHER_USE_WAIT_S):
+                await event.wait()
+        except TimeoutError:
+            raise ApiError(
+                409,
+                "payment_in_progress",
+                "this payment's first use is still under way; nothing more is charged, send the same payment again later",
+                headers=NO_RETRY | {"retry-after": "5", "x-farebox-receipt": receipt_id},
+                extra={"receipt": receipt_id, "poll": f"/v1/receipts/{receipt_id}"},
+            ) from None
+
+    def _end_waiting(self, receipt_id: str) -> None:
+        event = self._waiting.pop(receipt_id, None)
+        if event is not None:
+            event.set()
+
+    def _charge(self, job: Job, running: Running) -> int:
+        return self._planner.charge(job.plan, running.candidate.price.cost(running.usage))
+
+
+async def _abandon(start: asyncio.Task[Running]) -> None:
+    """Stop an inference that nobody will see."""
+    start.cancel()
+    try:
+        running = await start
+    except (asyncio.CancelledError, ExecutionFailed, CallerFault):
+        return
+    await running.aclose()
+
+
+def _outcome(running: Running) -> Outcome:
+    return Outcome(
+        {
+            "model": running.candidate.model,
+            "provider": running.candidate.provider,
+            "attempts": [attempt.as_json() for attempt in running.attempts],
+            "usage": {
+                "input_tokens": running.usage.input_tokens,
+                "cached_input_tokens": running.usage.cached_input_tokens,
+                "output_tokens": running.usage.output_tokens,
+                "reasoning_tokens": running.usage.reasoning_tokens,
+                "source": running.usage_source,
+            },
+            "finish": running.finish,
+            "reason": running.failure,
+        }
+    )
+
+
+def _receipt_comment(job: Job, running: Running, charge: Charge) -> bytes:
+    """The receipt as an SSE comment: clients of event streams ignore comments, our SDK reads it."""
+    receipt = {
+        "id": charge.receipt_id,
+        "model": running.candidate.model,
+        "provider": running.candidate.provider,
+        "attempts": len(running.attempts),
+        "quoted_usd": nano_to_usd(job.plan.quote.maximum_nano_usd),
+        "charged_usd": nano_to_usd(charge.charged_nano_usd),
+        "credited_usd": nano_to_usd(charge.credited_nano_usd),
+        "transaction": charge.transaction_hash,
+    }
+    return b": farebox-receipt " + orjson.dumps(receipt) + b"\n\n"
+
+
+def _as_api_error(failure: ExecutionFailed | CallerFault) -> ApiError:
+    if isinstance(failure, CallerFault):
+        return ApiError(failure.status, failure.code, failure.message, param=failure.param)
+    return ApiError(
+        502,
+        "all_candidates_failed",
+        f"none of the {len(failure.attempts)} attempts at a provider succeeded; the last one failed with {failure.last}.",
+    )

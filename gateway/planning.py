@@ -1,0 +1,139 @@
+"""From a request to a plan: which candidates may serve it, and what it may cost at most. Touches no database and no chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.api.errors import ApiError
+from gateway.dialects.canonical import ChatRequest
+from gateway.routing.catalog import Candidate, Catalog
+from gateway.routing.engine import Engine, NoRoute, Preferences, Route
+from gateway.settings import Settings
+from payments.money import nano_to_usd, usd_to_nano
+from payments.quotes import Quote, make_quote
+
+AUTO_COST_FACTOR_MAX = 2
+"""For `model: "auto"`: a fallback that could cost more than this times the first choice would only inflate the quote."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be done for a request, and its price."""
+
+    request: ChatRequest
+    strategy: str
+    candidates: tuple[Candidate, ...]
+    max_output_tokens: int
+    quote: Quote
+
+    def quote_json(self) -> dict[str, Any]:
+        """The quote for people and programs: itemised, in dollars, with the route by name."""
+        return {
+            "id": self.quote.id,
+            "expires_at": self.quote.expires_at,
+            "maximum_usd": nano_to_usd(self.quote.maximum_nano_usd),
+            "items": [
+                {"name": item.name, "amount_usd": nano_to_usd(item.amount_nano_usd)} for item in self.quote.items
+            ],
+            "strategy": self.strategy,
+            "route": [{"model": candidate.model, "provider": candidate.provider} for candidate in self.candidates],
+            "max_output_tokens": self.max_output_tokens,
+        }
+
+    def details(self) -> dict[str, Any]:
+        """What the receipt keeps of the plan."""
+        return {"model_asked": self.request.model, "stream": self.request.stream, "quote": self.quote_json()}
+
+
+class Planner:
+    """Routes and prices requests.
+
+    Args:
+        settings: The configuration.
+        catalog: The models.
+        engine: Ranks candidates.
+        count_input: Tokens of a request's input under a tokenizer, with its safety margin.
+    """
+
+    def __init__(
+        self, settings: Settings, catalog: Catalog, engine: Engine, count_input: Callable[[ChatRequest, str], int]
+    ) -> None:
+        self._catalog = catalog
+        self._engine = engine
+        self._count_input = count_input
+        self._default_max_output_tokens = settings.payments.default_max_output_tokens
+        self._network_fee_nano_usd = usd_to_nano(settings.payments.network_fee_usd)
+        self.minimum_nano_usd = usd_to_nano(settings.payments.minimum_charge_usd)
+        self._ttl_s = settings.payments.quote_ttl_s
+
+    def plan(self, request: ChatRequest, preferences: Preferences, digest: bytes, now: int) -> Plan:
+        """Choose a route and price it.
+
+        Args:
+            request: What is asked.
+            preferences: What the caller said about routing.
+            digest: Of the raw request, see `payments.quotes.request_digest`.
+            now: Unix seconds.
+
+        Raises:
+            ApiError: If nothing can serve the request, saying why.
+        """
+        maximum = self._max_output_tokens(request)
+        try:
+            route = self._engine.route(request, preferences, self._count_input(request, "o200k_base"), maximum)
+        except NoRoute as error:
+            raise ApiError(
+                404 if error.code == "model_not_found" else 400, error.code, error.message, param="model"
+            ) from None
+        costs = [self._maximum_cost(request, candidate, maximum) for candidate in route.candidates]
+        candidates = route.candidates
+        if request.model == "auto" and not request.models:
+            kept = [index for index, cost in enumerate(costs) if cost <= AUTO_COST_FACTOR_MAX * costs[0]]
+            candidates = tuple(route.candidates[index] for index in kept)
+            costs = [costs[index] for index in kept]
+        quote = make_quote(
+            inference_nano_usd=max(costs),
+            network_fee_nano_usd=self._network_fee_nano_usd,
+            minimum_nano_usd=self.minimum_nano_usd,
+            route=tuple(candidate.id for candidate in candidates),
+            request_digest=digest,
+            expires_at=now + self._ttl_s,
+        )
+        return Plan(request, route.strategy, candidates, maximum, quote)
+
+    def honour(self, fresh: Plan, quote: Quote, marks: Sequence[bytes]) -> Plan | None:
+        """The plan that an earlier quote promised, at its price, whatever prices have done since.
+
+        Args:
+            fresh: The plan that the same request would get now.
+            quote: The earlier quote, its amount and digest verified.
+            marks: Its route, as its token carried it.
+
+        Returns:
+            A plan with the candidates that were quoted, or if they are gone, those of `fresh` that cost no more than was
+            quoted; None if there are none of either.
+        """
+        quoted = tuple(candidate for mark in marks if (candidate := self._catalog.by_mark(mark)) is not None)
+        if not quoted:
+            room = quote.maximum_nano_usd - self._network_fee_nano_usd
+            quoted = tuple(
+                candidate
+                for candidate in fresh.candidates
+                if self._maximum_cost(fresh.request, candidate, fresh.max_output_tokens) <= room
+            )
+        if not quoted:
+            return None
+        return Plan(fresh.request, fresh.strategy, quoted, fresh.max_output_tokens, quote)
+
+    def charge(self, plan: Plan, inference_nano_usd: int) -> int:
+        """What an answer costs in all, in nano-USD: the inference, the fee that was quoted, at least the minimum."""
+        return max(inference_nano_usd + plan.quote.network_fee_nano_usd, self.minimum_nano_usd)
+
+    def _max_output_tokens(self, request: ChatRequest) -> int:
+        return request.max_output_tokens or self._default_max_output_tokens
+
+    def _maximum_cost(self, request: ChatRequest, candidate: Candidate, max_output_tokens: int) -> int:
+        output = min(max_output_tokens, candidate.max_output_tokens) * request.choices
+        return candidate.price.maximum_cost(self._count_input(request, candidate.tokenizer), output)

@@ -1,0 +1,117 @@
+"""API keys and the pools they draw on. A key is shown once, when it is made; only its hash is stored."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from payments.ledger import transfers
+from payments.store import Transaction
+
+KEY_PREFIX = "fbk_"
+ADMIN_PREFIX = "fba_"
+POOL_ASSET = "USD"
+GRANTS_ACCOUNT = f"grants@{POOL_ASSET}"
+_COLUMNS = "id, name, pool, prefix, admin, created_ms, revoked_ms"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKeyView:
+    """What may be shown of a key. `prefix` is its first characters, so that people can recognise it."""
+
+    id: str
+    name: str
+    pool: str
+    prefix: str
+    admin: bool
+    created_ms: int
+    revoked_ms: int | None
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, for programs."""
+        return asdict(self)
+
+
+class UnknownKey(Exception):
+    """There is no API key with this id."""
+
+
+def pool_account(pool: str) -> str:
+    """The ledger account of a pool."""
+    return f"pool:{pool}@{POOL_ASSET}"
+
+
+def hash_key(secret: str) -> str:
+    """What is stored of a key. It has 256 random bits, so one round of SHA-256 is as good as a slow hash."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def create_key(tx: Transaction, name: str, pool: str, admin: bool = False) -> tuple[ApiKeyView, str]:
+    """Make a key that draws on `pool`.
+
+    Returns:
+        What may be shown of it, and the key itself, which is not stored and cannot be shown again.
+    """
+    secret = (ADMIN_PREFIX if admin else KEY_PREFIX) + secrets.token_urlsafe(32)
+    view = ApiKeyView(
+        id=f"key_{secrets.token_hex(8)}",
+        name=name,
+        pool=pool,
+        prefix=secret[:10],
+        admin=admin,
+        created_ms=time.time_ns() // 1_000_000,
+        revoked_ms=None,
+    )
+    transfers.ensure_account(tx, pool_account(pool))
+    tx.execute(
+        "INSERT INTO api_key (id, name, pool, key_hash, prefix, admin, created_ms) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (view.id, view.name, view.pool, hash_key(secret), view.prefix, view.admin, view.created_ms),
+    )
+    return view, secret
+
+
+def list_keys(tx: Transaction) -> list[ApiKeyView]:
+    """All keys, revoked ones included, oldest first."""
+    rows = tx.execute(f"SELECT {_COLUMNS} FROM api_key ORDER BY created_ms, id").fetchall()  # noqa: S608 - a constant
+    return [_view(row) for row in rows]
+
+
+def find_key(tx: Transaction, key_hash: str) -> ApiKeyView | None:
+    """The key with this hash, revoked or not; None if there is none."""
+    row = tx.execute(f"SELECT {_COLUMNS} FROM api_key WHERE key_hash = ?", (key_hash,)).fetchone()  # noqa: S608
+    return None if row is None else _view(row)
+
+
+def revoke_key(tx: Transaction, key_id: str) -> ApiKeyView:
+    """Make a key useless; revoking it again changes nothing.
+
+    Raises:
+        UnknownKey: If there is no such key.
+    """
+    now_ms = time.time_ns() // 1_000_000
+    tx.execute("UPDATE api_key SET revoked_ms = ? WHERE id = ? AND revoked_ms IS NULL", (now_ms, key_id))
+    row = tx.execute(f"SELECT {_COLUMNS} FROM api_key WHERE id = ?", (key_id,)).fetchone()  # noqa: S608
+    if row is None:
+        raise UnknownKey(f"there is no API key {key_id}")
+    return _view(row)
+
+
+def fund_pool(tx: Transaction, pool: str, amount_nano_usd: int, reference: str) -> None:
+    """Grant a pool money from the operator. The same `reference` again changes nothing."""
+    transfers.ensure_account(tx, GRANTS_ACCOUNT)
+    transfers.ensure_account(tx, pool_account(pool))
+    transfers.post(
+        tx,
+        id=f"grant:{pool}:{reference}",
+        debit=GRANTS_ACCOUNT,
+        credit=pool_account(pool),
+        amount=amount_nano_usd,
+        reference=reference,
+    )
+
+
+def _view(row: tuple[Any, ...]) -> ApiKeyView:
+    return ApiKeyView(row[0], row[1], row[2], row[3], bool(row[4]), row[5], row[6])
