@@ -1,0 +1,334 @@
+"""Transactions and calls as bytes: RLP, EIP-1559 signing, and the calldata of the few functions that Farebox calls.
+
+Hand-written because it is small and on the path of every payment: the usual libraries cost milliseconds a transaction and
+hundreds of megabytes of imports. Sources: EIP-2718, EIP-1559, the Solidity ABI specification, EIP-3009, Permit2, Multicall3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import coincurve
+import sha3
+
+RlpItem = int | bytes | Sequence["RlpItem"]
+
+WORD = 32
+SECP256K1_HALF_ORDER = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF5D576E7357A4501DDFE92F46681B20A0
+
+
+def keccak256(data: bytes) -> bytes:
+    """Keccak-256 as Ethereum uses it (not SHA3-256)."""
+    return bytes(sha3.keccak_256(data).digest())
+
+
+# --- RLP and EIP-1559 -------------------------------------------------------------------------------------------------
+
+
+def _length_prefix(length: int, offset: int) -> bytes:
+    if length < 56:
+        return bytes((offset + length,))
+    size = (length.bit_length() + 7) // 8
+    return bytes((offset + 55 + size,)) + length.to_bytes(size, "big")
+
+
+def rlp_encode(item: RlpItem) -> bytes:
+    """Encode integers (as their shortest big-endian bytes), byte strings and sequences of them."""
+    if isinstance(item, int):
+        item = item.to_bytes((item.bit_length() + 7) // 8, "big")
+    if isinstance(item, bytes):
+        if len(item) == 1 and item[0] < 0x80:
+            return item
+        return _length_prefix(len(item), 0x80) + item
+    payload = b"".join([rlp_encode(element) for element in item])
+    return _length_prefix(len(payload), 0xC0) + payload
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a transaction does: `data` to the contract at `to` (lower-case hex), with `gas` at most."""
+
+    to: str
+    data: bytes
+    gas: int
+    value: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fees:
+    """What a transaction pays for a unit of gas, in wei (EIP-1559)."""
+
+    max_fee: int
+    priority_fee: int
+
+    def at_least(self, other: Fees) -> Fees:
+        """Each fee the greater of the two."""
+        return Fees(max(self.max_fee, other.max_fee), max(self.priority_fee, other.priority_fee))
+
+    def raised(self) -> Fees:
+        """An eighth more and one wei: nodes replace a pending transaction only for 10 % more in both fees."""
+        return Fees(self.max_fee * 9 // 8 + 1, self.priority_fee * 9 // 8 + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class SignedTransaction:
+    """A transaction ready to broadcast; `hash` is 0x-prefixed lower-case hex."""
+
+    raw: bytes
+    hash: str
+
+
+def sign_transaction(
+    key: coincurve.PrivateKey, *, chain_id: int, nonce: int, call: Call, fees: Fees
+) -> SignedTransaction:
+    """Sign an EIP-1559 transaction. Deterministic (RFC 6979): the same arguments give the same bytes."""
+    fields: list[RlpItem] = [
+        chain_id,
+        nonce,
+        fees.priority_fee,
+        fees.max_fee,
+        call.gas,
+        bytes.fromhex(call.to[2:]),
+        call.value,
+        call.data,
+        (),
+    ]
+    signature = key.sign_recoverable(keccak256(b"\x02" + rlp_encode(fields)), hasher=None)
+    r, s, parity = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:64], "big"), signature[64]
+    assert s <= SECP256K1_HALF_ORDER  # libsecp256k1 normalises; EIP-2 refuses anything else
+    raw = b"\x02" + rlp_encode([*fields, parity, r, s])
+    return SignedTransaction(raw, "0x" + keccak256(raw).hex())
+
+
+def address_of(key: coincurve.PrivateKey) -> str:
+    """The address of a private key, lower-case hex."""
+    return "0x" + keccak256(key.public_key.format(compressed=False)[1:])[-20:].hex()
+
+
+# --- ABI --------------------------------------------------------------------------------------------------------------
+
+
+def selector(signature: str) -> bytes:
+    """The first four bytes of a function's calldata, from its canonical signature such as ``transfer(address,uint256)``."""
+    return keccak256(signature.encode())[:4]
+
+
+def topic(signature: str) -> str:
+    """The first topic of an event's logs, from its canonical signature, as 0x-prefixed hex."""
+    return "0x" + keccak256(signature.encode()).hex()
+
+
+def word(value: int) -> bytes:
+    """A uint256."""
+    return value.to_bytes(WORD, "big")
+
+
+def address_word(address: str) -> bytes:
+    """An address as an ABI word."""
+    return bytes.fromhex(address[2:]).rjust(WORD, b"\0")
+
+
+def address_topic(address: str) -> str:
+    """An address as an indexed topic."""
+    return "0x" + address[2:].lower().rjust(2 * WORD, "0")
+
+
+def _tail(data: bytes) -> bytes:
+    return word(len(data)) + data + b"\0" * (-len(data) % WORD)
+
+
+TRANSFER_TOPIC = topic("Transfer(address,address,uint256)")
+AUTHORIZATION_USED_TOPIC = topic("AuthorizationUsed(address,bytes32)")
+
+_TRANSFER_WITH_AUTHORIZATION = selector(
+    "transferWithAuthorization(address,address,uint256,uint256,uint256,bytes32,uint8,bytes32,bytes32)"
+)
+_PROXY_SETTLE = selector("settle(((address,uint256),uint256,uint256),address,(address,uint256),bytes)")
+_TRANSFER = selector("transfer(address,uint256)")
+_BALANCE_OF = selector("balanceOf(address)")
+_ALLOWANCE = selector("allowance(address,address)")
+_AUTHORIZATION_STATE = selector("authorizationState(address,bytes32)")
+_NONCE_BITMAP = selector("nonceBitmap(address,uint256)")
+_AGGREGATE3 = selector("aggregate3((address,bool,bytes)[])")
+_ERROR_STRING = selector("Error(string)")
+_PANIC = selector("Panic(uint256)")
+
+
+class Eip3009Fields(Protocol):
+    """What `transferWithAuthorization` needs of an authorization."""
+
+    @property
+    def payer(self) -> str:
+        """The token's owner."""
+
+    @property
+    def to(self) -> str:
+        """Who receives it."""
+
+    @property
+    def value(self) -> int:
+        """Atomic units."""
+
+    @property
+    def valid_after(self) -> int:
+        """Unix seconds."""
+
+    @property
+    def valid_before(self) -> int:
+        """Unix seconds."""
+
+    @property
+    def nonce(self) -> int:
+        """The bytes32 nonce as an integer."""
+
+
+class Permit2Fields(Protocol):
+    """What the exact proxy's `settle` needs of an authorization."""
+
+    @property
+    def payer(self) -> str:
+        """The token's owner."""
+
+    @property
+    def token(self) -> str:
+        """The token's contract."""
+
+    @property
+    def amount(self) -> int:
+        """Atomic units."""
+
+    @property
+    def nonce(self) -> int:
+        """The unordered Permit2 nonce."""
+
+    @property
+    def deadline(self) -> int:
+        """Unix seconds."""
+
+    @property
+    def to(self) -> str:
+        """Who receives it."""
+
+    @property
+    def valid_after(self) -> int:
+        """Unix seconds."""
+
+
+def encode_transfer_with_authorization(authorization: Eip3009Fields, signature: bytes) -> bytes:
+    """Calldata that executes an EIP-3009 authorization signed with a 65-byte r, s, v signature."""
+    return b"".join(
+        (
+            _TRANSFER_WITH_AUTHORIZATION,
+            address_word(authorization.payer),
+            address_word(authorization.to),
+            word(authorization.value),
+            word(authorization.valid_after),
+            word(authorization.valid_before),
+            word(authorization.nonce),
+            word(signature[64]),
+            signature[:64],
+        )
+    )
+
+
+def encode_proxy_settle(authorization: Permit2Fields, signature: bytes) -> bytes:
+    """Calldata for the exact proxy's `settle(permit, owner, witness, signature)`."""
+    return b"".join(
+        (
+            _PROXY_SETTLE,
+            address_word(authorization.token),
+            word(authorization.amount),
+            word(authorization.nonce),
+            word(authorization.deadline),
+            address_word(authorization.payer),
+            address_word(authorization.to),
+            word(authorization.valid_after),
+            word(8 * WORD),
+            _tail(signature),
+        )
+    )
+
+
+PROXY_SETTLE_TERMS_LENGTH = 4 + 8 * WORD
+"""The part of `settle`'s calldata that says what is paid; the rest is the signature, which has several spellings."""
+
+
+def encode_transfer(to: str, value: int) -> bytes:
+    """Calldata of ERC-20 `transfer`."""
+    return _TRANSFER + address_word(to) + word(value)
+
+
+def encode_balance_of(owner: str) -> bytes:
+    """Calldata of ERC-20 `balanceOf`."""
+    return _BALANCE_OF + address_word(owner)
+
+
+def encode_allowance(owner: str, spender: str) -> bytes:
+    """Calldata of ERC-20 `allowance`."""
+    return _ALLOWANCE + address_word(owner) + address_word(spender)
+
+
+def encode_authorization_state(payer: str, nonce: int) -> bytes:
+    """Calldata of EIP-3009 `authorizationState`: true once the nonce is used or cancelled."""
+    return _AUTHORIZATION_STATE + address_word(payer) + word(nonce)
+
+
+def encode_nonce_bitmap(owner: str, nonce: int) -> bytes:
+    """Calldata of Permit2's `nonceBitmap` for the word that holds `nonce`; see `nonce_is_set`."""
+    return _NONCE_BITMAP + address_word(owner) + word(nonce >> 8)
+
+
+def nonce_is_set(bitmap: int, nonce: int) -> bool:
+    """Whether a Permit2 nonce is consumed, given its word of the bitmap."""
+    return bool(bitmap >> (nonce & 0xFF) & 1)
+
+
+def encode_aggregate3(calls: Sequence[tuple[str, bytes]]) -> bytes:
+    """Calldata of Multicall3's `aggregate3` in which every call may fail by itself."""
+    heads, tails, offset = [], [], len(calls) * WORD
+    for target, data in calls:
+        tail = address_word(target) + word(1) + word(3 * WORD) + _tail(data)
+        heads.append(word(offset))
+        tails.append(tail)
+        offset += len(tail)
+    return b"".join((_AGGREGATE3, word(WORD), word(len(calls)), *heads, *tails))
+
+
+def decode_aggregate3(data: bytes, count: int) -> list[tuple[bool, bytes]]:
+    """The (success, return data) of each of `count` calls.
+
+    Raises:
+        ValueError: If the bytes are not such an answer, as from a chain without Multicall3.
+    """
+    if _uint(data, 0) != WORD or _uint(data, WORD) != count:
+        raise ValueError("this is not Multicall3's answer")
+    start, results = 2 * WORD, []
+    for index in range(count):
+        entry = start + _uint(data, start + index * WORD)
+        content = entry + _uint(data, entry + WORD)
+        length = _uint(data, content)
+        if content + WORD + length > len(data):
+            raise ValueError("Multicall3's answer is cut short")
+        results.append((_uint(data, entry) == 1, data[content + WORD : content + WORD + length]))
+    return results
+
+
+def _uint(data: bytes, at: int) -> int:
+    if at + WORD > len(data):
+        raise ValueError("an ABI answer is cut short")
+    return int.from_bytes(data[at : at + WORD], "big")
+
+
+def decode_revert(data: bytes) -> str:
+    """What a reverted call says for itself, for people: its message, panic code, or error selector."""
+    try:
+        if data[:4] == _ERROR_STRING:
+            length = _uint(data, 4 + WORD)
+            return data[4 + 2 * WORD : 4 + 2 * WORD + length][:200].decode("utf-8", "replace")
+        if data[:4] == _PANIC:
+            return f"panic {_uint(data, 4):#x}"
+    except ValueError:
+        return "a malformed revert"
+    return f"error 0x{data[:4].hex()}" if data else "reverted without a reason"
