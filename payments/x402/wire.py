@@ -1,21 +1,50 @@
 """Payments as they arrive in a header, and what the answer's header says: x402 v1 and v2.
 
 Decoding is strict: one spelling for every number and address, and every deviation is a `PaymentMalformed` that names the field.
-It reads no clock, no chain and no configuration; whether a payment pays for a request is `payments.verification.checks`'s question.
+It reads no clock, no chain and no configuration; whether a payment pays for a request is for `payments.verification.checks`.
 
 Source: x402 specification v2 (`transports-v2/http.md`, `schemes/exact`), and v1 for clients that still speak it.
 """
 
 from __future__ import annotations
 
+import binascii
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import orjson
+
 from payments.chain.networks import PERMIT2_ADDRESS, Token, TransferMethod
+from payments.errors import PaymentMalformed
+from payments.x402.fields import (
+    read_address,
+    read_bytes32,
+    read_members,
+    read_object,
+    read_seconds,
+    read_signature,
+    read_text,
+    read_uint256,
+)
 
 HeaderName = Literal["payment-signature", "x-payment"]
 
+HEADER_CHARACTERS_MAX = 16_384
+JSON_DEPTH_MAX = 16
+"""The deepest part that stock clients send, a schema echoed within `extensions`, is about half of it."""
+SCHEMES = frozenset({"exact"})
+QUOTE_EXTENSION = "farebox"
+QUOTE_TOKEN_CHARACTERS_MAX = 512
+
 _INT64_MAX = 2**63 - 1
+_VERSIONS: dict[HeaderName, int] = {"payment-signature": 2, "x-payment": 1}
+_EIP3009_PAYLOAD = frozenset({"authorization", "signature"})
+_EIP3009_MEMBERS = frozenset({"from", "to", "value", "validAfter", "validBefore", "nonce"})
+_PERMIT2_PAYLOAD = frozenset({"permit2Authorization", "signature"})
+_PERMIT2_MEMBERS = frozenset({"from", "permitted", "spender", "nonce", "deadline", "witness"})
+_PERMITTED_MEMBERS = frozenset({"token", "amount"})
+_WITNESS_MEMBERS = frozenset({"to", "validAfter"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +88,10 @@ class Eip3009Authorization:
 
 @dataclass(frozen=True, slots=True)
 class Permit2Authorization:
-    """A `PermitWitnessTransferFrom` for the x402 exact proxy. Addresses are lower-case hex, times Unix seconds, integers uint256."""
+    """A `PermitWitnessTransferFrom` (Permit2). Addresses are lower-case hex, times Unix seconds, integers uint256.
+
+    `amount` and `token` are the permission's, `to` and `valid_after` the witness's.
+    """
 
     payer: str
     token: str
@@ -121,3 +153,182 @@ class Payment:
         """
         contract = PERMIT2_ADDRESS if self.transfer_method == "permit2" else token.address
         return f"{chain_id}|{contract}|{self.authorization.payer}|{self.authorization.nonce}"
+
+
+def decode_payment(header: str, header_name: HeaderName) -> Payment:
+    """Read the value of a payment header.
+
+    Args:
+        header: The header's value: base64 (standard alphabet, padded) of a JSON object.
+        header_name: ``payment-signature`` carries x402 v2, ``x-payment`` v1.
+
+    Returns:
+        The payment, of which nothing has been verified but its form.
+
+    Raises:
+        PaymentMalformed: With the code ``header_too_long``, ``malformed_base64``, ``malformed_json``, ``unsupported_version``,
+            ``unsupported_scheme`` or ``malformed_payment``, the message naming the field.
+    """
+    document = _read_document(header, header_name)
+    version = document.get("x402Version")
+    if type(version) is not int or version != _VERSIONS[header_name]:
+        raise PaymentMalformed(
+            "unsupported_version", f"x402Version must be {_VERSIONS[header_name]} in {header_name.upper()}"
+        )
+    accepted = None if version == 1 else _read_requirement(document.get("accepted"))
+    scheme = read_text(document.get("scheme"), "scheme") if accepted is None else accepted.scheme
+    network = read_text(document.get("network"), "network") if accepted is None else accepted.network
+    if scheme not in SCHEMES:
+        raise PaymentMalformed("unsupported_scheme", f"the scheme must be one of: {', '.join(sorted(SCHEMES))}")
+    authorization, signature = _read_payload(document.get("payload"))
+    return Payment(
+        version=version,
+        scheme=scheme,
+        network=network,
+        accepted=accepted,
+        authorization=authorization,
+        signature=signature,
+        quote_token=None if version == 1 else _read_quote_token(document.get("extensions")),
+        digest=hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).digest(),
+    )
+
+
+def payment_response(
+    success: bool,
+    tx_hash: str | None,
+    network: str,
+    payer: str | None,
+    v1: bool = False,
+    *,
+    error_reason: str | None = None,
+    amount: int | None = None,
+    **extra: Any,
+) -> str:
+    """Build the value of `PAYMENT-RESPONSE` (or, for v1, of `X-PAYMENT-RESPONSE`).
+
+    Args:
+        success: Whether the payment settled.
+        tx_hash: The transaction that settled it; None where there is none (clients want the member all the same).
+        network: The network as the payer named it (`Payment.network`).
+        payer: Lower-case hex, or None if unknown.
+        v1: Leave out the members that v1 does not have: `amount` and `extra`.
+        error_reason: A stable code, if it did not settle.
+        amount: What was settled, in atomic units.
+        extra: JSON-able members of v2's `extra`, such as ``receipt="rcpt_…"``.
+
+    Returns:
+        Base64 of the JSON object.
+    """
+    answer: dict[str, Any] = {"success": success, "transaction": tx_hash or "", "network": network}
+    if payer is not None:
+        answer["payer"] = payer
+    if error_reason is not None:
+        answer["errorReason"] = error_reason
+    if amount is not None and not v1:
+        answer["amount"] = str(amount)
+    if extra and not v1:
+        answer["extra"] = extra
+    return encode_header(answer)
+
+
+def encode_header(value: dict[str, Any]) -> str:
+    """JSON in base64, as all x402 headers are."""
+    return binascii.b2a_base64(orjson.dumps(value), newline=False).decode("ascii")
+
+
+def _read_document(header: str, header_name: HeaderName) -> dict[str, Any]:
+    if len(header) > HEADER_CHARACTERS_MAX:
+        raise PaymentMalformed(
+            "header_too_long", f"{header_name.upper()} must not exceed {HEADER_CHARACTERS_MAX} characters"
+        )
+    try:
+        raw = binascii.a2b_base64(header, strict_mode=True)
+    except ValueError as error:  # binascii.Error, or a character outside ASCII
+        raise PaymentMalformed(
+            "malformed_base64", f"{header_name.upper()} must be standard base64 with padding"
+        ) from error
+    try:
+        document = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise PaymentMalformed("malformed_json", f"{header_name.upper()} must be base64 of UTF-8 JSON") from error
+    if _is_deeper_than(document, JSON_DEPTH_MAX):
+        raise PaymentMalformed(
+            "malformed_json", f"{header_name.upper()} must not nest deeper than {JSON_DEPTH_MAX} levels"
+        )
+    return read_object(document, header_name.upper())
+
+
+def _is_deeper_than(document: object, levels: int) -> bool:
+    """Whether containers nest deeper than `levels`. Level by level rather than recursive: the depth is the sender's."""
+    layer: list[object] = [document]
+    for _ in range(levels + 1):
+        layer = [node for node in layer if isinstance(node, (dict, list))]
+        if not layer:
+            return False
+        layer = [inner for node in layer for inner in (node.values() if isinstance(node, dict) else node)]
+    return True
+
+
+def _read_requirement(value: object) -> Requirement:
+    members = read_object(value, "accepted")
+    extra = members.get("extra")
+    return Requirement(
+        scheme=read_text(members.get("scheme"), "accepted.scheme"),
+        network=read_text(members.get("network"), "accepted.network"),
+        asset=read_address(members.get("asset"), "accepted.asset"),
+        amount=read_uint256(members.get("amount"), "accepted.amount"),
+        pay_to=read_address(members.get("payTo"), "accepted.payTo"),
+        max_timeout_s=read_seconds(members.get("maxTimeoutSeconds"), "accepted.maxTimeoutSeconds"),
+        extra={} if extra is None else read_object(extra, "accepted.extra"),
+    )
+
+
+def _read_payload(value: object) -> tuple[Eip3009Authorization | Permit2Authorization, bytes]:
+    payload = read_object(value, "payload")
+    authorization: Eip3009Authorization | Permit2Authorization
+    if "permit2Authorization" in payload:
+        payload = read_members(payload, "payload", _PERMIT2_PAYLOAD)
+        authorization = _read_permit2(payload["permit2Authorization"], "payload.permit2Authorization")
+    else:
+        payload = read_members(payload, "payload", _EIP3009_PAYLOAD)
+        authorization = _read_eip3009(payload["authorization"], "payload.authorization")
+    return authorization, read_signature(payload["signature"], "payload.signature")
+
+
+def _read_eip3009(value: object, field: str) -> Eip3009Authorization:
+    members = read_members(value, field, _EIP3009_MEMBERS)
+    return Eip3009Authorization(
+        payer=read_address(members["from"], f"{field}.from"),
+        to=read_address(members["to"], f"{field}.to"),
+        value=read_uint256(members["value"], f"{field}.value"),
+        valid_after=read_uint256(members["validAfter"], f"{field}.validAfter"),
+        valid_before=read_uint256(members["validBefore"], f"{field}.validBefore"),
+        nonce=read_bytes32(members["nonce"], f"{field}.nonce"),
+    )
+
+
+def _read_permit2(value: object, field: str) -> Permit2Authorization:
+    members = read_members(value, field, _PERMIT2_MEMBERS)
+    permitted = read_members(members["permitted"], f"{field}.permitted", _PERMITTED_MEMBERS)
+    witness = read_members(members["witness"], f"{field}.witness", _WITNESS_MEMBERS)
+    return Permit2Authorization(
+        payer=read_address(members["from"], f"{field}.from"),
+        token=read_address(permitted["token"], f"{field}.permitted.token"),
+        amount=read_uint256(permitted["amount"], f"{field}.permitted.amount"),
+        spender=read_address(members["spender"], f"{field}.spender"),
+        nonce=read_uint256(members["nonce"], f"{field}.nonce"),
+        deadline=read_uint256(members["deadline"], f"{field}.deadline"),
+        to=read_address(witness["to"], f"{field}.witness.to"),
+        valid_after=read_uint256(witness["validAfter"], f"{field}.witness.validAfter"),
+    )
+
+
+def _read_quote_token(extensions: object) -> str | None:
+    """The quote that came with the 402, if the client echoed it. Other parties' extensions are none of our business."""
+    if extensions is None:
+        return None
+    ours = read_object(extensions, "extensions").get(QUOTE_EXTENSION)
+    if ours is None:
+        return None
+    field = f"extensions.{QUOTE_EXTENSION}"
+    return read_text(read_object(ours, field).get("quote"), f"{field}.quote", QUOTE_TOKEN_CHARACTERS_MAX)
