@@ -1,0 +1,127 @@
+"""The outermost layer: request ids, a bound on requests under way, one log line each, and every error in one form."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.api.errors import ApiError
+from gateway.api.http import CallerGone, send_error, send_json
+from gateway.metrics import Metrics
+from payments.errors import PaymentConflict, PaymentError, SettlementPending
+from payments.store import StoreBusy
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_PAYMENT_HEADERS = (b"payment-signature", b"x-payment")
+log = structlog.get_logger("farebox.http")
+
+
+class Guard:
+    """ASGI middleware around the whole application.
+
+    Args:
+        app: What it guards.
+        concurrency_max: Requests under way at once; more get 503.
+        metrics: Where responses are counted.
+    """
+
+    def __init__(self, app: ASGIApp, concurrency_max: int, metrics: Metrics) -> None:
+        self._app = app
+        self._concurrency_max = concurrency_max
+        self._metrics = metrics
+        self.under_way = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request_id = _request_id(scope)
+        status = 0
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        self.under_way += 1
+        try:
+            if self.under_way > self._concurrency_max:
+                raise ApiError(
+                    503,
+                    "overloaded",
+                    "too many requests are under way; try again shortly",
+                    headers={"retry-after": "1"},
+                )
+            await self._app(scope, receive, send_marked)
+        except CallerGone:
+            status = status or 499
+        except (ApiError, PaymentError, StoreBusy) as error:
+            await self._answer(scope, send_marked, error, status)
+        except Exception:
+            # The last resort: the log has the traceback, the caller a clear answer without it.
+            log.exception("unexpected error", request_id=request_id.decode(), path=scope["path"])
+            unexpected = ApiError(
+                500, "internal_error", "something went wrong here; the request id helps the operator find it"
+            )
+            await self._answer(scope, send_marked, unexpected, status)
+        finally:
+            self.under_way -= 1
+            seconds = time.perf_counter() - started
+            route = scope.get("farebox.route", "other")
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.seconds.labels(route).observe(seconds)
+            log.info(
+                "request",
+                id=request_id.decode(),
+                method=scope["method"],
+                route=route,
+                status=status,
+                ms=round(seconds * 1e3, 2),
+            )
+
+    async def _answer(self, scope: Scope, send: Send, error: ApiError | PaymentError | StoreBusy, status: int) -> None:
+        answer = as_api_error(error)
+        if any(name in _PAYMENT_HEADERS for name, _ in scope["headers"]):
+            # A stock SDK that retried would sign a new payment.
+            answer.headers.setdefault("x-should-retry", "false")
+        if status:
+            log.error("error after the response had begun", code=answer.code)
+            raise error
+        if isinstance(error, SettlementPending):
+            # Not an error: the payment may well have gone through. Clients poll, then send the same payment again.
+            pending = {"status": "pending", "message": error.message} | answer.extra
+            await send_json(send, 202, pending, answer.headers)
+            return
+        await send_error(send, answer)
+
+
+def as_api_error(error: ApiError | PaymentError | StoreBusy) -> ApiError:
+    """Any error that has an answer, in the one form that answers have."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, StoreBusy):
+        return ApiError(503, "overloaded", f"{error}; try again shortly", headers={"retry-after": "1"})
+    extra: dict[str, str] = {}
+    headers: dict[str, str] = {}
+    receipt_id = error.receipt_id if isinstance(error, SettlementPending | PaymentConflict) else None
+    if receipt_id is not None:
+        extra = {"receipt": receipt_id, "poll": f"/v1/receipts/{receipt_id}"}
+        headers = {"x-farebox-receipt": receipt_id}
+    if error.status in (202, 503):
+        headers["retry-after"] = "2"
+    return ApiError(error.status, error.code, error.message, headers=headers, extra=extra)
+
+
+def _request_id(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return bytes(value)
+    return b"req_" + secrets.token_hex(12).encode()
