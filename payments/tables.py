@@ -7,7 +7,7 @@ the command line. Times are integers of milliseconds since 1970 UTC, amounts int
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, Index, LargeBinary, UniqueConstraint
+from sqlalchemy import BigInteger, CheckConstraint, Column, Index, LargeBinary, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 
@@ -33,9 +33,22 @@ class LedgerAccount(SQLModel, table=True):
 
 
 class LedgerTransfer(SQLModel, table=True):
-    """A movement from `debit_account` to `credit_account`."""
+    """A movement from `debit_account` to `credit_account`; the transitions of its state stand in `payments.ledger.transfers`."""
 
     __tablename__ = "ledger_transfer"
+    __table_args__ = (
+        CheckConstraint("amount > 0"),
+        CheckConstraint("debit_account <> credit_account"),
+        CheckConstraint("(state = 'posted') = (posted_amount IS NOT NULL)"),
+        CheckConstraint("posted_amount IS NULL OR posted_amount BETWEEN 0 AND amount"),
+        # Few transfers are pending at a time, and a start looks for them all.
+        Index(
+            "ledger_transfer_pending",
+            "id",
+            sqlite_where=text("state = 'pending'"),
+            postgresql_where=text("state = 'pending'"),
+        ),
+    )
 
     id: str = Field(primary_key=True)
     """The idempotency key, e.g. `settle:<settlement id>`, `hold:<receipt id>`, `log:<tx hash>:<index>`."""
@@ -45,7 +58,7 @@ class LedgerTransfer(SQLModel, table=True):
     """What was held, or for a transfer posted at once what moved."""
     posted_amount: int | None = Field(default=None, sa_column=_big(nullable=True))
     state: str
-    """pending | posted | voided | expired"""
+    """pending | posted | voided"""
     reference: str = Field(index=True)
     created_ms: int = Field(sa_column=_big())
     updated_ms: int = Field(sa_column=_big())
@@ -62,8 +75,8 @@ class Authorization(SQLModel, table=True):
     """SHA-256 over payload and request: anything else under the same identity is a conflict."""
     receipt_id: str = Field(unique=True, foreign_key="receipt.id")
     state: str
-    """reserved | rejected | submitted | paid | failed; the transitions stand in `payments.tenders.exact`."""
-    reason: str | None = None
+    """reserved | paid | failed; the transitions stand in `payments.tenders.authorizations`. How far the transfer has come is
+    in the settlement's state alone, so that the two cannot disagree."""
     created_ms: int = Field(sa_column=_big())
 
 
@@ -71,11 +84,17 @@ class Receipt(SQLModel, table=True):
     """What became of one request. Holds no content."""
 
     __tablename__ = "receipt"
+    __table_args__ = (
+        # Few receipts are open at a time, and a start looks for them all.
+        Index("receipt_open", "id", sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
+    )
 
     id: str = Field(primary_key=True)
     """`rcpt_` and 160 random bits: whoever knows it may read it."""
     state: str
     """open | captured | released | interrupted; see `payments.receipts`."""
+    uses: int = 1
+    """1, and one more each time the same payment resumes an interrupted request; part of the id of its hold."""
     tender: str
     """exact | prepaid | account"""
     payer: str = Field(index=True)
@@ -86,7 +105,9 @@ class Receipt(SQLModel, table=True):
     """What an on-chain payment brought in; 0 for the other tenders."""
     charged_nano_usd: int | None = Field(default=None, sa_column=_big(nullable=True))
     details: str = "{}"
-    """JSON: itemised quote, model, provider, strategy, attempts, usage, reason."""
+    """JSON: itemised quote, model, provider, strategy, attempts, usage."""
+    reason: str | None = None
+    """Why it was released or interrupted, as a stable word."""
     created_ms: int = Field(sa_column=_big())
     closed_ms: int | None = Field(default=None, sa_column=_big(nullable=True))
 
