@@ -260,7 +260,7 @@ def _read_document(header: str, header_name: HeaderName) -> dict[str, Any]:
 
 def _is_deeper_than(document: object, levels: int) -> bool:
     """Whether containers nest deeper than `levels`. Level by level rather than recursive: the depth is the sender's."""
-    layer: list[object] = [document]
+    layer: list[Any] = [document]
     for _ in range(levels + 1):
         layer = [node for node in layer if isinstance(node, (dict, list))]
         if not layer:
