@@ -1,7 +1,7 @@
 """The EIP-712 digests of the authorizations that we take, written out by hand.
 
-The general encoders cost 115 µs and more a digest; with the type hashes and domain separators ready it is two keccaks of a fixed
-layout, about 3 µs. The token's domain is ours, from `Token`: what the payer claims in `extra` never reaches a digest.
+The general encoders cost 115 µs and more a digest; with the type hashes and domain separators ready it is two keccaks of a
+fixed layout, about 3 µs. The token's domain is ours, from `Token`: what the payer claims in `extra` never reaches a digest.
 
 Source: EIP-712, EIP-3009, Permit2's `PermitHash` with witness, and the x402 scheme `exact` on EVM.
 """

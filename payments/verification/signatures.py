@@ -39,8 +39,8 @@ def recover(digest: bytes, signature: bytes) -> str:
 
     Raises:
         PaymentMalformed: ``malformed_signature`` if it is shorter than an ECDSA signature.
-        PaymentRefused: ``unsupported_signature`` if it is longer (a contract wallet's), ``bad_signature`` if it is not canonical
-            or no key can have made it.
+        PaymentRefused: ``unsupported_signature`` if it is longer (a contract wallet's), ``bad_signature`` if it is not
+            canonical or no key can have made it.
     """
     assert len(digest) == DIGEST_BYTES
     if len(signature) != ECDSA_BYTES:
@@ -72,5 +72,5 @@ def _wrong_length(length: int) -> PaymentError:
         return PaymentMalformed("malformed_signature", f"a signature has {ECDSA_BYTES} bytes, not {length}")
     return PaymentRefused(
         "unsupported_signature",
-        f"a signature of {length} bytes is a contract wallet's, which is not taken here; pay from an account with a key of its own",
+        f"a signature of {length} bytes is a contract wallet's, not taken here; pay from an account with a private key",
     )
