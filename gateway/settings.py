@@ -77,6 +77,7 @@ class ModelSettings(Section):
     quality: float = Field(default=0.5, ge=0, le=1)
     first_token_ms: int = Field(default=800, ge=0)
     tokens_per_second: int = Field(default=60, gt=0)
+    failure_rate: float = Field(default=0.01, ge=0, le=1)
 
 
 class TimeoutSettings(Section):
