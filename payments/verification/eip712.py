@@ -10,30 +10,22 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from sha3 import keccak_256
-
 from payments.chain.networks import PERMIT2_ADDRESS, Token
+from payments.verification.signatures import keccak256
 from payments.x402.wire import Eip3009Authorization, Permit2Authorization
 
-
-def keccak(data: bytes) -> bytes:
-    """Keccak-256 as Ethereum uses it (not NIST's SHA3-256)."""
-    digest: bytes = keccak_256(data).digest()
-    return digest
-
-
-_TRANSFER_WITH_AUTHORIZATION = keccak(
+_TRANSFER_WITH_AUTHORIZATION = keccak256(
     b"TransferWithAuthorization(address from,address to,uint256 value,uint256 validAfter,uint256 validBefore,bytes32 nonce)"
 )
-_TOKEN_PERMISSIONS = keccak(b"TokenPermissions(address token,uint256 amount)")
-_WITNESS = keccak(b"Witness(address to,uint256 validAfter)")
-_PERMIT_WITNESS_TRANSFER_FROM = keccak(
+_TOKEN_PERMISSIONS = keccak256(b"TokenPermissions(address token,uint256 amount)")
+_WITNESS = keccak256(b"Witness(address to,uint256 validAfter)")
+_PERMIT_WITNESS_TRANSFER_FROM = keccak256(
     b"PermitWitnessTransferFrom(TokenPermissions permitted,address spender,uint256 nonce,uint256 deadline,Witness witness)"
     b"TokenPermissions(address token,uint256 amount)"
     b"Witness(address to,uint256 validAfter)"
 )
-_DOMAIN = keccak(b"EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)")
-_DOMAIN_WITHOUT_VERSION = keccak(b"EIP712Domain(string name,uint256 chainId,address verifyingContract)")
+_DOMAIN = keccak256(b"EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)")
+_DOMAIN_WITHOUT_VERSION = keccak256(b"EIP712Domain(string name,uint256 chainId,address verifyingContract)")
 _ADDRESS_PADDING = bytes(12)
 
 
@@ -45,27 +37,27 @@ def eip3009_digest(authorization: Eip3009Authorization, token: Token) -> bytes:
     valid_after = authorization.valid_after.to_bytes(32, "big")
     valid_before = authorization.valid_before.to_bytes(32, "big")
     nonce = authorization.nonce.to_bytes(32, "big")
-    struct = keccak(_TRANSFER_WITH_AUTHORIZATION + payer + to + value + valid_after + valid_before + nonce)
-    return keccak(_token_prefix(token) + struct)
+    struct = keccak256(_TRANSFER_WITH_AUTHORIZATION + payer + to + value + valid_after + valid_before + nonce)
+    return keccak256(_token_prefix(token) + struct)
 
 
 def permit2_exact_digest(authorization: Permit2Authorization, chain_id: int) -> bytes:
     """The 32 bytes that the payer of a `PermitWitnessTransferFrom` with the exact scheme's witness signs, on `chain_id`."""
-    permitted = keccak(_TOKEN_PERMISSIONS + _word(authorization.token) + authorization.amount.to_bytes(32, "big"))
-    witness = keccak(_WITNESS + _word(authorization.to) + authorization.valid_after.to_bytes(32, "big"))
+    permitted = keccak256(_TOKEN_PERMISSIONS + _word(authorization.token) + authorization.amount.to_bytes(32, "big"))
+    witness = keccak256(_WITNESS + _word(authorization.to) + authorization.valid_after.to_bytes(32, "big"))
     spender = _word(authorization.spender)
     nonce = authorization.nonce.to_bytes(32, "big")
     deadline = authorization.deadline.to_bytes(32, "big")
-    struct = keccak(_PERMIT_WITNESS_TRANSFER_FROM + permitted + spender + nonce + deadline + witness)
-    return keccak(_permit2_prefix(chain_id) + struct)
+    struct = keccak256(_PERMIT_WITNESS_TRANSFER_FROM + permitted + spender + nonce + deadline + witness)
+    return keccak256(_permit2_prefix(chain_id) + struct)
 
 
 def token_domain_separator(token: Token) -> bytes:
     """What the token's own `DOMAIN_SEPARATOR()` must return."""
-    return keccak(
+    return keccak256(
         _DOMAIN
-        + keccak(token.domain_name.encode())
-        + keccak(token.domain_version.encode())
+        + keccak256(token.domain_name.encode())
+        + keccak256(token.domain_version.encode())
         + token.chain_id.to_bytes(32, "big")
         + _word(token.address)
     )
@@ -73,7 +65,9 @@ def token_domain_separator(token: Token) -> bytes:
 
 def permit2_domain_separator(chain_id: int) -> bytes:
     """What Permit2's `DOMAIN_SEPARATOR()` must return on `chain_id`."""
-    return keccak(_DOMAIN_WITHOUT_VERSION + keccak(b"Permit2") + chain_id.to_bytes(32, "big") + _word(PERMIT2_ADDRESS))
+    return keccak256(
+        _DOMAIN_WITHOUT_VERSION + keccak256(b"Permit2") + chain_id.to_bytes(32, "big") + _word(PERMIT2_ADDRESS)
+    )
 
 
 @lru_cache(maxsize=256)

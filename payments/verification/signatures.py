@@ -67,6 +67,19 @@ def recover(digest: bytes, signature: bytes) -> str:
     return "0x" + address
 
 
+def keccak256(data: bytes) -> bytes:
+    """Keccak-256 as Ethereum uses it (not NIST's SHA3-256)."""
+    digest: bytes = keccak_256(data).digest()
+    return digest
+
+
+def checksum_address(address: str) -> str:
+    """An address in the mixed case of EIP-55."""
+    digits = address[2:].lower()
+    marks = keccak_256(digits.encode("ascii")).hexdigest()
+    return "0x" + "".join(digit.upper() if mark >= "8" else digit for digit, mark in zip(digits, marks, strict=False))
+
+
 def _wrong_length(length: int) -> PaymentError:
     if length < ECDSA_BYTES:
         return PaymentMalformed("malformed_signature", f"a signature has {ECDSA_BYTES} bytes, not {length}")

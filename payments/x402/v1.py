@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from payments.chain.networks import Network
-from payments.x402.wire import Requirement
+from payments.x402.requirements import Requirement
 
 RESOURCE_DESCRIPTION = "An answer of an AI model"
 RESOURCE_MIME_TYPE = "application/json"

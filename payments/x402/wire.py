@@ -1,4 +1,4 @@
-"""Payments as they arrive in a header, and what the answer's header says: x402 v1 and v2.
+"""Payments as they arrive in a header, x402 v1 and v2; the one module to import for all that goes over the wire.
 
 Decoding is strict: one spelling for every number and address, and every deviation is a `PaymentMalformed` that names the field.
 It reads no clock, no chain and no configuration; whether a payment pays for a request is for `payments.verification.checks`.
@@ -17,6 +17,7 @@ import orjson
 
 from payments.chain.networks import PERMIT2_ADDRESS, Token, TransferMethod
 from payments.errors import PaymentMalformed
+from payments.x402.answers import QUOTE_EXTENSION, PaymentRequiredAnswer, payment_required, payment_response
 from payments.x402.fields import (
     read_address,
     read_bytes32,
@@ -27,6 +28,20 @@ from payments.x402.fields import (
     read_text,
     read_uint256,
 )
+from payments.x402.requirements import Requirement, requirement_for
+
+__all__ = [
+    "Eip3009Authorization",
+    "HeaderName",
+    "Payment",
+    "PaymentRequiredAnswer",
+    "Permit2Authorization",
+    "Requirement",
+    "decode_payment",
+    "payment_required",
+    "payment_response",
+    "requirement_for",
+]
 
 HeaderName = Literal["payment-signature", "x-payment"]
 
@@ -34,7 +49,6 @@ HEADER_CHARACTERS_MAX = 16_384
 JSON_DEPTH_MAX = 16
 """The deepest part that stock clients send, a schema echoed within `extensions`, is about half of it."""
 SCHEMES = frozenset({"exact"})
-QUOTE_EXTENSION = "farebox"
 QUOTE_TOKEN_CHARACTERS_MAX = 512
 
 _INT64_MAX = 2**63 - 1
@@ -45,22 +59,6 @@ _PERMIT2_PAYLOAD = frozenset({"permit2Authorization", "signature"})
 _PERMIT2_MEMBERS = frozenset({"from", "permitted", "spender", "nonce", "deadline", "witness"})
 _PERMITTED_MEMBERS = frozenset({"token", "amount"})
 _WITNESS_MEMBERS = frozenset({"to", "validAfter"})
-
-
-@dataclass(frozen=True, slots=True)
-class Requirement:
-    """One way to pay: what a 402 offers, and what a v2 payer sends back as `accepted`.
-
-    Addresses are lower-case hex, `amount` is in the token's atomic units, `network` is a CAIP-2 identifier.
-    """
-
-    scheme: str
-    network: str
-    asset: str
-    amount: int
-    pay_to: str
-    max_timeout_s: int
-    extra: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +144,13 @@ class Payment:
         """How the authorization moves the token."""
         return "permit2" if isinstance(self.authorization, Permit2Authorization) else "eip3009"
 
+    @property
+    def token_address(self) -> str | None:
+        """The token that the payer says it pays in, lower-case hex; None for EIP-3009 over v1, which does not name it."""
+        if self.accepted is not None:
+            return self.accepted.asset
+        return self.authorization.token if isinstance(self.authorization, Permit2Authorization) else None
+
     def identity(self, chain_id: int, token: Token) -> str:
         """The name under which this authorization can be used once: chain, verifying contract, payer, nonce as decimal.
 
@@ -191,49 +196,6 @@ def decode_payment(header: str, header_name: HeaderName) -> Payment:
         quote_token=None if version == 1 else _read_quote_token(document.get("extensions")),
         digest=hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).digest(),
     )
-
-
-def payment_response(
-    success: bool,
-    tx_hash: str | None,
-    network: str,
-    payer: str | None,
-    v1: bool = False,
-    *,
-    error_reason: str | None = None,
-    amount: int | None = None,
-    **extra: Any,
-) -> str:
-    """Build the value of `PAYMENT-RESPONSE` (or, for v1, of `X-PAYMENT-RESPONSE`).
-
-    Args:
-        success: Whether the payment settled.
-        tx_hash: The transaction that settled it; None where there is none (clients want the member all the same).
-        network: The network as the payer named it (`Payment.network`).
-        payer: Lower-case hex, or None if unknown.
-        v1: Leave out the members that v1 does not have: `amount` and `extra`.
-        error_reason: A stable code, if it did not settle.
-        amount: What was settled, in atomic units.
-        extra: JSON-able members of v2's `extra`, such as ``receipt="rcpt_…"``.
-
-    Returns:
-        Base64 of the JSON object.
-    """
-    answer: dict[str, Any] = {"success": success, "transaction": tx_hash or "", "network": network}
-    if payer is not None:
-        answer["payer"] = payer
-    if error_reason is not None:
-        answer["errorReason"] = error_reason
-    if amount is not None and not v1:
-        answer["amount"] = str(amount)
-    if extra and not v1:
-        answer["extra"] = extra
-    return encode_header(answer)
-
-
-def encode_header(value: dict[str, Any]) -> str:
-    """JSON in base64, as all x402 headers are."""
-    return binascii.b2a_base64(orjson.dumps(value), newline=False).decode("ascii")
 
 
 def _read_document(header: str, header_name: HeaderName) -> dict[str, Any]:
