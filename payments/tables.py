@@ -33,7 +33,7 @@ class LedgerAccount(SQLModel, table=True):
 
 
 class LedgerTransfer(SQLModel, table=True):
-    """A movement from `debit_account` to `credit_account`; the transitions of its state stand in `payments.ledger.transfers`."""
+    """A movement from `debit_account` to `credit_account`; its states are `payments.ledger.transfers`' matter."""
 
     __tablename__ = "ledger_transfer"
     __table_args__ = (
@@ -67,7 +67,7 @@ class LedgerTransfer(SQLModel, table=True):
 class Authorization(SQLModel, table=True):
     """A payer's signed authorization, reserved under its canonical identity before any work."""
 
-    __tablename__ = "authorization"
+    __tablename__ = "payment_authorization"
 
     identity: str = Field(primary_key=True)
     """`<chain id>|<verifying contract>|<payer>|<nonce as decimal>`"""
