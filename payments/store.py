@@ -8,6 +8,9 @@ are committed together by the next one, each inside its own savepoint, so that a
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import logging
+import os
 import queue
 import sqlite3
 import threading
@@ -22,10 +25,17 @@ T = TypeVar("T")
 QUEUE_MAX = 10_000
 GROUP_MAX = 256
 READERS = 2
+BUSY_TIMEOUT_S = 30
+
+log = logging.getLogger(__name__)
 
 
 class StoreBusy(Exception):
-    """The write queue is full; the caller should answer 503 and the client try again."""
+    """The write queue is full or the database closed; the caller should answer 503 and the client try again."""
+
+
+class StoreOwned(Exception):
+    """Another process serves from this database."""
 
 
 class Rows(Protocol):
@@ -58,7 +68,7 @@ class _Pending:
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
     result: Any = None
-    error: BaseException | None = None
+    error: Exception | None = None
 
     def resolve(self) -> None:
         if self.future.cancelled():
@@ -82,30 +92,56 @@ class Store:
         self._writer = threading.Thread(target=self._write_forever, name="farebox-store-writer", daemon=True)
         self._readers = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="farebox-store-reader")
         self._local = threading.local()
+        self._reading: list[sqlite3.Connection] = []
+        self._owner_lock: int | None = None
         self._closed = False
         self._writer.start()
 
-    async def write(self, unit: Unit[T]) -> T:
+    async def write(self, unit: Unit[T], *, if_abandoned: Callable[[Transaction, T], object] | None = None) -> T:
         """Run `unit` atomically and return its result once it is durable.
+
+        Args:
+            unit: Makes the change. It may run on another thread, and must not wait for anything.
+            if_abandoned: Undoes the change, given its result, in a unit of its own: for changes that somebody must end,
+                when the caller is cancelled while they are being written and so never learns of them.
 
         Raises:
             StoreBusy: If too many writes are waiting.
             Exception: Whatever the unit raised; its changes are then undone.
         """
-        if self._closed:
-            raise StoreBusy("the database is closed")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        future = self._submit(unit)
         try:
-            self._queue.put_nowait(_Pending(unit, loop, future))
-        except queue.Full:
-            raise StoreBusy("too many writes are waiting for the database") from None
-        # Shielded: a caller that hangs up must not leave the outcome of a write unknown to the code that awaits it.
-        return await asyncio.shield(future)
+            # Shielded: a caller that hangs up does not take back what is queued.
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if if_abandoned is not None and not future.cancelled():
+                future.add_done_callback(lambda written: self._undo(written, if_abandoned))
+            raise
 
     async def read(self, query: Unit[T]) -> T:
-        """Run a read-only `query` on a reader thread and return its result."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, lambda: query(self._reader()))
+        """Run a read-only `query` on a reader thread, on one snapshot of the database, and return its result."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, query)
+
+    def own(self) -> None:
+        """Become the one process that serves from this database, until `close`. Owning it again changes nothing.
+
+        Raises:
+            StoreOwned: If another process does; two would end each other's holds.
+        """
+        if self._owner_lock is not None:
+            return
+        # A lock on the database file itself would be dropped whenever SQLite closes any descriptor of that file.
+        descriptor = os.open(
+            self.path.with_name(self.path.name + ".owner"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise StoreOwned(
+                f"another gateway serves from {self.path}; stop it, or use another data directory"
+            ) from None
+        self._owner_lock = descriptor
 
     def close(self) -> None:
         """Finish every queued write, then stop the threads."""
@@ -115,23 +151,62 @@ class Store:
         self._queue.put(None)
         self._writer.join()
         self._readers.shutdown()
+        for connection in self._reading:
+            connection.close()
+        if self._owner_lock is not None:
+            os.close(self._owner_lock)
+            self._owner_lock = None
+
+    def _submit(self, unit: Unit[T]) -> asyncio.Future[T]:
+        if self._closed:
+            raise StoreBusy("the database is closed")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        try:
+            self._queue.put_nowait(_Pending(unit, loop, future))
+        except queue.Full:
+            raise StoreBusy("too many writes are waiting for the database") from None
+        return future
+
+    def _undo(self, written: asyncio.Future[T], if_abandoned: Callable[[Transaction, T], object]) -> None:
+        if written.cancelled() or written.exception() is not None:
+            return
+        result = written.result()
+        try:
+            undone = self._submit(lambda tx: if_abandoned(tx, result))
+        except StoreBusy:
+            # The next start's recovery ends what nobody owns.
+            log.warning("an abandoned write could not be undone now")
+            return
+        undone.add_done_callback(_report)
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, isolation_level=None, timeout=30, cached_statements=256)
+        connection = sqlite3.connect(
+            self.path, isolation_level=None, timeout=BUSY_TIMEOUT_S, cached_statements=256, check_same_thread=False
+        )
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
         return connection
+
+    def _read(self, query: Unit[T]) -> T:
+        connection = self._reader()
+        connection.execute("BEGIN")
+        try:
+            return query(connection)
+        finally:
+            connection.execute("COMMIT")
 
     def _reader(self) -> sqlite3.Connection:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             connection = self._local.connection = self._connect()
             connection.execute("PRAGMA query_only=ON")
+            self._reading.append(connection)
         return connection
 
     def _write_forever(self) -> None:
-        connection = self._connect()
+        connection: sqlite3.Connection | None = None
         stopping = False
         while not stopping:
             group = [self._queue.get()]
@@ -140,14 +215,21 @@ class Store:
                     group.append(self._queue.get_nowait())
                 except queue.Empty:
                     break
-            stopping = None in group
+            # Whatever another thread queued behind the end is still written.
+            stopping = None in group and self._queue.empty()
+            if None in group and not stopping:
+                self._queue.put(None)
             pending = [entry for entry in group if entry is not None]
             if pending:
-                self._commit(connection, pending)
-        connection.close()
+                connection = self._commit(connection, pending)
+                _tell(pending)
+        if connection is not None:
+            connection.close()
 
-    def _commit(self, connection: sqlite3.Connection, group: list[_Pending]) -> None:
+    def _commit(self, connection: sqlite3.Connection | None, group: list[_Pending]) -> sqlite3.Connection | None:
         try:
+            if connection is None:
+                connection = self._connect()
             connection.execute("BEGIN IMMEDIATE")
             for entry in group:
                 connection.execute("SAVEPOINT unit")
@@ -158,20 +240,34 @@ class Store:
                     connection.execute("ROLLBACK TO unit")
                 connection.execute("RELEASE unit")
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            # The commit itself failed: nothing of the group is durable, and everybody in it must know.
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+        except Exception as error:  # noqa: BLE001 - handed to every caller: nothing of the group is durable
             for entry in group:
-                entry.error = error
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Pending]] = {}
-        for entry in group:
-            by_loop.setdefault(entry.loop, []).append(entry)
-        for loop, entries in by_loop.items():
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_resolve_all, entries)
+                entry.error = entry.error or error
+            if connection is not None:
+                # Closing rolls back, whatever state the connection is in; the next group opens a fresh one.
+                connection.close()
+                connection = None
+        return connection
+
+
+def _tell(group: list[_Pending]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Pending]] = {}
+    for entry in group:
+        by_loop.setdefault(entry.loop, []).append(entry)
+    for loop, entries in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_resolve_all, entries)
+        except RuntimeError:
+            # The loop was closed meanwhile; nobody is there to be told.
+            log.debug("%d writes were finished for a closed event loop", len(entries))
 
 
 def _resolve_all(entries: list[_Pending]) -> None:
     for entry in entries:
         entry.resolve()
+
+
+def _report(undone: asyncio.Future[Any]) -> None:
+    error = None if undone.cancelled() else undone.exception()
+    if error is not None:
+        log.error("an abandoned write could not be undone", exc_info=error)
