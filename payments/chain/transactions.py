@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import coincurve
 import sha3
+
+from payments.x402.wire import Eip3009Authorization, Permit2Authorization
 
 RlpItem = int | bytes | Sequence["RlpItem"]
 
@@ -156,67 +157,7 @@ _ERROR_STRING = selector("Error(string)")
 _PANIC = selector("Panic(uint256)")
 
 
-class Eip3009Fields(Protocol):
-    """What `transferWithAuthorization` needs of an authorization."""
-
-    @property
-    def payer(self) -> str:
-        """The token's owner."""
-
-    @property
-    def to(self) -> str:
-        """Who receives it."""
-
-    @property
-    def value(self) -> int:
-        """Atomic units."""
-
-    @property
-    def valid_after(self) -> int:
-        """Unix seconds."""
-
-    @property
-    def valid_before(self) -> int:
-        """Unix seconds."""
-
-    @property
-    def nonce(self) -> int:
-        """The bytes32 nonce as an integer."""
-
-
-class Permit2Fields(Protocol):
-    """What the exact proxy's `settle` needs of an authorization."""
-
-    @property
-    def payer(self) -> str:
-        """The token's owner."""
-
-    @property
-    def token(self) -> str:
-        """The token's contract."""
-
-    @property
-    def amount(self) -> int:
-        """Atomic units."""
-
-    @property
-    def nonce(self) -> int:
-        """The unordered Permit2 nonce."""
-
-    @property
-    def deadline(self) -> int:
-        """Unix seconds."""
-
-    @property
-    def to(self) -> str:
-        """Who receives it."""
-
-    @property
-    def valid_after(self) -> int:
-        """Unix seconds."""
-
-
-def encode_transfer_with_authorization(authorization: Eip3009Fields, signature: bytes) -> bytes:
+def encode_transfer_with_authorization(authorization: Eip3009Authorization, signature: bytes) -> bytes:
     """Calldata that executes an EIP-3009 authorization signed with a 65-byte r, s, v signature."""
     return b"".join(
         (
@@ -233,7 +174,7 @@ def encode_transfer_with_authorization(authorization: Eip3009Fields, signature: 
     )
 
 
-def encode_proxy_settle(authorization: Permit2Fields, signature: bytes) -> bytes:
+def encode_proxy_settle(authorization: Permit2Authorization, signature: bytes) -> bytes:
     """Calldata for the exact proxy's `settle(permit, owner, witness, signature)`."""
     return b"".join(
         (
@@ -251,7 +192,7 @@ def encode_proxy_settle(authorization: Permit2Fields, signature: bytes) -> bytes
     )
 
 
-PROXY_SETTLE_TERMS_LENGTH = 4 + 8 * WORD
+PROXY_SETTLE_TERMS_LENGTH = 4 + 7 * WORD
 """The part of `settle`'s calldata that says what is paid; the rest is the signature, which has several spellings."""
 
 

@@ -1,0 +1,84 @@
+"""The accounts that pay the gas, and what a unit of gas costs.
+
+A signer's nonces are allocated by the outbox in the very transaction that stores the signed bytes, so that a failure between
+the two cannot leave a gap; here is only what the chain says about the account.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import coincurve
+
+from payments.chain.rpc import Request, RpcError
+from payments.chain.transactions import Fees, address_of
+
+IN_FLIGHT_MAX = 64
+"""Unmined transactions of one signer: nodes limit them, and Anvil's automine stalls with hundreds pending."""
+PRIORITY_FEE_MIN = 1_000_000
+"""Wei (0.001 gwei): what a quiet chain's fee history rounds down to nothing."""
+
+
+@dataclass(slots=True)
+class Signer:
+    """One account that sends transactions."""
+
+    key: coincurve.PrivateKey = field(repr=False)
+    address: str
+    """Lower-case hex."""
+    nonce_floor: int | None = None
+    """The lowest nonce that the chain still accepts, pending transactions counted; None until the chain was asked."""
+    balance_wei: int | None = None
+    in_flight: int = 0
+
+    @classmethod
+    def from_hex(cls, private_key: str) -> Signer:
+        """Read a private key of 64 hex digits, with or without 0x.
+
+        Raises:
+            ValueError: If it is not one; the message does not repeat it.
+        """
+        try:
+            key = coincurve.PrivateKey(bytes.fromhex(private_key.removeprefix("0x")).rjust(32, b"\0"))
+        except ValueError:
+            raise ValueError("a signer key is not 64 hex digits of a secp256k1 private key") from None
+        return cls(key, address_of(key))
+
+
+def least_loaded(signers: list[Signer]) -> Signer | None:
+    """The signer with the fewest unmined transactions, or None if all are at their limit."""
+    signer = min(signers, key=lambda candidate: candidate.in_flight)
+    return signer if signer.in_flight < IN_FLIGHT_MAX else None
+
+
+class FeeEstimate:
+    """The fees to offer now, from the last blocks.
+
+    Args:
+        ttl_s: How long an estimate is good: a block, as fees change once a block.
+    """
+
+    REQUEST: Request = ("eth_feeHistory", ("0x4", "latest", (50,)))
+
+    def __init__(self, ttl_s: float) -> None:
+        self.fees: Fees | None = None
+        self._ttl_s = ttl_s
+        self._read_at = 0.0
+
+    @property
+    def stale(self) -> bool:
+        """Whether it is time to ask the chain again."""
+        return self.fees is None or time.monotonic() - self._read_at > self._ttl_s
+
+    def read(self, reply: Any) -> None:
+        """Take the chain's answer to `REQUEST`. An error leaves the last estimate in place."""
+        if isinstance(reply, RpcError) or not isinstance(reply, dict):
+            return
+        base_fee = int(reply["baseFeePerGas"][-1], 16)
+        rewards = [int(reward[0], 16) for reward in reply.get("reward") or () if reward]
+        priority_fee = max([PRIORITY_FEE_MIN, *rewards])
+        # Twice the base fee stays valid while it rises by an eighth for six full blocks.
+        self.fees = Fees(2 * base_fee + priority_fee, priority_fee)
+        self._read_at = time.monotonic()

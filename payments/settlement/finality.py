@@ -1,0 +1,82 @@
+"""Watches mined transactions until they are deep enough, and notices those that a reorganisation took away."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from payments.chain.rpc import Request, Rpc, RpcError
+from payments.settlement.evidence import of_own_transaction
+from payments.settlement.outbox import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """What one look at the chain found."""
+
+    final: list[Entry] = field(default_factory=list)
+    vanished: list[Entry] = field(default_factory=list)
+
+
+class Finality:
+    """Entries whose evidence stands in a block that is not deep enough yet.
+
+    Args:
+        confirmations: Blocks on top of the evidence's own after which it is final.
+        interval_s: At most one look per this time: a chain that mines at once would make hundreds of blocks to look at.
+    """
+
+    def __init__(self, rpc: Rpc, confirmations: int, interval_s: float) -> None:
+        self.watched: dict[str, Entry] = {}
+        self._rpc = rpc
+        self._confirmations = confirmations
+        self._interval_s = interval_s
+        self._looked_at = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether there is something to look at, and it is time."""
+        return bool(self.watched) and time.monotonic() - self._looked_at >= self._interval_s
+
+    def watch(self, entry: Entry) -> None:
+        """Watch an entry with evidence until a look finds it final or vanished."""
+        self.watched[entry.id] = entry
+
+    async def look(self, head: int) -> Verdicts:
+        """Compare the blocks of the evidence with the chain as it is now. Entries in the answer are watched no longer.
+
+        Raises:
+            RpcUnavailable: No node answered.
+        """
+        self._looked_at = time.monotonic()
+        entries = list(self.watched.values())
+        await self._restore_block_hashes([entry for entry in entries if entry.block_hash is None])
+        numbers = sorted({entry.block_number for entry in entries if entry.block_number is not None})
+        requests: list[Request] = [("eth_getBlockByNumber", (hex(number), False)) for number in numbers]
+        blocks = dict(zip(numbers, await self._rpc.batch(requests), strict=True))
+        verdicts = Verdicts()
+        for entry in entries:
+            assert entry.block_number is not None
+            block = blocks[entry.block_number]
+            if isinstance(block, RpcError):
+                continue
+            if block is None or block["hash"] != entry.block_hash:
+                # A node that lags behind does not know the block yet; only one that is past it can say that it is gone.
+                if head >= entry.block_number:
+                    verdicts.vanished.append(entry)
+            elif head - entry.block_number >= self._confirmations:
+                verdicts.final.append(entry)
+        for entry in (*verdicts.final, *verdicts.vanished):
+            self.watched.pop(entry.id, None)
+        return verdicts
+
+    async def _restore_block_hashes(self, entries: list[Entry]) -> None:
+        """After a restart only the number of an entry's block is known: read its receipt once more."""
+        requests: list[Request] = [("eth_getTransactionReceipt", (entry.transaction_hash,)) for entry in entries]
+        for entry, receipt in zip(entries, await self._rpc.batch(requests), strict=True):
+            if not isinstance(receipt, dict) or receipt["status"] != "0x1":
+                continue
+            evidence = of_own_transaction(receipt, entry) if entry.state == "mined" else None
+            if entry.state == "superseded" or evidence is not None:
+                entry.block_number = int(receipt["blockNumber"], 16)
+                entry.block_hash = receipt["blockHash"]
