@@ -1,21 +1,35 @@
 """The configuration: `farebox.toml` and `FAREBOX_*` variables, checked once at start.
 
 Secrets (signer and treasury keys, provider keys, the gateway's own secret) come from the environment only; the file names the
-variables. Every field is documented where it stands, and the README's table is made from here.
+variables. Every field is documented where it stands, and the README's table is made from here. `gateway.config` reads the file
+and the environment and reports mistakes with their place; a `Settings` made in code reads neither.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-Usd = Annotated[str, Field(pattern=r"^[0-9]{1,12}(\.[0-9]{1,9})?$")]
+from payments.chain.networks import KNOWN_NETWORKS, Network, Token
+
+DATABASE_FILE = "farebox.db"
+
+
+def _whole_dollars(value: Any) -> Any:
+    """A whole number is as clear as its digits; a binary fraction is not, so those have to be text (TOML's become text)."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Usd = Annotated[str, BeforeValidator(_whole_dollars), Field(pattern=r"^[0-9]{1,12}(\.[0-9]{1,9})?$")]
 Address = Annotated[str, Field(pattern=r"^0x[0-9a-fA-F]{40}$")]
 Capability = Literal["tools", "json_object", "json_schema", "vision", "audio", "reasoning", "prefill"]
 Dialect = Literal["openai_chat", "anthropic_messages", "gemini"]
+TokenizerFamily = Literal[
+    "o200k_base", "cl100k_base", "llama3", "deepseek", "qwen", "mistral", "gemini", "claude", "other"
+]
 StrategyName = Literal["balanced", "cost-first", "latency-first", "availability-first"]
 
 
@@ -48,6 +62,51 @@ class NetworkSettings(Section):
     confirmations: int = Field(default=2, ge=0)
     block_time_ms: int | None = Field(default=None, gt=0)
 
+    def resolve(self) -> Network:
+        """The network that this describes: what is known about the chain and its tokens, with what is said here on top.
+
+        Raises:
+            ValueError: If the chain or a token is unknown and not described in full; says what is missing.
+        """
+        known = KNOWN_NETWORKS.get(self.chain_id)
+        block_time_ms = self.block_time_ms or (known.block_time_ms if known else None)
+        if block_time_ms is None:
+            raise ValueError(f"chain {self.chain_id} is not known here: give its block_time_ms and describe its tokens")
+        known_tokens = {token.symbol: token for token in known.tokens} if known else {}
+        tokens = tuple(_resolve_token(token, self.chain_id, known_tokens.get(token.symbol)) for token in self.tokens)
+        if not tokens:
+            tokens = tuple(known_tokens.values())
+        if not tokens:
+            raise ValueError(f"no token is known on chain {self.chain_id}: add [[networks.tokens]]")
+        for name in ("symbol", "address"):
+            if len({getattr(token, name) for token in tokens}) < len(tokens):
+                raise ValueError(f"two tokens on chain {self.chain_id} have the same {name}")
+        return Network(self.chain_id, known.v1_name if known else None, tokens, block_time_ms)
+
+
+def _resolve_token(settings: TokenSettings, chain_id: int, known: Token | None) -> Token:
+    def value(name: str, own: Any, default: Any = None) -> Any:
+        found = own if own is not None else getattr(known, name, default)
+        if found is None:
+            raise ValueError(
+                f"token {settings.symbol!r} is not known on chain {chain_id}: give its address, decimals and transfer_method"
+                ", and for eip3009 its EIP-712 domain_name and domain_version"
+            )
+        return found
+
+    method = value("transfer_method", settings.transfer_method)
+    # Permit2 signs in its own domain; only an EIP-3009 signature depends on the token's name and version.
+    guess = method == "permit2"
+    return Token(
+        symbol=settings.symbol,
+        chain_id=chain_id,
+        address=str(value("address", settings.address)).lower(),
+        decimals=value("decimals", settings.decimals),
+        transfer_method=method,
+        domain_name=value("domain_name", settings.domain_name, settings.symbol if guess else None),
+        domain_version=value("domain_version", settings.domain_version, "1" if guess else None),
+    )
+
 
 class ProviderSettings(Section):
     """How to reach an upstream that speaks one of the known dialects."""
@@ -73,7 +132,8 @@ class ModelSettings(Section):
     context_tokens: int = Field(default=128_000, gt=0)
     max_output_tokens: int = Field(default=16_384, gt=0)
     capabilities: list[Capability] = ["tools", "json_object"]
-    tokenizer: str = "o200k_base"
+    tokenizer: TokenizerFamily = "o200k_base"
+    """Whose margin widens the token count of a quote; see `gateway.routing.tokens.FAMILIES`."""
     quality: float = Field(default=0.5, ge=0, le=1)
     first_token_ms: int = Field(default=800, ge=0)
     tokens_per_second: int = Field(default=60, gt=0)
@@ -145,11 +205,11 @@ class Settings(BaseSettings):
     data_dir: Path = Path(".farebox")
     database_url: str | None = None
     """Default: SQLite in `data_dir`."""
-    secret: str | None = Field(default=None, min_length=32)
+    secret: str | None = Field(default=None, min_length=32, repr=False)
     """FAREBOX_SECRET: signs quotes and sessions. The same on all replicas."""
-    signer_keys: list[str] = Field(default_factory=list)
+    signer_keys: list[str] = Field(default_factory=list, repr=False)
     """FAREBOX_SIGNER_KEYS (JSON list): pay the gas of settlements."""
-    treasury_key: str | None = None
+    treasury_key: str | None = Field(default=None, repr=False)
     """FAREBOX_TREASURY_KEY: sends refunds; its address must be `pay_to`."""
     pay_to: Address | None = None
     networks: list[NetworkSettings] = Field(default_factory=list)
@@ -159,3 +219,43 @@ class Settings(BaseSettings):
     timeouts: TimeoutSettings = TimeoutSettings()
     payments: PaymentSettings = PaymentSettings()
     limits: LimitSettings = LimitSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is passed in: `gateway.config.load` merges the environment itself, to know the place of each value."""
+        return (init_settings,)
+
+    @property
+    def database_path(self) -> Path:
+        """The SQLite database file."""
+        if self.database_url is None:
+            return self.data_dir / DATABASE_FILE
+        return Path(self.database_url.removeprefix("sqlite:///"))
+
+    def resolved_networks(self) -> tuple[Network, ...]:
+        """The networks on which payments are taken, the operator's first choice first.
+
+        Raises:
+            ValueError: If one is not described in full; `gateway.config.load` has then reported it already.
+        """
+        return tuple(network.resolve() for network in self.networks)
+
+    def pay_to_for(self, chain_id: int) -> str:
+        """The lower-case address that is paid on a chain.
+
+        Raises:
+            LookupError: If the chain is not configured or has no address.
+        """
+        for network in self.networks:
+            if network.chain_id == chain_id:
+                pay_to = network.pay_to or self.pay_to
+                if pay_to is not None:
+                    return pay_to.lower()
+        raise LookupError(f"nothing says where payments on chain {chain_id} go: set pay_to")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gateway.settings import ModelSettings, Settings
+from gateway.settings import ModelSettings, Settings, TokenizerFamily
 from payments.money import Price, divide_up, usd_to_nano
 from payments.quotes import route_mark
 
@@ -33,7 +33,7 @@ class Candidate:
     max_output_tokens: int
     capabilities: frozenset[str]
     """Of: tools, json_object, json_schema, vision, audio, reasoning, prefill."""
-    tokenizer: str = "o200k_base"
+    tokenizer: TokenizerFamily = "o200k_base"
     quality: float = 0.5
     """0..1, static prior."""
     first_token_ms: int = 800

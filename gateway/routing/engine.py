@@ -101,6 +101,9 @@ class Engine:
         settings: Strategy, fallbacks, the models of "auto", and how many candidates a route has at most.
         signals: Where estimates come from; by default the catalog's static facts.
         is_open: Whether a candidate's breaker keeps requests away from it right now, by candidate id.
+
+    Raises:
+        ValueError: If a fallback or a model of "auto" is not in the catalog; a checked configuration has none.
     """
 
     def __init__(
@@ -114,6 +117,10 @@ class Engine:
         self._routing = settings.routing
         self._signals = signals or StaticSignals(catalog)
         self._is_open = is_open
+        named = [name for names in self._routing.fallbacks.values() for name in names if name != AUTO]
+        for name in (*named, *self._routing.auto_models):
+            if not catalog.candidates(name):
+                raise ValueError(f"the routing settings name {name!r}, which is not a model of the catalog")
         auto = [entry for name in self._routing.auto_models for entry in catalog.candidates(name)]
         self._auto = tuple(dict.fromkeys(auto)) or catalog.all()
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import orjson
 
 from gateway.dialects.canonical import ChatRequest, MediaBlock, TextBlock, ToolCallBlock, ToolResultBlock
+from gateway.settings import TokenizerFamily
 from payments.money import divide_up
 
-BASE_TOKENIZER = "o200k_base"
+BASE_TOKENIZER: Literal["o200k_base"] = "o200k_base"
 
 TOKENS_PER_MESSAGE = 4
 TOKENS_PER_REQUEST = 3
@@ -57,7 +58,7 @@ class Family:
     """The hidden prompt that the provider adds when tools are given."""
 
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[TokenizerFamily, Family] = {
     BASE_TOKENIZER: Family(),
     "cl100k_base": Family(margin_percent=5, per_100_wide_bytes=60),
     "llama3": Family(margin_percent=20, per_100_wide_bytes=20),
@@ -90,7 +91,7 @@ def _encoding() -> _Encoding:
     return cast("_Encoding", splintr.Tokenizer.from_pretrained(BASE_TOKENIZER))
 
 
-def count_text(text: str, tokenizer: str = BASE_TOKENIZER) -> int:
+def count_text(text: str, tokenizer: TokenizerFamily = BASE_TOKENIZER) -> int:
     """Tokens of `text`: exact for o200k_base, the best estimate without a margin for other families.
 
     This is what bills an answer whose provider reported no usage, so it must not lean to the gateway's side.
@@ -137,7 +138,7 @@ class InputCount:
     digits: int
     has_tools: bool
 
-    def tokens(self, tokenizer: str) -> int:
+    def tokens(self, tokenizer: TokenizerFamily) -> int:
         """Tokens under `tokenizer`, with its family's margin, in whole tokens rounded up."""
         family = FAMILIES[tokenizer]
         text = (
@@ -182,7 +183,7 @@ def measure_input(request: ChatRequest) -> InputCount:
     )
 
 
-def count_input(request: ChatRequest, tokenizer: str = BASE_TOKENIZER) -> int:
+def count_input(request: ChatRequest, tokenizer: TokenizerFamily = BASE_TOKENIZER) -> int:
     """Tokens that `request` sends to a model with this tokenizer, with its family's margin.
 
     A request is priced for each of its candidates, so the last request's measure is remembered.
@@ -198,7 +199,7 @@ def count_input(request: ChatRequest, tokenizer: str = BASE_TOKENIZER) -> int:
     return remembered[1].tokens(tokenizer)
 
 
-def with_margin(base_tokens: int, tokenizer: str) -> int:
+def with_margin(base_tokens: int, tokenizer: TokenizerFamily) -> int:
     """A plain o200k_base count widened by the margin of `tokenizer`'s family, where the text itself is not at hand."""
     margin_percent = FAMILIES[tokenizer].margin_percent
     return divide_up(base_tokens * (100 + margin_percent), 100) if margin_percent else base_tokens
