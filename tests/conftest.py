@@ -1,0 +1,58 @@
+"""Fixtures that every part's tests share: a real local chain with everything loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from contracts.devnet import Anvil, Devnet, DevToken, load, rpc
+from payments.chain.networks import Network, Token
+
+
+@pytest.fixture(scope="session")
+def anvil() -> Iterator[Anvil]:
+    """One Anvil per test process, which mines every transaction at once."""
+    with Anvil() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def devnet(anvil: Anvil) -> Devnet:
+    """The loaded chain. Shared by the whole session: a test that changes anything takes `chain`."""
+    return load(anvil.rpc_url)
+
+
+@pytest.fixture
+def chain(devnet: Devnet) -> Iterator[Devnet]:
+    """The loaded chain as if it were the test's own: whatever the test does to it is undone."""
+    snapshot = rpc(devnet.rpc_url, "evm_snapshot")
+    yield devnet
+    rpc(devnet.rpc_url, "anvil_dropAllTransactions")
+    rpc(devnet.rpc_url, "evm_setAutomine", True)
+    assert rpc(devnet.rpc_url, "evm_revert", snapshot)
+    # Going back takes the chain's clock along: set it right, or what a payer signs "from now" lies in the future.
+    rpc(devnet.rpc_url, "evm_setTime", int(time.time()))
+
+
+@pytest.fixture(scope="session")
+def network(devnet: Devnet) -> Network:
+    """The loaded chain as `payments` knows networks."""
+    return Network(
+        chain_id=devnet.chain_id,
+        v1_name="base-sepolia",
+        tokens=(_token(devnet, devnet.usdc), _token(devnet, devnet.usdt)),
+    )
+
+
+def _token(devnet: Devnet, token: DevToken) -> Token:
+    return Token(
+        symbol=token.symbol,
+        chain_id=devnet.chain_id,
+        address=token.address.lower(),
+        decimals=token.decimals,
+        transfer_method=token.transfer_method,
+        domain_name=token.name,
+        domain_version=token.version,
+    )
