@@ -131,7 +131,7 @@ def test_v1_names_the_network_by_its_word() -> None:
 def test_an_eip3009_authorization_must_pay_the_offer(
     payment_of: Callable[[dict[str, Any]], Payment], change: dict[str, str], code: str
 ) -> None:
-    assert refusal(payment_of(usdc_payload(**change))) == code
+    assert refusal(payment_of(usdc_payload(change))) == code
 
 
 @pytest.mark.parametrize(
@@ -148,14 +148,14 @@ def test_an_eip3009_authorization_must_pay_the_offer(
     ],
 )
 def test_a_permit2_authorization_must_pay_the_offer(change: dict[str, str], code: str) -> None:
-    assert refusal(usdt(usdt_payload(**change)), USDT_OFFER, USDT) == code
+    assert refusal(usdt(usdt_payload(change)), USDT_OFFER, USDT) == code
 
 
 def test_the_limits_of_the_time_window_are_inside_it() -> None:
     window = {"validAfter": str(NOW), "validBefore": str(NOW + SETTLEMENT_MARGIN_S)}
-    assert check_offline(usdc(usdc_payload(**window)), USDC_OFFER, NETWORK, USDC, now=NOW) == PAYER_ADDRESS
+    assert check_offline(usdc(usdc_payload(window)), USDC_OFFER, NETWORK, USDC, now=NOW) == PAYER_ADDRESS
     forever = {"validBefore": str(2**256 - 1)}
-    assert check_offline(usdc(usdc_payload(**forever)), USDC_OFFER, NETWORK, USDC, now=NOW) == PAYER_ADDRESS
+    assert check_offline(usdc(usdc_payload(forever)), USDC_OFFER, NETWORK, USDC, now=NOW) == PAYER_ADDRESS
 
 
 def test_a_token_is_paid_by_its_own_method() -> None:
@@ -200,14 +200,14 @@ SIGNED_USDT = usdt_payload()
 
 @pytest.mark.parametrize("name", ["validAfter", "validBefore", "nonce", "from"])
 def test_each_field_of_an_eip3009_authorization_is_under_the_signature(name: str) -> None:
-    other = usdc_payload(validAfter=str(NOW - 5), validBefore=str(NOW + 299), **{"from": OTHER.address})
+    other = usdc_payload({"from": OTHER.address}, validAfter=str(NOW - 5), validBefore=str(NOW + 299))
     tampered = {**SIGNED_USDC["authorization"], name: other["authorization"][name]}
     assert refusal(usdc({**SIGNED_USDC, "authorization": tampered})) == "bad_signature"
 
 
 @pytest.mark.parametrize("name", ["from", "nonce", "deadline", "witness"])
 def test_each_field_of_a_permit2_authorization_is_under_the_signature(name: str) -> None:
-    other = usdt_payload(deadline=str(NOW + 299), validAfter=str(NOW - 5), **{"from": OTHER.address})
+    other = usdt_payload({"from": OTHER.address}, deadline=str(NOW + 299), validAfter=str(NOW - 5))
     tampered = {**SIGNED_USDT["permit2Authorization"], name: other["permit2Authorization"][name]}
     assert refusal(usdt({**SIGNED_USDT, "permit2Authorization": tampered}), USDT_OFFER, USDT) == "bad_signature"
 

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import copy
 import json
-import string
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from payments.chain.networks import PERMIT2_ADDRESS
+from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, PERMIT2_ADDRESS
 from payments.errors import PaymentMalformed
-from payments.x402.wire import Eip3009Authorization, HeaderName, Payment, Permit2Authorization, decode_payment
+from payments.x402.wire import Eip3009Authorization, Payment, Permit2Authorization, decode_payment
 from tests.payments.x402_samples import (
     AMOUNT_NANO_USD,
-    EXACT_PERMIT2_PROXY_ADDRESS,
     NOW,
     PAY_TO,
     PAYER,
     PAYER_ADDRESS,
+    REMOVED,
     USDC,
     USDC_OFFER,
     USDT,
     USDT_OFFER,
+    changed,
     header_of,
     usdc_payload,
     usdt_payload,
@@ -34,7 +31,6 @@ from tests.payments.x402_samples import (
     v2_document,
 )
 
-REMOVED = object()
 USDC_V2 = v2_document(usdc_payload(), USDC_OFFER, "token")
 USDT_V2 = v2_document(usdt_payload(), USDT_OFFER, "token")
 USDC_V1 = v1_document(usdc_payload())
@@ -49,20 +45,6 @@ def refusal(header: str, name: Any = "payment-signature") -> PaymentMalformed:
         decode_payment(header, name)
     assert raised.value.status == 400
     return raised.value
-
-
-def changed(document: dict[str, Any], path: str, value: object) -> dict[str, Any]:
-    """A copy of the document with the member at the dotted path set or removed."""
-    copied = copy.deepcopy(document)
-    *parents, last = path.split(".")
-    target = copied
-    for parent in parents:
-        target = target[parent]
-    if value is REMOVED:
-        del target[last]
-    else:
-        target[last] = value
-    return copied
 
 
 def test_an_eip3009_payment_is_read() -> None:
@@ -204,7 +186,7 @@ NOT_BYTES32 = ["", "0x", "0x" + "1" * 63, "0x" + "1" * 65, "1" * 64, "0x" + "x" 
 NOT_HEX = ["", "0x", "0x1", "11", "0xzz", "0x11 22", "0x11\n", "0x" + "00" * 4_097, 1, None, b"".hex()]
 NOT_TEXT = ["", "x" * 129, 1, None, [], {}]
 NOT_SECONDS = [-1, 2**31, 1.0, "300", True, None]
-NOT_OBJECT = [None, 1, "x", [], True]
+NOT_OBJECT: list[object] = [None, 1, "x", [], True]
 
 
 @pytest.mark.parametrize(
@@ -356,59 +338,6 @@ def test_a_refusal_never_repeats_what_was_sent() -> None:
     marker = "<script>secret</script>"
     for path in ("payload.authorization.value", "accepted.payTo", "payload.signature", "accepted.scheme"):
         assert marker not in refusal(header_of(changed(USDC_V2, path, marker))).message
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
-    max_leaves=10,
-)
-paths = st.sampled_from(
-    [
-        "x402Version",
-        "payload",
-        "payload.authorization",
-        *(f"payload.authorization.{name}" for name in USDC_V2["payload"]["authorization"]),
-        "payload.signature",
-        "accepted",
-        *(f"accepted.{name}" for name in USDC_V2["accepted"]),
-        "extensions",
-        "extensions.farebox",
-        "extensions.farebox.quote",
-    ]
-)
-
-
-def _decodes_or_is_malformed(header: str) -> None:
-    names: tuple[HeaderName, HeaderName] = ("payment-signature", "x-payment")
-    for name in names:
-        with contextlib.suppress(PaymentMalformed):  # anything else fails the test
-            decode_payment(header, name)
-
-
-@given(st.binary(max_size=400).map(lambda raw: raw.decode("latin-1")) | st.text(max_size=400))
-@settings(max_examples=300)
-def test_any_text_as_header_is_a_payment_or_malformed(header: str) -> None:
-    _decodes_or_is_malformed(header)
-
-
-@given(st.binary(max_size=400))
-def test_any_bytes_in_base64_are_a_payment_or_malformed(raw: bytes) -> None:
-    _decodes_or_is_malformed(base64.b64encode(raw).decode())
-
-
-@given(st.text(string.printable, max_size=60) | json_values, paths)
-@settings(max_examples=400)
-def test_any_value_in_any_place_is_a_payment_or_malformed(value: object, path: str) -> None:
-    _decodes_or_is_malformed(header_of(changed(USDC_V2, path, value)))
-
-
-@given(st.integers(0, 100_000), st.binary(min_size=1, max_size=3))
-@settings(max_examples=300)
-def test_any_damage_to_a_payment_leaves_a_payment_or_malformed(at: int, damage: bytes) -> None:
-    raw = bytearray(json.dumps(USDC_V2).encode())
-    raw[at % len(raw) : at % len(raw) + len(damage)] = damage
-    _decodes_or_is_malformed(base64.b64encode(raw).decode())
 
 
 def test_the_checksummed_address_of_a_stock_client_is_accepted() -> None:

@@ -19,6 +19,7 @@ from x402.http.utils import (
     encode_payment_signature_header,
 )
 from x402.mechanisms.evm.exact import register_exact_evm_client
+from x402.mechanisms.evm.signers import EthAccountSigner
 from x402.schemas.v1 import PaymentRequiredV1
 
 from payments.chain.networks import KNOWN_NETWORKS, Network
@@ -55,7 +56,7 @@ V1_ONLY = payment_required((USDC_OFFER,), QUOTE, SEALER.seal(QUOTE), RESOURCE_UR
 
 
 def python_client(*allowed: str) -> x402ClientSync:
-    client = register_exact_evm_client(x402ClientSync(), PAYER)
+    client = register_exact_evm_client(x402ClientSync(), EthAccountSigner(PAYER))
     if allowed:
         client.set_spend_controls({"allowed_assets": [{"network": NETWORK.caip2, "asset": asset} for asset in allowed]})
     return client
@@ -167,7 +168,7 @@ def typescript_headers() -> dict[str, str]:
     done = subprocess.run(
         ["node", "-e", script],
         input=json.dumps(
-            {"key": PAYER.key.to_0x_hex(), "usdc": ANSWER.header, "usdt": usdt.header, "v1": V1_ONLY.body}
+            {"key": "0x" + bytes(PAYER.key).hex(), "usdc": ANSWER.header, "usdt": usdt.header, "v1": V1_ONLY.body}
         ),
         cwd=REPOSITORY,
         capture_output=True,

@@ -35,6 +35,9 @@ NETWORK = Network(84532, "base-sepolia", (USDC, USDT))
 USDC_OFFER = requirement_for(USDC, NETWORK, AMOUNT_NANO_USD, PAY_TO, 300)
 USDT_OFFER = requirement_for(USDT, NETWORK, AMOUNT_NANO_USD, PAY_TO, 300)
 
+REMOVED = object()
+"""Stands for no value at all in `changed`."""
+
 EIP3009_TYPES = {
     "TransferWithAuthorization": [
         {"name": "from", "type": "address"},
@@ -90,8 +93,10 @@ def permit2_message(authorization: dict[str, Any], chain_id: int) -> Any:
     return encode_typed_data(domain, PERMIT2_TYPES, message)
 
 
-def usdc_payload(signer: LocalAccount = PAYER, token: Token = USDC, **changes: str) -> dict[str, Any]:
-    """A signed EIP-3009 payload; `changes` are made before signing."""
+def usdc_payload(
+    changed: dict[str, str] | None = None, *, signer: LocalAccount = PAYER, token: Token = USDC, **changes: str
+) -> dict[str, Any]:
+    """A signed EIP-3009 payload; `changed` and `changes` are made before signing."""
     authorization = {
         "from": PAYER.address,
         "to": PAY_TO,
@@ -99,14 +104,18 @@ def usdc_payload(signer: LocalAccount = PAYER, token: Token = USDC, **changes: s
         "validAfter": "0",
         "validBefore": str(NOW + 300),
         "nonce": "0x" + secrets.token_hex(32),
+        **(changed or {}),
         **changes,
     }
     signature = signer.sign_message(eip3009_message(authorization, token)).signature
     return {"authorization": authorization, "signature": "0x" + bytes(signature).hex()}
 
 
-def usdt_payload(signer: LocalAccount = PAYER, chain_id: int = 84532, **changes: str) -> dict[str, Any]:
-    """A signed Permit2 payload; `changes` (`token`, `amount`, `to`, `validAfter`, or a top member) are made before signing."""
+def usdt_payload(
+    changed: dict[str, str] | None = None, *, signer: LocalAccount = PAYER, chain_id: int = 84532, **changes: str
+) -> dict[str, Any]:
+    """A signed Permit2 payload; changes (`token`, `amount`, `to`, `validAfter`, or a top member) are made before signing."""
+    changes = {**(changed or {}), **changes}
     authorization: dict[str, Any] = {
         "from": changes.get("from", PAYER.address),
         "permitted": {
@@ -146,6 +155,20 @@ def v2_document(payload: dict[str, Any], offer: Requirement, quote_token: str | 
 def v1_document(payload: dict[str, Any], network: str = "base-sepolia") -> dict[str, Any]:
     """A v1 payment as JSON."""
     return {"x402Version": 1, "scheme": "exact", "network": network, "payload": payload}
+
+
+def changed(document: dict[str, Any], path: str, value: object) -> dict[str, Any]:
+    """A copy of the document with the member at the dotted path set or removed."""
+    copied = copy.deepcopy(document)
+    *parents, last = path.split(".")
+    target = copied
+    for parent in parents:
+        target = target[parent]
+    if value is REMOVED:
+        del target[last]
+    else:
+        target[last] = value
+    return copied
 
 
 def header_of(document: Any) -> str:
