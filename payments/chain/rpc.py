@@ -97,6 +97,19 @@ class Rpc:
             replies += await self._post(requests[start : start + BATCH_MAX])
         return replies
 
+    async def ask(self, requests: Sequence[Request]) -> list[Any]:
+        """Make many calls as `batch` does, of which every one must succeed.
+
+        Raises:
+            RpcError: A node answered one of them with an error.
+            RpcUnavailable: No node answered one of the POSTs.
+        """
+        replies = await self.batch(requests)
+        for reply in replies:
+            if isinstance(reply, RpcError):
+                raise reply
+        return replies
+
     async def close(self) -> None:
         """Drop what is under way and close the connections."""
         for flight in self._flights:

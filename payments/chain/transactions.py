@@ -10,19 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import coincurve
-import sha3
 
-from payments.x402.wire import Eip3009Authorization, Permit2Authorization
+from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, Token
+from payments.verification.signatures import keccak256
+from payments.x402.wire import Eip3009Authorization, Payment, Permit2Authorization
 
 RlpItem = int | bytes | Sequence["RlpItem"]
 
 WORD = 32
 SECP256K1_HALF_ORDER = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF5D576E7357A4501DDFE92F46681B20A0
-
-
-def keccak256(data: bytes) -> bytes:
-    """Keccak-256 as Ethereum uses it (not SHA3-256)."""
-    return bytes(sha3.keccak_256(data).digest())
 
 
 # --- RLP and EIP-1559 -------------------------------------------------------------------------------------------------
@@ -194,6 +190,13 @@ def encode_proxy_settle(authorization: Permit2Authorization, signature: bytes) -
 
 PROXY_SETTLE_TERMS_LENGTH = 4 + 7 * WORD
 """The part of `settle`'s calldata that says what is paid; the rest is the signature, which has several spellings."""
+
+
+def settlement_call(payment: Payment, token: Token) -> tuple[str, bytes]:
+    """The contract and the calldata that execute a payment: what is simulated, and what is then broadcast."""
+    if isinstance(payment.authorization, Permit2Authorization):
+        return EXACT_PERMIT2_PROXY_ADDRESS, encode_proxy_settle(payment.authorization, payment.signature)
+    return token.address, encode_transfer_with_authorization(payment.authorization, payment.signature)
 
 
 def encode_transfer(to: str, value: int) -> bytes:

@@ -374,7 +374,7 @@ class Settlements:
         accounts = list(self.accounts.values())
         requests: list[Request] = [HEAD, FeeEstimate.REQUEST]
         requests += [("eth_getTransactionCount", (account.address, "pending")) for account in accounts]
-        head, fee_history, *counts = await asyncio.gather(*(self._rpc.call(*request) for request in requests))
+        head, fee_history, *counts = await self._rpc.ask(requests)
         self.courier.head = int(head, 16)
         self.fees.read(fee_history)
         for account, count in zip(accounts, counts, strict=True):

@@ -40,6 +40,11 @@ _INSERT_COLUMNS = (
 _INSERT = f"INSERT INTO settlement ({_INSERT_COLUMNS}) VALUES ({','.join('?' * 21)}) ON CONFLICT (id) DO NOTHING"  # noqa: S608
 
 
+def gas_limit(call_to: str, token: str) -> int:
+    """The gas that a settlement's transaction may use."""
+    return GAS_TOKEN_CALL if call_to == token else GAS_PROXY_CALL
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
     """A row of the outbox that is still being worked on, and what this process knows about it."""
@@ -83,7 +88,7 @@ class Entry:
         """What its transaction does."""
         if self.kind == "filler":
             return Call(self.call_to, b"", GAS_FILLER)
-        return Call(self.call_to, self.call_data, GAS_TOKEN_CALL if self.call_to == self.token else GAS_PROXY_CALL)
+        return Call(self.call_to, self.call_data, gas_limit(self.call_to, self.token))
 
     def row(self) -> dict[str, Any]:
         """The row as the ledger's callbacks see it; amounts are decimal text as in the table."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from payments.chain.rpc import Reply, Request, Rpc, RpcError
+from payments.chain.rpc import Request, Rpc
 from payments.chain.signers import FeeEstimate, Signer
 from payments.settlement import outbox, states
 from payments.settlement.courier import Courier
@@ -99,8 +99,8 @@ class Repairs:
             return
         signers = list(stuck.values())
         requests: list[Request] = [("eth_getTransactionCount", (signer.address, "latest")) for signer in signers]
-        for signer, reply in zip(signers, await self._rpc.batch(requests), strict=True):
-            await self._look_at_signer(signer, _number(reply), now)
+        for signer, count in zip(signers, await self._rpc.ask(requests), strict=True):
+            await self._look_at_signer(signer, int(count, 16), now)
 
     async def _look_at_deadlines(self) -> None:
         now = time.time()
@@ -154,7 +154,7 @@ class Repairs:
         if self._lost[entry.id] < NONCE_LOST_ROUNDS or entry.state != "submitted" or self._fees.fees is None:
             return
         assert entry.signer is not None
-        pending = _number(await self._rpc.call("eth_getTransactionCount", (entry.signer.address, "pending")))
+        pending = int(await self._rpc.call("eth_getTransactionCount", (entry.signer.address, "pending")), 16)
         entry.signer.nonce_floor = max(entry.signer.nonce_floor or 0, pending)
         del self._lost[entry.id]
         self._troubles.pop(entry.id, None)
@@ -198,9 +198,3 @@ class Repairs:
 def _age(entry: Entry, now: float) -> float:
     """Seconds since a node took the entry's newest transaction; 0 before."""
     return now - entry.first_sent if entry.first_sent else 0.0
-
-
-def _number(reply: Reply) -> int:
-    if isinstance(reply, RpcError):
-        raise reply
-    return int(reply, 16)

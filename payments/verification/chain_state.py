@@ -1,0 +1,200 @@
+"""What the chain says about a payment before it is settled: the last and dearest check.
+
+All checks that arrive within half a millisecond are one `eth_call` to Multicall3 (0.5 ms singly, 0.1 ms each in a batch of 50).
+A payment that fails in such company is asked about again alone, so that nobody can make another's payment look bad, for
+instance with an account whose code burns the whole call's gas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from payments.chain.networks import MULTICALL3_ADDRESS, PERMIT2_ADDRESS, Network, Token
+from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
+from payments.chain.transactions import (
+    decode_aggregate3,
+    decode_revert,
+    encode_aggregate3,
+    encode_allowance,
+    encode_authorization_state,
+    encode_balance_of,
+    encode_nonce_bitmap,
+    nonce_is_set,
+    settlement_call,
+)
+from payments.errors import AllowanceRequired, PaymentError, PaymentRefused, SettlementUnavailable
+from payments.money import nano_to_atomic_up
+from payments.settlement.outbox import gas_limit
+from payments.x402.wire import Payment, Permit2Authorization
+
+WINDOW_S = 0.0005
+BATCH_MAX = 50
+"""Payments in one call: about 6 million gas, which every node allows an eth_call."""
+
+CallResult = tuple[bool, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    payment: Payment
+    token: Token
+    other_open: int
+    """Atomic units."""
+    verdict: asyncio.Future[PaymentError | None]
+
+    def calls(self) -> list[tuple[str, bytes]]:
+        authorization, token = self.payment.authorization, self.token.address
+        payer, nonce = authorization.payer, authorization.nonce
+        calls = [(token, encode_balance_of(payer))]
+        if isinstance(authorization, Permit2Authorization):
+            calls.append((PERMIT2_ADDRESS, encode_nonce_bitmap(payer, nonce)))
+            calls.append((token, encode_allowance(payer, PERMIT2_ADDRESS)))
+        else:
+            calls.append((token, encode_authorization_state(payer, nonce)))
+        calls.append(settlement_call(self.payment, self.token))
+        return calls
+
+    def conclude(self, verdict: PaymentError | None) -> None:
+        if not self.verdict.done():
+            self.verdict.set_result(verdict)
+
+
+class ChainStates:
+    """Checks payments against the state of one network."""
+
+    def __init__(self, rpc: Rpc, network: Network) -> None:
+        self.network = network
+        self.checks = 0
+        self.refusals = 0
+        self._rpc = rpc
+        self._waiting: list[_Check] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def check(self, payment: Payment, token: Token, pay_to: str, other_open_nano: int = 0) -> None:
+        """Return if the payment would succeed now: nonce unused, balance and allowance there, the very call succeeds.
+
+        Args:
+            payment: Already verified offline.
+            token: What it pays in.
+            pay_to: Whom it pays, lower-case hex.
+            other_open_nano: Nano-USD of the payer's other payments in this token that are not mined yet.
+
+        Raises:
+            PaymentRefused: ``authorization_used``, ``insufficient_funds`` or ``transfer_would_fail``.
+            AllowanceRequired: Permit2 may not move the token yet.
+            SettlementUnavailable: The chain cannot be asked.
+        """
+        assert payment.authorization.recipient == pay_to
+        loop = asyncio.get_running_loop()
+        verdict: asyncio.Future[PaymentError | None] = loop.create_future()
+        if not self._waiting:
+            loop.call_later(WINDOW_S, self._depart)
+        self._waiting.append(_Check(payment, token, nano_to_atomic_up(other_open_nano, token.decimals), verdict))
+        self.checks += 1
+        error = await verdict
+        if error is not None:
+            self.refusals += 1
+            raise error
+
+    def _depart(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for start in range(0, len(waiting), BATCH_MAX):
+            task = asyncio.get_running_loop().create_task(self._run(waiting[start : start + BATCH_MAX]))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, checks: Sequence[_Check]) -> None:
+        try:
+            await self._ask(checks)
+        except (RpcUnavailable, RpcError, ValueError) as error:
+            if len(checks) > 1:
+                await asyncio.gather(*(self._run([check]) for check in checks))
+                return
+            unavailable = SettlementUnavailable(
+                "chain_unavailable", "the chain cannot be asked; send the same payment again"
+            )
+            unavailable.__cause__ = error
+            checks[0].conclude(unavailable)
+        except BaseException:
+            # Nobody may wait for ever for a verdict that cannot come.
+            for check in checks:
+                check.verdict.cancel()
+            raise
+
+    async def _ask(self, checks: Sequence[_Check]) -> None:
+        calls = [check.calls() for check in checks]
+        flat = [call for each in calls for call in each]
+        data = "0x" + encode_aggregate3(flat).hex()
+        requests: list[Request] = [("eth_call", ({"to": MULTICALL3_ADDRESS, "data": data}, "latest"))]
+        requests += [("eth_getCode", (check.payment.payer, "latest")) for check in checks]
+        reply, *codes = await self._rpc.ask(requests)
+        results = iter(decode_aggregate3(bytes.fromhex(reply[2:]), len(flat)))
+        again = []
+        for index, check in enumerate(checks):
+            verdict = _judge(check, [next(results) for _ in calls[index]])
+            has_code = len(codes[index]) > 2
+            if verdict is not None and len(checks) > 1:
+                again.append(self._run([check]))
+            elif verdict is None and has_code:
+                again.append(self._simulate_alone(check))
+            else:
+                check.conclude(verdict)
+        await asyncio.gather(*again)
+
+    async def _simulate_alone(self, check: _Check) -> None:
+        """A payer with code: the chain's own judgement under the gas limit that the settlement will have.
+
+        Its code may see who calls and how much gas there is, and behave for a simulation only.
+        """
+        to, data = settlement_call(check.payment, check.token)
+        call = {"to": to, "data": "0x" + data.hex(), "gas": hex(gas_limit(to, check.token.address))}
+        try:
+            await self._rpc.call("eth_call", [call, "latest"])
+        except RpcError as error:
+            check.conclude(_would_fail(error.message))
+        except RpcUnavailable as error:
+            unavailable = SettlementUnavailable(
+                "chain_unavailable", "the chain cannot be asked; send the same payment again"
+            )
+            unavailable.__cause__ = error
+            check.conclude(unavailable)
+        else:
+            check.conclude(None)
+
+
+def _judge(check: _Check, results: Sequence[CallResult]) -> PaymentError | None:
+    balance, used = _number(results[0]), _number(results[1])
+    authorization, token = check.payment.authorization, check.token
+    permit2 = isinstance(authorization, Permit2Authorization)
+    consumed = nonce_is_set(used, authorization.nonce) if permit2 else used == 1
+    if consumed:
+        return PaymentRefused(
+            "authorization_used", "this authorization is used or cancelled on the chain; sign a new one"
+        )
+    if balance - check.other_open < authorization.value:
+        return PaymentRefused(
+            "insufficient_funds",
+            f"the payer has {max(balance - check.other_open, 0)} atomic units of {token.symbol} that are not in use, and"
+            f" {authorization.value} are needed",
+        )
+    if permit2 and _number(results[2]) < authorization.value:
+        return AllowanceRequired(
+            "permit2_allowance_required",
+            f"the payer must once approve Permit2 for {token.symbol}: call approve({PERMIT2_ADDRESS}, amount) on"
+            f" {token.address} with at least {authorization.value}, then send the same payment again",
+        )
+    succeeded, returned = results[-1]
+    return None if succeeded else _would_fail(decode_revert(returned))
+
+
+def _would_fail(reason: str) -> PaymentRefused:
+    return PaymentRefused("transfer_would_fail", f"the token refuses the transfer: {reason}")
+
+
+def _number(result: CallResult) -> int:
+    succeeded, returned = result
+    if not succeeded or len(returned) < 32:
+        raise ValueError("a contract that should be there did not answer")
+    return int.from_bytes(returned[:32], "big")
