@@ -1,7 +1,8 @@
 """Reads `farebox.toml` and the `FAREBOX_*` variables into `Settings`, and reports every mistake with its place and its fix.
 
 The environment wins over the file, the file over the defaults. Variables name nested fields with two underscores
-(`FAREBOX_PAYMENTS__QUOTE_TTL_S=60`, `FAREBOX_NETWORKS__0__RPC_URLS='["https://…"]'`); lists and tables are JSON.
+(`FAREBOX_PAYMENTS__QUOTE_TTL_S=60`, `FAREBOX_NETWORKS__0__RPC_URLS='["https://…"]'`); lists and tables are JSON, and an
+empty variable counts as unset.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ def inspect(path: Path | None, env: Mapping[str, str]) -> Report:
     except ValidationError as error:
         problems += [_structural(merged, details) for details in error.errors(include_url=False)]
     for finding in config_checks.findings(merged.data, env):
+        if finding.path[:1] in merged.unreadable:
+            continue
         problems.append(Problem(merged.place(finding.path), finding.what, finding.fix, finding.warning))
     usable = all(problem.warning for problem in problems)
     return Report(settings if usable else None, sorted(problems, key=lambda problem: problem.warning))
@@ -119,6 +122,8 @@ class _Merged:
 
     data: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
+    unreadable: set[KeyPath] = field(default_factory=set)
+    """Fields whose variable is not JSON: reported once, not also as missing."""
 
     def place(self, path: KeyPath) -> str:
         """Where `path` was said, or else the nearest thing around it."""
@@ -194,7 +199,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], str]:
         problem = Problem(f"{path}", f"is not UTF-8 text (byte {error.start})", "Save it as UTF-8")
     except tomllib.TOMLDecodeError as error:
         match = _SYNTAX_PLACE.fullmatch(str(error))
-        place = f"{path}:{match[2]}:{match[3]}" if match and match[2] else f"{path}"
+        place = f"{path}:{match[2]}:{match[3]}" if match and match[2] else f"{path}:{text.count(chr(10)) + 1}:1"
         what = f"this is not TOML: {match[1] if match else error}"
         problem = Problem(place, what, "Text needs quotes, tables a [header], and every key stands once")
     raise ConfigError([problem]) from None
@@ -222,7 +227,7 @@ def _read_environment(merged: _Merged, env: Mapping[str, str]) -> Iterator[Probl
     named = config_checks.key_variables(merged.data)
     unknown = []
     for variable, value in sorted(env.items()):
-        if not variable.upper().startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
+        if not variable.upper().startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE or not value:
             continue
         # One variable at a time, so that every value keeps the name of the variable it came from.
         source = EnvSettingsSource(Settings)
@@ -230,6 +235,7 @@ def _read_environment(merged: _Merged, env: Mapping[str, str]) -> Iterator[Probl
         try:
             fragment = source()
         except SettingsError:
+            merged.unreadable.add((_field_of(variable),))
             fix = """Write lists as '["a", "b"]' and tables as '{"name": "value"}'"""
             yield Problem(variable, "the value is not JSON", fix)
             continue
@@ -243,8 +249,12 @@ def _read_environment(merged: _Merged, env: Mapping[str, str]) -> Iterator[Probl
             yield _unknown_variable(variable)
 
 
+def _field_of(variable: str) -> str:
+    return variable[len(ENV_PREFIX) :].lower().split("__")[0]
+
+
 def _unknown_variable(variable: str) -> Problem:
-    name = variable[len(ENV_PREFIX) :].lower().split("__")[0]
+    name = _field_of(variable)
     near = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.75)
     if near:
         return Problem(variable, "there is no such setting", f"Did you mean {ENV_PREFIX}{near[0].upper()}?")
