@@ -97,7 +97,7 @@ def _providers(data: Mapping[str, Any], env: Mapping[str, str]) -> Iterator[Find
         if isinstance(variable, str):
             here = (*path, "api_key_env")
             if not _VARIABLE.fullmatch(variable) or _LOOKS_LIKE_A_KEY.fullmatch(variable):
-                fix = "Put the key into a variable such as OPENAI_API_KEY and write that name here; replace the key if it was one"
+                fix = "Put the key into a variable such as OPENAI_API_KEY, write that name here, and replace the key"
                 yield Finding(here, f"{dotted(here)} is not the name of a variable", fix)
             elif not env.get(variable):
                 yield Finding(

@@ -35,7 +35,7 @@ UNSEEN_MEDIA_TOKENS = 16_000
 """Audio or a file behind a URL: the gateway does not fetch it, so it takes a document of about ten pages."""
 
 CHUNK_CHARACTERS = 16_384
-"""Counted piece by piece: a megabyte without spaces costs a sixth of the time and no memory; a cut adds a token at most."""
+"""Counted piece by piece: a megabyte without spaces costs a sixth of the time and no memory; a cut adds a token or two."""
 CACHE_ENTRIES_MAX = 50_000
 CACHE_CHECK_CHARACTERS = 1_000_000
 """The tokenizer remembers every word it has seen, without a bound of its own; asking it how many costs 50 µs, so seldom."""
