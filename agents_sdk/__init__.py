@@ -1,0 +1,60 @@
+"""What an agent installs: a wallet that pays a Farebox gateway for each request, within limits that you set.
+
+    from agents_sdk import Agent, SpendingPolicy
+
+    agent = Agent(wallet=os.environ["FAREBOX_WALLET_KEY"], base_url="https://gateway.example",
+                  policy=SpendingPolicy(max_per_request="0.05", max_per_day="2"))
+
+    # The stock OpenAI SDK, synchronous or not, streamed or not:
+    client = agent.openai()
+    stream = client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "Why?"}], stream=True)
+    for chunk in stream:
+        print(chunk.choices[0].delta.content or "", end="")
+    print(agent.receipts(limit=1)[0])
+
+    # Any httpx code:
+    with agent.http_client() as http:
+        http.post("/v1/chat/completions", json={"model": "auto", "messages": [...]})
+
+A 402 is answered by signing a payment after the policy and the itemised quote were checked. When an answer is lost, the
+same payment is sent again, never a new one. What a payment leaves over is the wallet's credit and is spent first.
+"""
+
+from agents_sdk.agent import Agent, Balance
+from agents_sdk.errors import (
+    AnswerUnreadable,
+    ApprovalFailed,
+    ApprovalNeeded,
+    FareboxError,
+    LimitExceeded,
+    NetworkFeeTooHigh,
+    NetworkNotAllowed,
+    PolicyViolation,
+    QuoteRejected,
+    RecipientNotAllowed,
+    SignInRefused,
+    TokenNotAllowed,
+)
+from agents_sdk.policy import SpendingPolicy
+from agents_sdk.receipts import Receipt
+from agents_sdk.tokens import Token
+
+__all__ = [
+    "Agent",
+    "AnswerUnreadable",
+    "ApprovalFailed",
+    "ApprovalNeeded",
+    "Balance",
+    "FareboxError",
+    "LimitExceeded",
+    "NetworkFeeTooHigh",
+    "NetworkNotAllowed",
+    "PolicyViolation",
+    "QuoteRejected",
+    "Receipt",
+    "RecipientNotAllowed",
+    "SignInRefused",
+    "SpendingPolicy",
+    "Token",
+    "TokenNotAllowed",
+]

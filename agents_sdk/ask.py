@@ -1,0 +1,137 @@
+"""`farebox ask`: a command-line agent that asks one question, pays for the answer, and says what it cost.
+
+The wallet's key comes from the environment only: arguments are seen by every process of the machine.
+
+Example:
+    $ FAREBOX_WALLET_KEY=0x… farebox ask "Why is the sky blue?" --max-usd 0.05
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+
+from agents_sdk.agent import Agent
+from agents_sdk.errors import FareboxError
+from agents_sdk.policy import SpendingPolicy
+from agents_sdk.receipts import Receipt
+
+KEY_VARIABLE = "FAREBOX_WALLET_KEY"
+GATEWAY_VARIABLE = "FAREBOX_GATEWAY"
+RPC_VARIABLE = "FAREBOX_RPC_URL"
+
+
+def ask_command(
+    question: Annotated[str, typer.Argument(help="What to ask; `-` reads it from standard input.")],
+    max_usd: Annotated[str, typer.Option(help="The most that the answer may cost, in dollars.")] = "0.05",
+    model: Annotated[str, typer.Option(help="A model's name, or `auto`.")] = "auto",
+    strategy: Annotated[
+        str | None, typer.Option(help="balanced, cost-first, latency-first or availability-first.")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="Pay in this token only: a symbol or an address.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    gateway: Annotated[str, typer.Option(envvar=GATEWAY_VARIABLE, help="The gateway's URL.")] = "http://127.0.0.1:8402",
+    rpc_url: Annotated[
+        str | None, typer.Option(envvar=RPC_VARIABLE, help="A JSON-RPC server, to approve Permit2 with (USDT).")
+    ] = None,
+) -> None:
+    """Ask a question and pay for the answer from your wallet (its key in FAREBOX_WALLET_KEY)."""
+    console = Console(stderr=True)
+    key = os.environ.get(KEY_VARIABLE)
+    if not key:
+        console.print(f"Set {KEY_VARIABLE} to the private key of the wallet that pays.", style="red")
+        raise typer.Exit(2)
+    try:
+        policy = SpendingPolicy(max_per_request=max_usd, max_per_day=None, tokens=None if token is None else [token])
+        agent = Agent(key, gateway, policy=policy, rpc_url=rpc_url)
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(2) from None
+    text = sys.stdin.read() if question == "-" else question
+    with agent:
+        try:
+            answer = _ask(agent, text, model, strategy, echo=not json_output)
+        except (FareboxError, httpx.HTTPError, _Failed) as error:
+            console.print(f"{type(error).__name__.lstrip('_')}: {error}", style="red", markup=False)
+            raise typer.Exit(1) from None
+        receipt = next(iter(agent.receipts(limit=1)), None)
+    if json_output:
+        sys.stdout.write(json.dumps({"answer": answer, "receipt": _as_json(receipt)}) + "\n")
+    else:
+        sys.stdout.write("\n")
+        if receipt is not None:
+            console.print(_line(receipt), style="dim", markup=False, highlight=False)
+
+
+class _Failed(Exception):
+    """The gateway's answer is an error."""
+
+
+def _ask(agent: Agent, question: str, model: str, strategy: str | None, *, echo: bool) -> str:
+    headers = {} if strategy is None else {"x-farebox-strategy": strategy}
+    body = {"model": model, "messages": [{"role": "user", "content": question}], "stream": True}
+    pieces: list[str] = []
+    with (
+        agent.http_client() as http,
+        http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response,
+    ):
+        if response.status_code != 200:
+            response.read()
+            raise _Failed(_reason(response))
+        with closing(_deltas(response)) as deltas:
+            for piece in deltas:
+                pieces.append(piece)
+                if echo:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+    return "".join(pieces)
+
+
+def _deltas(response: httpx.Response) -> Iterator[str]:
+    """The text of a streamed completion, piece by piece."""
+    for line in response.iter_lines():
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        event: dict[str, Any] = json.loads(line[len("data: ") :])
+        if "error" in event:
+            raise _Failed(str(event["error"].get("message", event["error"])))
+        for choice in event.get("choices", ()):
+            content = choice.get("delta", {}).get("content")
+            if content:
+                yield content
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {response.status_code}"
+
+
+def _line(receipt: Receipt) -> str:
+    def usd(amount: str | None) -> str:
+        return "unknown" if amount is None else f"${amount}"
+
+    parts = [receipt.model or "unknown model", f"cost {usd(receipt.charged_usd)}"]
+    if receipt.paid_with == "credit":
+        parts.append("paid from credit")
+    else:
+        parts.append(f"credited {usd(receipt.credited_usd)}")
+        parts.append(f"transaction {receipt.transaction or 'unknown'}")
+    return " · ".join(parts)
+
+
+def _as_json(receipt: Receipt | None) -> dict[str, Any] | None:
+    if receipt is None:
+        return None
+    fields = {name: getattr(receipt, name) for name in receipt.__slots__}
+    return fields | {"at": receipt.at.isoformat()}
