@@ -113,6 +113,13 @@ def test_v_is_27_or_28(v: int) -> None:
     assert _refusal(SIGNATURE[:64] + bytes([v])) == "bad_signature"
 
 
+def test_v_does_not_reach_points_whose_x_lies_beyond_the_order() -> None:
+    # v = 29 and 30 mean x = r + order, which is a point for about half of these r; Ethereum does not take them.
+    for r in range(1, 12):
+        for v in (29, 30):
+            assert _refusal(r.to_bytes(32, "big") + SIGNATURE[32:64] + bytes([v])) == "bad_signature"
+
+
 def test_the_mirrored_signature_is_refused() -> None:
     s = int.from_bytes(SIGNATURE[32:64], "big")
     mirrored = SIGNATURE[:32] + (ORDER - s).to_bytes(32, "big") + bytes([55 - SIGNATURE[64]])
