@@ -68,6 +68,15 @@ class Authorization(SQLModel, table=True):
     """A payer's signed authorization, reserved under its canonical identity before any work."""
 
     __tablename__ = "payment_authorization"
+    __table_args__ = (
+        # Few are reserved and not settled at a time, and a start looks for them all.
+        Index(
+            "payment_authorization_reserved",
+            "receipt_id",
+            sqlite_where=text("state = 'reserved'"),
+            postgresql_where=text("state = 'reserved'"),
+        ),
+    )
 
     identity: str = Field(primary_key=True)
     """`<chain id>|<verifying contract>|<payer>|<nonce as decimal>`"""
@@ -77,6 +86,8 @@ class Authorization(SQLModel, table=True):
     state: str
     """reserved | paid | failed; the transitions stand in `payments.tenders.authorizations`. How far the transfer has come is
     in the settlement's state alone, so that the two cannot disagree."""
+    value_nano_usd: int = Field(sa_column=_big())
+    """What the signed value is worth."""
     created_ms: int = Field(sa_column=_big())
 
 

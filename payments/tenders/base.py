@@ -6,11 +6,19 @@ API key is behind them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from payments.quotes import Quote
-from payments.store import Unit
+from payments.store import Transaction
+
+Also = Callable[[Transaction], object]
+"""Something to be written in the same durable step."""
+
+
+class HoldEnded(Exception):
+    """The hold was ended in another way before, or there is nothing to capture yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +41,11 @@ class Charge:
 
 
 class Hold(Protocol):
-    """Money set aside for one request. Exactly one of `capture` and `release` ends it; both are idempotent."""
+    """Money set aside for one request. Exactly one of `capture`, `release` and `interrupt` ends it.
+
+    Each is idempotent. What comes after another one raises `HoldEnded`, except that `interrupt` then does nothing: it is what
+    one calls when one does not know how far things have come.
+    """
 
     receipt_id: str
     payer: str
@@ -50,20 +62,31 @@ class Hold(Protocol):
             SettlementPending: Its fate is still unknown after the configured wait.
         """
 
-    async def capture(self, amount_nano_usd: int, outcome: Outcome, *, also: Unit[None] | None = None) -> Charge:
-        """Charge `amount_nano_usd` (more than the maximum is the operator's loss, booked as variance), free the rest and
-        close the receipt, in one durable step, of which `also` is part (the gateway keeps the answer for a replay there)."""
+    async def capture(self, amount_nano_usd: int, outcome: Outcome, also: Also | None = None) -> Charge:
+        """Charge what was used, free the rest and close the receipt, in one durable step.
 
-    async def release(self, outcome: Outcome) -> Charge:
-        """Charge nothing: free the hold, close the receipt."""
+        Args:
+            amount_nano_usd: What the request cost. What exceeds the hold is the operator's loss, booked as variance.
+            outcome: What the receipt keeps.
+            also: Something else to write in the same step.
+
+        Raises:
+            HoldEnded: It was released or interrupted before, or its money has not arrived yet.
+        """
+
+    async def release(self, outcome: Outcome, also: Also | None = None) -> Charge:
+        """Charge nothing: free the hold, close the receipt.
+
+        Raises:
+            HoldEnded: It was captured or interrupted before.
+        """
 
     async def interrupt(self, outcome: Outcome) -> None:
-        """The request ended without an answer and without a verdict (the caller hung up, the process stops): free the hold,
-        leave the receipt `interrupted`. The same on-chain payment sent again resumes from the credit. Safe before `ready`:
-        a transfer that is mined later becomes credit."""
+        """Give up before there is anything to charge or to tell. The money is free; where the tender knows a second use of
+        the same payment, that use takes the request up again."""
 
     def payment_response(self) -> dict[str, Any] | None:
-        """What the `PAYMENT-RESPONSE` header says, decoded; None for tenders that are not x402."""
+        """What the `PAYMENT-RESPONSE` header says, decoded; None for tenders that are not x402, and while nothing is known."""
 
 
 class Tender(Protocol):

@@ -162,6 +162,7 @@ def upgrade() -> None:
         sa.Column("digest", sa.LargeBinary(), nullable=False),
         sa.Column("receipt_id", sa.String(), nullable=False),
         sa.Column("state", sa.String(), nullable=False),
+        sa.Column("value_nano_usd", sa.BigInteger(), nullable=False),
         sa.Column("created_ms", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(
             ["receipt_id"],
@@ -169,4 +170,12 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("identity"),
         sa.UniqueConstraint("receipt_id"),
+    )
+    op.create_index(
+        "payment_authorization_reserved",
+        "payment_authorization",
+        ["receipt_id"],
+        unique=False,
+        sqlite_where=sa.text("state = 'reserved'"),
+        postgresql_where=sa.text("state = 'reserved'"),
     )

@@ -1,0 +1,244 @@
+"""Receipts: what became of each request, for whoever knows its unguessable id. They hold no content.
+
+This module owns a receipt's state. What closing one does to the ledger is `payments.tenders.closing`'s matter.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import orjson
+
+from payments.money import nano_to_usd
+from payments.store import Transaction
+
+State = Literal["open", "captured", "released", "interrupted"]
+
+TRANSITIONS: dict[str, frozenset[str]] = {
+    # Somebody is working on the request, in this process.
+    "open": frozenset({"captured", "released", "interrupted"}),
+    # Nobody is; the same payment sent again takes it up, and what was paid is the payer's credit meanwhile.
+    "interrupted": frozenset({"open", "released"}),
+    # Answered, and charged.
+    "captured": frozenset(),
+    # Not charged: what was paid is the payer's credit for good.
+    "released": frozenset(),
+}
+CLOSED = frozenset({"captured", "released"})
+
+_INSERT = (
+    "INSERT INTO receipt (id, state, uses, tender, payer, asset, quoted_nano_usd, paid_nano_usd, details, created_ms)"
+    " VALUES (?, 'open', 1, ?, ?, ?, ?, 0, ?, ?)"
+)
+_DELETE = "DELETE FROM receipt WHERE id = ? AND paid_nano_usd = 0 AND state IN ('open', 'interrupted')"
+_CLOSE = (
+    "UPDATE receipt SET state = ?, charged_nano_usd = ?, details = COALESCE(?, details), reason = ?, closed_ms = ?"
+    " WHERE id = ? AND uses = ? AND state = 'open' RETURNING id"
+)
+_RELEASE_UNSETTLED = (
+    "UPDATE receipt SET state = 'released', charged_nano_usd = 0, reason = ?, closed_ms = ?"
+    " WHERE id = ? AND state IN ('open', 'interrupted')"
+)
+_REOPEN = (
+    "UPDATE receipt SET state = 'open', uses = uses + 1, reason = NULL"
+    " WHERE id = ? AND state = 'interrupted' RETURNING uses"
+)
+_SET_PAID = "UPDATE receipt SET paid_nano_usd = ? WHERE id = ?"
+_INTERRUPT_ORPHANS = (
+    "UPDATE receipt SET state = 'interrupted', reason = ? WHERE state = 'open' AND tender = 'exact' RETURNING id"
+)
+_RELEASE_ORPHANS = (
+    "UPDATE receipt SET state = 'released', charged_nano_usd = 0, reason = ?, closed_ms = ?"
+    " WHERE state = 'open' RETURNING id"
+)
+_VIEW = """
+    SELECT receipt.id, receipt.state, receipt.tender, receipt.payer, receipt.asset, receipt.quoted_nano_usd,
+           receipt.paid_nano_usd, receipt.charged_nano_usd, receipt.details, receipt.reason, receipt.created_ms,
+           receipt.closed_ms, settlement.state, settlement.transaction_hash, settlement.chain_id, settlement.block_number
+    FROM receipt
+    LEFT JOIN settlement ON settlement.reference = receipt.id AND settlement.kind = 'payment'
+    WHERE receipt.id = ?
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptView:
+    """A receipt as it stands, with the transaction that paid for it. Amounts are nano-USD, times milliseconds since 1970."""
+
+    id: str
+    state: State
+    tender: str
+    payer: str
+    asset: str
+    quoted_nano_usd: int
+    paid_nano_usd: int
+    charged_nano_usd: int | None
+    details: dict[str, Any]
+    reason: str | None
+    created_ms: int
+    closed_ms: int | None
+    settlement_state: str | None
+    transaction_hash: str | None
+    chain_id: int | None
+    block_number: int | None
+
+    @property
+    def credited_nano_usd(self) -> int:
+        """What went back: of an on-chain payment to the payer's balance, of another tender's hold to where it came from."""
+        if self.state == "open":
+            return 0
+        taken = self.paid_nano_usd if self.tender == "exact" else self.quoted_nano_usd
+        return taken - (self.charged_nano_usd or 0)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `GET /v1/receipts/{id}` answers."""
+        charged = self.charged_nano_usd
+        short = self.quoted_nano_usd - self.paid_nano_usd if self.tender == "exact" and self.paid_nano_usd else 0
+        known = {
+            "id": self.id,
+            "state": self.state,
+            # The same payment sent again takes an interrupted request up where it was.
+            "resumable": self.state == "interrupted",
+            "tender": self.tender,
+            "payer": None if self.tender == "account" else self.payer,
+            "asset": self.asset,
+            "quoted_usd": nano_to_usd(self.quoted_nano_usd),
+            "paid_usd": nano_to_usd(self.paid_nano_usd),
+            "charged_usd": None if charged is None else nano_to_usd(charged),
+            "credited_usd": nano_to_usd(self.credited_nano_usd),
+            "transaction": self._transaction(),
+            "reason": self.reason,
+            "created": _timestamp(self.created_ms),
+            "closed": None if self.closed_ms is None else _timestamp(self.closed_ms),
+        }
+        if short > 0:
+            # A token that takes a fee on the way: less arrived than was signed for.
+            known["short_usd"] = nano_to_usd(short)
+        return {"model": None, "provider": None, "attempts": [], "usage": None} | self.details | known
+
+    def _transaction(self) -> dict[str, Any] | None:
+        if self.settlement_state is None:
+            return None
+        return {
+            "hash": self.transaction_hash,
+            "network": f"eip155:{self.chain_id}",
+            "block_number": self.block_number,
+            "state": self.settlement_state,
+        }
+
+
+def new_receipt_id() -> str:
+    """An id with 160 random bits: knowing it is the permission to read it."""
+    return f"rcpt_{secrets.token_hex(20)}"
+
+
+def open_receipt(
+    tx: Transaction,
+    *,
+    id: str,
+    tender: Literal["exact", "prepaid", "account"],
+    payer: str,
+    asset: str,
+    quoted_nano_usd: int,
+    details: dict[str, Any],
+) -> None:
+    """Start a receipt.
+
+    Args:
+        tx: The unit's transaction.
+        id: From `new_receipt_id`.
+        tender: How it is paid.
+        payer: A wallet's address in lower case, or ``key:<key id>``.
+        asset: The ledger's name of what it is paid in.
+        quoted_nano_usd: The most that it may cost.
+        details: What is known of the request: itemised quote, model asked for. No content.
+    """
+    parameters = (id, tender, payer, asset, quoted_nano_usd, orjson.dumps(details).decode(), _now_ms())
+    tx.execute(_INSERT, parameters)
+
+
+def close_receipt(
+    tx: Transaction,
+    id: str,
+    uses: int,
+    to: Literal["captured", "released", "interrupted"],
+    *,
+    charged_nano_usd: int | None,
+    details: dict[str, Any] | None = None,
+    reason: str | None = None,
+) -> bool:
+    """End the use of an open receipt.
+
+    Args:
+        tx: The unit's transaction.
+        id: The receipt's.
+        uses: Which use of it ends: a later one, by the same payment sent again, is not ended by an earlier one.
+        to: The new state.
+        charged_nano_usd: What the payer was charged; None if it is only interrupted.
+        details: Everything the receipt is to keep; None leaves what it has.
+        reason: Why, if it was not captured.
+
+    Returns:
+        False, with nothing changed, if it is not open, or in a later use.
+    """
+    assert to in TRANSITIONS["open"]
+    assert (charged_nano_usd is None) == (to == "interrupted")
+    written = None if details is None else orjson.dumps(details).decode()
+    closed_ms = None if to == "interrupted" else _now_ms()
+    return tx.execute(_CLOSE, (to, charged_nano_usd, written, reason, closed_ms, id, uses)).fetchone() is not None
+
+
+def reopen_receipt(tx: Transaction, id: str) -> int | None:
+    """Take an interrupted request up again.
+
+    Returns:
+        Which use of the receipt this is; None, with nothing changed, if it is not interrupted (any more).
+    """
+    row = tx.execute(_REOPEN, (id,)).fetchone()
+    return None if row is None else int(row[0])
+
+
+def set_paid(tx: Transaction, id: str, paid_nano_usd: int) -> None:
+    """Note what its on-chain payment brought in, whatever state the receipt is in."""
+    tx.execute(_SET_PAID, (paid_nano_usd, id))
+
+
+def release_unsettled(tx: Transaction, id: str, reason: str) -> None:
+    """Close a receipt whose payment did not come, or can serve no further use; one that is closed already stays as it is."""
+    tx.execute(_RELEASE_UNSETTLED, (reason, _now_ms(), id))
+
+
+def end_orphans(tx: Transaction, reason: str) -> tuple[int, int]:
+    """End every open receipt, at a start: nobody works on them any more.
+
+    Returns:
+        How many were interrupted, because the same payment can take them up, and how many released.
+    """
+    interrupted = tx.execute(_INTERRUPT_ORPHANS, (reason,)).fetchall()
+    released = tx.execute(_RELEASE_ORPHANS, (reason, _now_ms())).fetchall()
+    return len(interrupted), len(released)
+
+
+def forget(tx: Transaction, id: str) -> None:
+    """Take back a receipt that nobody was told of and that no money has moved for."""
+    tx.execute(_DELETE, (id,))
+
+
+def get(tx: Transaction, id: str) -> ReceiptView | None:
+    """The receipt with this id, or None."""
+    row = tx.execute(_VIEW, (id,)).fetchone()
+    if row is None:
+        return None
+    return ReceiptView(*(*row[:8], orjson.loads(row[8]), *row[9:]))
+
+
+def _timestamp(at_ms: int) -> str:
+    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

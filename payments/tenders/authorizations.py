@@ -1,0 +1,208 @@
+"""Signed authorizations, reserved once under their canonical identity before any work is done for them.
+
+The reservation is what makes a payment pay once: of fifty identical requests one inserts the row and the others find it. A
+use that a crash or a hang-up interrupted is taken up by the same payment sent again, and again by exactly one. Everything
+here runs inside store units.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from payments import receipts
+from payments.errors import PaymentConflict, PaymentRefused
+from payments.ledger.accounts import payer_account
+from payments.ledger.transfers import InsufficientFunds
+from payments.store import Transaction
+from payments.tenders import closing
+from payments.tenders.closing import Use
+
+State = Literal["reserved", "paid", "failed"]
+
+TRANSITIONS: dict[str, frozenset[str]] = {
+    # Bound to a payload and a request. Its transfer may not have been written, be under way, or be unknown.
+    "reserved": frozenset({"paid", "failed"}),
+    # The money is in the payer's account of the ledger. Back to failed only if a reorganisation took it away.
+    "paid": frozenset({"failed"}),
+    # The transfer cannot succeed any more; should the money arrive all the same, it is the payer's.
+    "failed": frozenset({"paid"}),
+}
+
+_INSERT = (
+    "INSERT INTO payment_authorization (identity, digest, receipt_id, state, value_nano_usd, created_ms)"
+    " VALUES (?, ?, ?, 'reserved', ?, ?) ON CONFLICT (identity) DO NOTHING RETURNING identity"
+)
+_FIND = """
+    SELECT reservation.digest, reservation.state, receipt.id, receipt.state, receipt.reason, receipt.payer, receipt.asset,
+           receipt.quoted_nano_usd, receipt.paid_nano_usd,
+           EXISTS (SELECT 1 FROM settlement WHERE settlement.reference = receipt.id)
+    FROM payment_authorization AS reservation JOIN receipt ON receipt.id = reservation.receipt_id
+    WHERE reservation.identity = ?
+"""
+_FORGET_UNWRITTEN = (
+    "DELETE FROM payment_authorization WHERE state = 'reserved'"
+    " AND NOT EXISTS (SELECT 1 FROM settlement WHERE settlement.reference = payment_authorization.receipt_id)"
+)
+_FORGET = f"{_FORGET_UNWRITTEN} AND receipt_id = ? RETURNING receipt_id"
+
+UseState = Literal["in_progress", "captured", "released", "credited"]
+"""What became of a payment that was sent before."""
+
+_SAID_BY_STATE: dict[UseState, tuple[str, str]] = {
+    "in_progress": (
+        "payment_in_progress",
+        "this payment's first use is still under way; nothing more is charged, send the same payment again later",
+    ),
+    "captured": (
+        "payment_already_used",
+        "this payment has paid for an answer already; nothing more was charged, sign a new payment for a new answer",
+    ),
+    "released": (
+        "payment_already_credited",
+        "this payment's request failed and its whole amount is your wallet's credit; sign in to spend it",
+    ),
+    "credited": (
+        "payment_already_credited",
+        "this payment's request was interrupted, its amount became your wallet's credit and has been spent since",
+    ),
+}
+
+
+class AlreadyUsed(PaymentConflict):
+    """The same payment for the same request was sent before. `state` says what became of it."""
+
+    def __init__(self, receipt_id: str, state: UseState) -> None:
+        """Name the receipt of the first use; the code and the message follow from the state."""
+        super().__init__(*_SAID_BY_STATE[state], receipt_id)
+        self.receipt_id: str = receipt_id
+        self.state = state
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """The right to work on a payment's request, held by one caller at a time until the use ends."""
+
+    use: Use
+    stage: Literal["new", "settling", "held"]
+    """How far the payment has come: nothing was written to the outbox yet; its transfer is under way; or it was mined before
+    and this use holds its credit."""
+    held_nano_usd: int
+    """What is held already, or is going to be if the whole value arrives."""
+
+
+def reserve(
+    tx: Transaction,
+    *,
+    identity: str,
+    digest: bytes,
+    payer: str,
+    asset: str,
+    quoted_nano_usd: int,
+    value_nano_usd: int,
+    details: dict[str, Any],
+) -> Reservation | AlreadyUsed:
+    """Bind an authorization to a payload and a request, or take its interrupted use up again.
+
+    Args:
+        tx: The unit's transaction.
+        identity: See `Payment.identity`.
+        digest: Of payload and request together.
+        payer: Who signed, lower-case hex.
+        asset: The ledger's name of the token.
+        quoted_nano_usd: What the request may cost.
+        value_nano_usd: What the signed value is worth, at least the quoted amount.
+        details: What the receipt is opened with.
+
+    Returns:
+        The reservation; or, if the first use has ended or is under way, what it came to. That is returned and not raised
+        because finding out may itself be a change that must stand.
+
+    Raises:
+        PaymentConflict: ``authorization_reused``: it is bound to another payload or another request.
+        PaymentRefused: ``settlement_failed``: its transfer has failed for good.
+    """
+    receipt_id = receipts.new_receipt_id()
+    # The receipt first, for the reservation's reference to it; repeated payments are rare and pay for taking it back.
+    receipts.open_receipt(
+        tx, id=receipt_id, tender="exact", payer=payer, asset=asset, quoted_nano_usd=quoted_nano_usd, details=details
+    )
+    if tx.execute(_INSERT, (identity, digest, receipt_id, value_nano_usd, _now_ms())).fetchone() is not None:
+        return Reservation(Use(receipt_id, asset, details), "new", quoted_nano_usd)
+    receipts.forget(tx, receipt_id)
+    return _find_first_use(tx, identity, digest, details)
+
+
+def forget(tx: Transaction, use: Use, reason: str) -> None:
+    """End a use for which nothing was written to the outbox, as if it had never been; if something was, interrupt it."""
+    if tx.execute(_FORGET, (use.receipt_id,)).fetchone() is not None:
+        receipts.forget(tx, use.receipt_id)
+    else:
+        interrupt(tx, use, reason)
+
+
+def forget_unwritten(tx: Transaction) -> int:
+    """Forget every reservation for which nothing was written to the outbox: only at a start, when nobody can be about to.
+
+    Nobody was told of their receipts, and nothing can come of them; the same payment sent again is a first use.
+
+    Returns:
+        How many that were.
+    """
+    receipt_ids = [row[0] for row in tx.execute(f"{_FORGET_UNWRITTEN} RETURNING receipt_id").fetchall()]
+    for receipt_id in receipt_ids:
+        receipts.forget(tx, receipt_id)
+    return len(receipt_ids)
+
+
+def interrupt(tx: Transaction, use: Use, reason: str) -> None:
+    """End a use so that the same payment sent again takes it up."""
+    closing.interrupt(tx, use, closing.because(reason))
+
+
+def mark(tx: Transaction, receipt_id: str, to: State) -> bool:
+    """Move a receipt's authorization to `to`. False, with nothing changed, if it is there already."""
+    sources = tuple(source for source, targets in TRANSITIONS.items() if to in targets)
+    marks = ",".join("?" * len(sources))
+    row = tx.execute(
+        f"UPDATE payment_authorization SET state = ? WHERE receipt_id = ? AND state IN ({marks}) RETURNING identity",  # noqa: S608 - names from this module
+        (to, receipt_id, *sources),
+    ).fetchone()
+    return row is not None
+
+
+def _find_first_use(
+    tx: Transaction, identity: str, digest: bytes, details: dict[str, Any]
+) -> Reservation | AlreadyUsed:
+    first_digest, state, receipt_id, receipt_state, reason, payer, asset, quoted, paid, written = tx.execute(
+        _FIND, (identity,)
+    ).fetchone()
+    if bytes(first_digest) != digest:
+        # The first use's receipt is not named: whoever sends this need not be who made that.
+        raise PaymentConflict(
+            "authorization_reused",
+            "this authorization is bound to another request or payload; sign a new one with a nonce of its own",
+        )
+    if state == "failed":
+        raise PaymentRefused("settlement_failed", f"this payment's transfer failed ({reason}); nothing was taken")
+    if receipt_state == "open":
+        return AlreadyUsed(receipt_id, "in_progress")
+    if receipt_state != "interrupted":
+        return AlreadyUsed(receipt_id, "captured" if receipt_state == "captured" else "released")
+    number = receipts.reopen_receipt(tx, receipt_id)
+    assert number is not None
+    use = Use(receipt_id, asset, details, number)
+    if state == "reserved":
+        return Reservation(use, "settling" if written else "new", quoted)
+    amount = min(quoted, paid)
+    try:
+        closing.place(tx, use, payer_account(payer, asset), amount)
+    except InsufficientFunds:
+        receipts.release_unsettled(tx, receipt_id, "credit_spent")
+        return AlreadyUsed(receipt_id, "credited")
+    return Reservation(use, "held", amount)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,185 @@
+"""How a hold ends, the same for every tender: what it does to the ledger and to the receipt, in one unit.
+
+A hold is the pending ledger transfer `hold:<receipt id>` from the payer's account to revenue. A request that cost more than was
+held is charged what was held, and the rest is moved from `variance` to `revenue`: revenue is always what the answers cost, and
+variance is what the operator lost. The payer never pays more than was quoted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from payments import receipts
+from payments.ledger import transfers
+from payments.ledger.accounts import account_id
+from payments.money import nano_to_usd
+from payments.store import Store, Transaction
+from payments.tenders.base import Also, Charge, HoldEnded, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One use of a receipt, and the details that it was opened with."""
+
+    receipt_id: str
+    asset: str
+    details: dict[str, Any]
+    number: int = 1
+    """Counts the times that the same payment took up an interrupted request."""
+
+    @property
+    def hold_id(self) -> str:
+        """The ledger transfer that holds for this use."""
+        return hold_id(self.receipt_id, self.number)
+
+
+def hold_id(receipt_id: str, use: int) -> str:
+    """The ledger transfer that holds for the first or a later use of a receipt."""
+    return f"hold:{receipt_id}" if use == 1 else f"hold:{receipt_id}:{use}"
+
+
+def place(tx: Transaction, use: Use, account: str, amount_nano_usd: int) -> None:
+    """Hold `amount_nano_usd` of `account` for this use.
+
+    Raises:
+        InsufficientFunds: If `account` has less.
+    """
+    revenue = account_id("revenue", use.asset)
+    transfers.hold(tx, id=use.hold_id, debit=account, credit=revenue, amount=amount_nano_usd, reference=use.receipt_id)
+
+
+def capture(tx: Transaction, use: Use, amount_nano_usd: int, outcome: Outcome) -> Charge:
+    """Charge what was used, at most what is held, and close the receipt.
+
+    Raises:
+        HoldEnded: It ended otherwise before, or nothing is held yet.
+    """
+    assert amount_nano_usd >= 0
+    held = transfers.find(tx, use.hold_id)
+    if held is None:
+        raise HoldEnded(f"nothing is held for {use.receipt_id} yet: its payment has not arrived")
+    charged = min(amount_nano_usd, held.amount)
+    overrun = amount_nano_usd - charged
+    details, reason = _merged(use, outcome)
+    if overrun:
+        details["overrun_usd"] = nano_to_usd(overrun)
+    if not receipts.close_receipt(
+        tx, use.receipt_id, use.number, "captured", charged_nano_usd=charged, details=details, reason=reason
+    ):
+        return _ended_before(tx, use, "captured")
+    transfers.capture(tx, use.hold_id, charged)
+    if overrun:
+        transfers.post(
+            tx,
+            id=f"variance:{use.receipt_id}",
+            debit=account_id("variance", use.asset),
+            credit=account_id("revenue", use.asset),
+            amount=overrun,
+            reference=use.receipt_id,
+        )
+    return _charge(tx, use)
+
+
+def release(tx: Transaction, use: Use, outcome: Outcome) -> Charge:
+    """Charge nothing and close the receipt.
+
+    Raises:
+        HoldEnded: It ended otherwise before.
+    """
+    details, reason = _merged(use, outcome)
+    if not receipts.close_receipt(
+        tx, use.receipt_id, use.number, "released", charged_nano_usd=0, details=details, reason=reason
+    ):
+        return _ended_before(tx, use, "released")
+    _free(tx, use)
+    return _charge(tx, use)
+
+
+def interrupt(tx: Transaction, use: Use, outcome: Outcome) -> bool:
+    """Free what is held and leave the receipt to be taken up again. False, with nothing changed, if the use has ended."""
+    details, reason = _merged(use, outcome)
+    if not receipts.close_receipt(
+        tx, use.receipt_id, use.number, "interrupted", charged_nano_usd=None, details=details, reason=reason
+    ):
+        return False
+    _free(tx, use)
+    return True
+
+
+def because(reason: str) -> Outcome:
+    """The outcome of something that ended before anything happened."""
+    return Outcome({"reason": reason})
+
+
+def _free(tx: Transaction, use: Use) -> None:
+    # An exact payment that is not mined yet holds nothing yet.
+    if transfers.find(tx, use.hold_id) is not None:
+        transfers.void(tx, use.hold_id)
+
+
+def _merged(use: Use, outcome: Outcome) -> tuple[dict[str, Any], str | None]:
+    details = use.details | outcome.details
+    return details, details.pop("reason", None)
+
+
+def _ended_before(tx: Transaction, use: Use, wanted: receipts.State) -> Charge:
+    receipt = receipts.get(tx, use.receipt_id)
+    if receipt is None or receipt.state != wanted:
+        state = "missing" if receipt is None else receipt.state
+        raise HoldEnded(f"use {use.number} of {use.receipt_id} ended before: the receipt is {state}")
+    return _charge(tx, use)
+
+
+def _charge(tx: Transaction, use: Use) -> Charge:
+    receipt = receipts.get(tx, use.receipt_id)
+    assert receipt is not None
+    assert receipt.charged_nano_usd is not None
+    return Charge(receipt.id, receipt.charged_nano_usd, receipt.credited_nano_usd, receipt.transaction_hash)
+
+
+class LedgerHold:
+    """A hold on a balance that is in the ledger already: prepaid credit, or an API key's pool. It is certain at once."""
+
+    may_start_early = True
+
+    def __init__(self, store: Store, use: Use, payer: str, maximum_nano_usd: int) -> None:
+        self.receipt_id = use.receipt_id
+        self.payer = payer
+        self.asset = use.asset
+        self.maximum_nano_usd = maximum_nano_usd
+        self._store = store
+        self._use = use
+
+    async def ready(self) -> None:
+        """Nothing to wait for."""
+
+    async def capture(self, amount_nano_usd: int, outcome: Outcome, also: Also | None = None) -> Charge:
+        """See `payments.tenders.base.Hold`."""
+        return await self._store.write(lambda tx: _with(tx, also, capture(tx, self._use, amount_nano_usd, outcome)))
+
+    async def release(self, outcome: Outcome, also: Also | None = None) -> Charge:
+        """See `payments.tenders.base.Hold`."""
+        return await self._store.write(lambda tx: _with(tx, also, release(tx, self._use, outcome)))
+
+    async def interrupt(self, outcome: Outcome) -> None:
+        """Release it: the caller has nothing that could be sent again."""
+        await self._store.write(lambda tx: release_if_open(tx, self._use, outcome))
+
+    def payment_response(self) -> dict[str, Any] | None:
+        """None: this is not x402."""
+        return None
+
+
+def release_if_open(tx: Transaction, use: Use, outcome: Outcome) -> None:
+    """Release a use that may have ended otherwise, which then stands."""
+    try:
+        release(tx, use, outcome)
+    except HoldEnded:
+        return
+
+
+def _with(tx: Transaction, also: Also | None, charge: Charge) -> Charge:
+    if also is not None:
+        also(tx)
+    return charge

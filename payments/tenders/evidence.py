@@ -1,0 +1,141 @@
+"""What the settlement engine's findings do to the ledger: money that arrived is the payer's, and held if a request waits.
+
+Both functions run inside the engine's own unit, so that a settlement's state and its money are one commit. They are
+idempotent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from payments import receipts
+from payments.ledger import transfers
+from payments.ledger.accounts import account_id, payer_account
+from payments.store import Transaction
+from payments.tenders import authorizations, closing
+from payments.tenders.closing import Use
+
+_FIND = """
+    SELECT reservation.state, reservation.value_nano_usd, receipt.state, receipt.uses, receipt.payer, receipt.asset,
+           receipt.quoted_nano_usd, receipt.paid_nano_usd
+    FROM payment_authorization AS reservation JOIN receipt ON receipt.id = reservation.receipt_id
+    WHERE reservation.receipt_id = ?
+"""
+_REVERSALS = "SELECT COUNT(*) FROM ledger_transfer WHERE reference = ? AND id LIKE 'unsettle:%'"
+
+
+@dataclass(frozen=True, slots=True)
+class _Paid:
+    state: authorizations.State
+    value_nano_usd: int
+    receipt_state: receipts.State
+    uses: int
+    payer: str
+    asset: str
+    quoted_nano_usd: int
+    paid_nano_usd: int
+
+    @property
+    def custody(self) -> str:
+        return account_id("custody", self.asset)
+
+    @property
+    def variance(self) -> str:
+        return account_id("variance", self.asset)
+
+    @property
+    def account(self) -> str:
+        return payer_account(self.payer, self.asset)
+
+
+def on_mined(tx: Transaction, row: dict[str, Any]) -> None:
+    """A payment's transfer is mined: credit the payer with what arrived, and hold it for the request that waits for it.
+
+    After a restart or a hang-up none waits: the money stays the payer's credit until the same payment is sent again.
+
+    Args:
+        tx: The engine's transaction.
+        row: The settlement: `id`, `reference` (the receipt), `value`, and `received_value` where less arrived than that.
+    """
+    receipt_id = row["reference"]
+    found = _find(tx, receipt_id)
+    if found.state == "paid":
+        return
+    value = int(row["value"])
+    received = int(row.get("received_value") or value)
+    # Exact: what the value is worth is a multiple of what one unit is worth, or the other way round.
+    received_nano_usd = found.value_nano_usd * received // value
+    if received_nano_usd == 0:
+        on_failed(tx, row | {"reason": "nothing arrived"})
+        return
+    authorizations.mark(tx, receipt_id, "paid")
+    _credit(tx, row["id"], found, received_nano_usd)
+    receipts.set_paid(tx, receipt_id, received_nano_usd)
+    if found.receipt_state == "open":
+        use = Use(receipt_id, found.asset, {}, found.uses)
+        closing.place(tx, use, found.account, min(found.quoted_nano_usd, received_nano_usd))
+
+
+def on_failed(tx: Transaction, row: dict[str, Any]) -> None:
+    """A payment's transfer cannot succeed any more: close its receipt.
+
+    If a reorganisation took away money that was credited, it is taken from the payer again; what the payer has spent of it
+    meanwhile is the operator's loss.
+
+    Args:
+        tx: The engine's transaction.
+        row: The settlement: `id`, `reference` (the receipt), `reason`.
+    """
+    receipt_id = row["reference"]
+    found = _find(tx, receipt_id)
+    if not authorizations.mark(tx, receipt_id, "failed"):
+        return
+    if found.state == "paid":
+        _take_back(tx, row["id"], found)
+        receipts.set_paid(tx, receipt_id, 0)
+        # A use that is running holds its share still and ends by itself.
+        if found.receipt_state == "open":
+            return
+    receipts.release_unsettled(tx, receipt_id, row.get("reason") or "its transfer failed")
+
+
+def _find(tx: Transaction, receipt_id: str) -> _Paid:
+    row = tx.execute(_FIND, (receipt_id,)).fetchone()
+    assert row is not None, f"a settlement refers to {receipt_id}, for which no authorization is reserved"
+    return _Paid(*row)
+
+
+def _credit(tx: Transaction, settlement_id: str, found: _Paid, received_nano_usd: int) -> None:
+    reversals = _reversals(tx, settlement_id) if found.state == "failed" else 0
+    _post(
+        tx, f"settle:{_round(settlement_id, reversals)}", found.custody, found.account, received_nano_usd, settlement_id
+    )
+    if reversals == 0:
+        return
+    # What was taken back arrives after all, so the operator's loss is made good.
+    before = _round(settlement_id, reversals - 1)
+    lost = transfers.find(tx, f"loss:{before}")
+    if lost is not None:
+        amount = min(lost.amount, received_nano_usd)
+        _post(tx, f"made-good:{before}", found.account, found.variance, amount, settlement_id)
+
+
+def _take_back(tx: Transaction, settlement_id: str, found: _Paid) -> None:
+    this = _round(settlement_id, _reversals(tx, settlement_id))
+    lost = found.paid_nano_usd - transfers.balance(tx, found.account).available
+    if lost > 0:
+        _post(tx, f"loss:{this}", found.variance, found.account, lost, settlement_id)
+    _post(tx, f"unsettle:{this}", found.account, found.custody, found.paid_nano_usd, settlement_id)
+
+
+def _post(tx: Transaction, transfer_id: str, debit: str, credit: str, amount: int, settlement_id: str) -> None:
+    transfers.post(tx, id=transfer_id, debit=debit, credit=credit, amount=amount, reference=settlement_id)
+
+
+def _reversals(tx: Transaction, settlement_id: str) -> int:
+    return int(tx.execute(_REVERSALS, (settlement_id,)).fetchone()[0])
+
+
+def _round(settlement_id: str, reversals: int) -> str:
+    return settlement_id if reversals == 0 else f"{settlement_id}:{reversals}"

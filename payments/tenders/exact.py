@@ -1,0 +1,353 @@
+"""Paying with the request itself: the x402 scheme `exact` over EIP-3009 and Permit2.
+
+authorize  reserve the authorization durably, look at the chain, hand the transfer to the settlement engine
+ready      the transfer is mined: from here on the payment is credit of the payer, part of which is held (see `evidence`)
+capture    charge what was used; the rest simply stays the payer's credit
+release    charge nothing; all of it stays the payer's credit
+interrupt  nobody works on it any more: the same payment sent again takes it up
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import Any, Protocol
+
+from payments.chain.networks import Network, Token
+from payments.chain.transactions import settlement_call
+from payments.errors import PaymentRefused, SettlementPending, SettlementUnavailable
+from payments.money import atomic_to_nano_down
+from payments.quotes import Quote
+from payments.settlement.orders import SettlementOrder
+from payments.store import Store, StoreBusy, Transaction
+from payments.tenders import authorizations, closing
+from payments.tenders.authorizations import AlreadyUsed, Reservation
+from payments.tenders.base import Also, Charge, Outcome
+from payments.tenders.closing import LedgerHold
+from payments.tenders.evidence import on_failed, on_mined
+from payments.x402.wire import Payment, Requirement
+
+__all__ = [
+    "AlreadyUsed",
+    "ChainCheck",
+    "ExactHold",
+    "ExactServices",
+    "ExactTender",
+    "Settled",
+    "Settling",
+    "on_failed",
+    "on_mined",
+    "settlement_id",
+]
+
+
+class Settled(Protocol):
+    """What became of a settlement so far."""
+
+    @property
+    def paid(self) -> bool:
+        """Whether there is evidence that it was paid."""
+
+    @property
+    def open(self) -> bool:
+        """Whether its fate is unknown."""
+
+    @property
+    def transaction_hash(self) -> str | None:
+        """Of the evidence."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why it failed."""
+
+
+class Settling(Protocol):
+    """The settlement engine, as far as this tender needs it."""
+
+    async def submit(self, order: SettlementOrder) -> None:
+        """Write an order durably and broadcast it; the same id again changes nothing. `SettlementUnavailable` or `StoreBusy`
+        mean that nothing was written."""
+
+    async def outcome(self, settlement_id: str, timeout_s: float) -> Settled:
+        """Wait for the fate of a settlement, at most `timeout_s`."""
+
+
+class ChainCheck(Protocol):
+    """What the chain says of a payment before it is settled."""
+
+    async def check(self, payment: Payment, token: Token, pay_to: str) -> None:
+        """Raise a `PaymentError` if the transfer would fail now."""
+
+
+class ExactServices:
+    """What all exact payments on one network share.
+
+    Args:
+        store: The database.
+        settlements: Settles them.
+        chain_states: Judges them by the chain.
+        payer_exposure_nano_usd: Inference that one payer may have under way before its transfers are mined.
+        settlement_wait_s: How long a request waits for its transfer, in seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        settlements: Settling,
+        chain_states: ChainCheck,
+        payer_exposure_nano_usd: int,
+        settlement_wait_s: float,
+    ) -> None:
+        self.store = store
+        self.settlements = settlements
+        self.chain_states = chain_states
+        self.settlement_wait_s = settlement_wait_s
+        self._payer_exposure_nano_usd = payer_exposure_nano_usd
+        self._exposed: dict[str, int] = {}
+        self._under_way: dict[str, asyncio.Event] = {}
+
+    async def use_ended(self, receipt_id: str, timeout_s: float) -> bool:
+        """Wait until nobody in this process works on a receipt. False if somebody still does after `timeout_s`."""
+        ended = self._under_way.get(receipt_id)
+        if ended is None:
+            return True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await ended.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def begin_use(self, receipt_id: str) -> None:
+        """Somebody works on a receipt from here on."""
+        self._under_way[receipt_id] = asyncio.Event()
+
+    def end_use(self, receipt_id: str) -> None:
+        """Nobody does any more. Ending it again changes nothing."""
+        ended = self._under_way.pop(receipt_id, None)
+        if ended is not None:
+            ended.set()
+
+    def expose(self, payer: str, amount_nano_usd: int) -> bool:
+        """Count a request of `payer` whose money has not arrived. False, with nothing counted, if that would be too much."""
+        exposed = self._exposed.get(payer, 0) + amount_nano_usd
+        if exposed > self._payer_exposure_nano_usd:
+            return False
+        self._exposed[payer] = exposed
+        return True
+
+    def cover(self, payer: str, amount_nano_usd: int) -> None:
+        """The money of a request that `expose` counted has arrived, or will not."""
+        exposed = self._exposed[payer] - amount_nano_usd
+        assert exposed >= 0
+        if exposed:
+            self._exposed[payer] = exposed
+        else:
+            del self._exposed[payer]
+
+
+def settlement_id(receipt_id: str) -> str:
+    """The settlement that pays for a receipt. One receipt has one, so submitting it again is no second transfer."""
+    return f"pay:{receipt_id}"
+
+
+class ExactTender:
+    """One signed payment for one request.
+
+    Args:
+        services: Of the payment's network.
+        payment: Decoded, and checked by `payments.verification.checks` against `requirement`.
+        token: What it is in.
+        network: Where it is.
+        requirement: What it pays for.
+        request_digest: Of the request, see `payments.quotes.request_digest`: the first use binds the payment to it.
+    """
+
+    def __init__(
+        self,
+        services: ExactServices,
+        payment: Payment,
+        token: Token,
+        network: Network,
+        requirement: Requirement,
+        request_digest: bytes,
+    ) -> None:
+        assert token.chain_id == network.chain_id
+        assert payment.authorization.recipient == requirement.pay_to.lower()
+        self._services = services
+        self._payment = payment
+        self._token = token
+        self._pay_to = requirement.pay_to.lower()
+        self._digest = hashlib.sha256(payment.digest + request_digest).digest()
+
+    async def authorize(self, quote: Quote, details: dict[str, Any]) -> ExactHold:
+        """Reserve the payment and put its transfer on the way, or take an interrupted use of it up again.
+
+        Raises:
+            AlreadyUsed: It was sent before for the same request; its `state` says what became of it.
+            PaymentConflict: ``authorization_reused``: it is bound to another request or payload.
+            PaymentRefused: The chain says that it cannot be settled, or its transfer has failed; nothing was taken.
+            AllowanceRequired: Permit2 is not approved yet.
+            SettlementUnavailable: The chain cannot be asked now; nothing was taken.
+        """
+        services = self._services
+        found = await services.store.write(lambda tx: self._reserve(tx, quote, details), if_abandoned=_abandon)
+        if isinstance(found, AlreadyUsed):
+            raise found
+        services.begin_use(found.use.receipt_id)
+        if found.stage == "new":
+            await self._settle(found)
+        hold = ExactHold(services, found, self._payment)
+        if found.stage == "held":
+            try:
+                await hold.look_up_transaction()
+            except BaseException:
+                await hold.interrupt(closing.because("not_started"))
+                raise
+        return hold
+
+    def _reserve(self, tx: Transaction, quote: Quote, details: dict[str, Any]) -> Reservation | AlreadyUsed:
+        return authorizations.reserve(
+            tx,
+            identity=self._payment.identity(self._token.chain_id, self._token),
+            digest=self._digest,
+            payer=self._payment.payer,
+            asset=self._token.asset,
+            quoted_nano_usd=quote.maximum_nano_usd,
+            value_nano_usd=atomic_to_nano_down(self._payment.authorization.value, self._token.decimals),
+            details=details,
+        )
+
+    async def _settle(self, reservation: Reservation) -> None:
+        services = self._services
+        use = reservation.use
+        submitting = False
+        try:
+            await services.chain_states.check(self._payment, self._token, self._pay_to)
+            order = self._order(use.receipt_id)
+            submitting = True
+            await services.settlements.submit(order)
+        except BaseException as error:
+            # Whoever is cancelled while submitting cannot know whether the order is going to be written.
+            unwritten = not submitting or isinstance(error, SettlementUnavailable | StoreBusy)
+            end = authorizations.forget if unwritten else authorizations.interrupt
+            try:
+                await services.store.write(lambda tx: end(tx, use, "not_submitted"))
+            finally:
+                services.end_use(use.receipt_id)
+            raise
+
+    def _order(self, receipt_id: str) -> SettlementOrder:
+        authorization = self._payment.authorization
+        call_to, call_data = settlement_call(self._payment, self._token)
+        return SettlementOrder(
+            id=settlement_id(receipt_id),
+            kind="payment",
+            reference=receipt_id,
+            chain_id=self._token.chain_id,
+            token=self._token.address,
+            payer=authorization.payer,
+            pay_to=self._pay_to,
+            value=authorization.value,
+            authorization_nonce=authorization.nonce,
+            call_to=call_to,
+            call_data=call_data,
+            valid_before=authorization.expires_at,
+        )
+
+
+class ExactHold(LedgerHold):
+    """A payment whose transfer is under way, or has arrived."""
+
+    def __init__(self, services: ExactServices, reservation: Reservation, payment: Payment) -> None:
+        super().__init__(services.store, reservation.use, payment.payer, reservation.held_nano_usd)
+        self._services = services
+        self._payment = payment
+        self._settled: Settled | None = None
+        # Credit of a payment that was mined before is certain, whatever its old transaction does now.
+        self._certain = reservation.stage == "held"
+        self._exposed = not self._certain and services.expose(self.payer, self.maximum_nano_usd)
+        self.may_start_early = self._certain or self._exposed
+
+    async def look_up_transaction(self) -> None:
+        """Find the transaction of a payment that was mined before, for `payment_response`."""
+        self._settled = await self._services.settlements.outcome(settlement_id(self.receipt_id), 0)
+
+    async def ready(self) -> None:
+        """Wait until the transfer is mined and held in the ledger.
+
+        Raises:
+            PaymentRefused: ``settlement_failed``: nothing was taken and nothing may be shown.
+            SettlementPending: It is not known after the configured wait.
+        """
+        if self._certain:
+            return
+        settled = await self._services.settlements.outcome(
+            settlement_id(self.receipt_id), self._services.settlement_wait_s
+        )
+        if settled.open:
+            raise SettlementPending(
+                "settlement_pending",
+                "the payment is on its way and not mined yet; do not pay again: look at the receipt, or send the same payment",
+                self.receipt_id,
+            )
+        self._settled = settled
+        self._cover()
+        if not settled.paid:
+            self._services.end_use(self.receipt_id)
+            raise PaymentRefused(
+                "settlement_failed",
+                f"the payment's transfer failed ({settled.reason or 'no reason is known'}); nothing was taken,"
+                " sign a new payment",
+            )
+        self._certain = True
+
+    async def capture(self, amount_nano_usd: int, outcome: Outcome, also: Also | None = None) -> Charge:
+        """See `payments.tenders.base.Hold`."""
+        return self._ended(await super().capture(amount_nano_usd, outcome, also))
+
+    async def release(self, outcome: Outcome, also: Also | None = None) -> Charge:
+        """See `payments.tenders.base.Hold`."""
+        return self._ended(await super().release(outcome, also))
+
+    async def interrupt(self, outcome: Outcome) -> None:
+        """See `payments.tenders.base.Hold`: the same payment sent again goes on from here."""
+        try:
+            await self._store.write(lambda tx: closing.interrupt(tx, self._use, outcome))
+        finally:
+            self._end()
+
+    def payment_response(self) -> dict[str, Any] | None:
+        """What `payments.x402.wire.payment_response` takes; None while the transfer's fate is unknown."""
+        settled = self._settled
+        if settled is None:
+            return None
+        response: dict[str, Any] = {
+            "success": self._certain,
+            "tx_hash": settled.transaction_hash,
+            "network": self._payment.network,
+            "payer": self.payer,
+            "receipt": self.receipt_id,
+        }
+        if self._certain:
+            return response | {"amount": self._payment.authorization.value}
+        return response | {"error_reason": "settlement_failed"}
+
+    def _ended(self, charge: Charge) -> Charge:
+        self._end()
+        return charge
+
+    def _end(self) -> None:
+        self._cover()
+        self._services.end_use(self.receipt_id)
+
+    def _cover(self) -> None:
+        if self._exposed:
+            self._exposed = False
+            self._services.cover(self.payer, self.maximum_nano_usd)
+
+
+def _abandon(tx: Transaction, found: Reservation | AlreadyUsed) -> None:
+    if isinstance(found, Reservation):
+        authorizations.forget(tx, found.use, "caller_gone")
