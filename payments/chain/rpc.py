@@ -67,7 +67,7 @@ class Rpc:
 
     async def __aexit__(self, *_: object) -> None:
         """Close."""
-        await self.close()
+        await self.aclose()
 
     async def call(self, method: str, params: Sequence[Any] = ()) -> Any:
         """Make one call; calls made in the same turn of the event loop share a POST.
@@ -110,7 +110,7 @@ class Rpc:
                 raise reply
         return replies
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Drop what is under way and close the connections."""
         for flight in self._flights:
             flight.cancel()

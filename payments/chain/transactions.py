@@ -192,7 +192,7 @@ PROXY_SETTLE_TERMS_LENGTH = 4 + 7 * WORD
 """The part of `settle`'s calldata that says what is paid; the rest is the signature, which has several spellings."""
 
 
-def settlement_call(payment: Payment, token: Token) -> tuple[str, bytes]:
+def settle_call(payment: Payment, token: Token) -> tuple[str, bytes]:
     """The contract and the calldata that execute a payment: what is simulated, and what is then broadcast."""
     if isinstance(payment.authorization, Permit2Authorization):
         return EXACT_PERMIT2_PROXY_ADDRESS, encode_proxy_settle(payment.authorization, payment.signature)

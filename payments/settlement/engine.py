@@ -28,6 +28,8 @@ from payments.store import Store
 log = logging.getLogger(__name__)
 
 OUTCOMES_KEPT = 4_096
+SLOT_WAIT_S = 10.0
+"""How long a payment waits for a signer when all have as many transactions under way as they may."""
 FINALITY_INTERVAL_MIN_S = 1.0
 
 
@@ -89,7 +91,8 @@ class Settlements:
         self.paid = 0
         self.failed = 0
         self.reorganised = 0
-        self._store, self._rpc = store, rpc
+        self.rpc = rpc
+        self._store = store
         self._callbacks = {"payment": (on_mined, on_failed)}
         self._entries: dict[str, Entry] = {}
         self._outcomes: dict[str, SettlementOutcome] = {}
@@ -279,9 +282,15 @@ class Settlements:
             if self.treasury is None:
                 raise SettlementUnavailable("no_treasury_key", "refunds need the treasury's key")
             candidates = [self.treasury]
-        while (signer := least_loaded(candidates)) is None:
-            self._slot_freed.clear()
-            await self._slot_freed.wait()
+        try:
+            async with asyncio.timeout(SLOT_WAIT_S if kind == "payment" else None):
+                while (signer := least_loaded(candidates)) is None:
+                    self._slot_freed.clear()
+                    await self._slot_freed.wait()
+        except TimeoutError:
+            raise SettlementUnavailable(
+                "settlement_busy", "too many payments are waiting for this network; send the same payment again"
+            ) from None
         signer.in_flight += 1
         return signer
 
@@ -359,7 +368,7 @@ class Settlements:
             try:
                 await self._repairs.round()
                 if self.finality.due:
-                    await self._look_at_finality(int(await self._rpc.call(*HEAD), 16))
+                    await self._look_at_finality(int(await self.rpc.call(*HEAD), 16))
             except (RpcUnavailable, RpcError) as error:
                 log.warning("housekeeping of settlements must wait: %s", error)
             except Exception:
@@ -374,7 +383,7 @@ class Settlements:
         accounts = list(self.accounts.values())
         requests: list[Request] = [HEAD, FeeEstimate.REQUEST]
         requests += [("eth_getTransactionCount", (account.address, "pending")) for account in accounts]
-        head, fee_history, *counts = await self._rpc.ask(requests)
+        head, fee_history, *counts = await self.rpc.ask(requests)
         self.courier.head = int(head, 16)
         self.fees.read(fee_history)
         for account, count in zip(accounts, counts, strict=True):

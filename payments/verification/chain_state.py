@@ -8,8 +8,8 @@ instance with an account whose code burns the whole call's gas.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from payments.chain.networks import MULTICALL3_ADDRESS, PERMIT2_ADDRESS, Network, Token
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
@@ -22,10 +22,9 @@ from payments.chain.transactions import (
     encode_balance_of,
     encode_nonce_bitmap,
     nonce_is_set,
-    settlement_call,
+    settle_call,
 )
 from payments.errors import AllowanceRequired, PaymentError, PaymentRefused, SettlementUnavailable
-from payments.money import nano_to_atomic_up
 from payments.settlement.outbox import gas_limit
 from payments.x402.wire import Payment, Permit2Authorization
 
@@ -33,16 +32,19 @@ WINDOW_S = 0.0005
 BATCH_MAX = 50
 """Payments in one call: about 6 million gas, which every node allows an eth_call."""
 
+LOOKS_MAX = 3
+LOOK_AGAIN_S = 0.1
+
 CallResult = tuple[bool, bytes]
+OpenValue = Callable[[str, str], int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Check:
     payment: Payment
     token: Token
-    other_open: int
-    """Atomic units."""
     verdict: asyncio.Future[PaymentError | None]
+    looks: int = 1
 
     def calls(self) -> list[tuple[str, bytes]]:
         authorization, token = self.payment.authorization, self.token.address
@@ -53,7 +55,7 @@ class _Check:
             calls.append((token, encode_allowance(payer, PERMIT2_ADDRESS)))
         else:
             calls.append((token, encode_authorization_state(payer, nonce)))
-        calls.append(settlement_call(self.payment, self.token))
+        calls.append(settle_call(self.payment, self.token))
         return calls
 
     def conclude(self, verdict: PaymentError | None) -> None:
@@ -62,24 +64,28 @@ class _Check:
 
 
 class ChainStates:
-    """Checks payments against the state of one network."""
+    """Checks payments against the state of one network.
 
-    def __init__(self, rpc: Rpc, network: Network) -> None:
+    Args:
+        open_value: Atomic units that a payer has under way in a token (by address): in its balance, and not for long.
+    """
+
+    def __init__(self, rpc: Rpc, network: Network, open_value: OpenValue = lambda payer, token: 0) -> None:
         self.network = network
         self.checks = 0
         self.refusals = 0
         self._rpc = rpc
+        self._open_value = open_value
         self._waiting: list[_Check] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def check(self, payment: Payment, token: Token, pay_to: str, other_open_nano: int = 0) -> None:
+    async def check(self, payment: Payment, token: Token, pay_to: str) -> None:
         """Return if the payment would succeed now: nonce unused, balance and allowance there, the very call succeeds.
 
         Args:
             payment: Already verified offline.
             token: What it pays in.
             pay_to: Whom it pays, lower-case hex.
-            other_open_nano: Nano-USD of the payer's other payments in this token that are not mined yet.
 
         Raises:
             PaymentRefused: ``authorization_used``, ``insufficient_funds`` or ``transfer_would_fail``.
@@ -91,7 +97,7 @@ class ChainStates:
         verdict: asyncio.Future[PaymentError | None] = loop.create_future()
         if not self._waiting:
             loop.call_later(WINDOW_S, self._depart)
-        self._waiting.append(_Check(payment, token, nano_to_atomic_up(other_open_nano, token.decimals), verdict))
+        self._waiting.append(_Check(payment, token, verdict))
         self.checks += 1
         error = await verdict
         if error is not None:
@@ -133,7 +139,13 @@ class ChainStates:
         results = iter(decode_aggregate3(bytes.fromhex(reply[2:]), len(flat)))
         again = []
         for index, check in enumerate(checks):
-            verdict = _judge(check, [next(results) for _ in calls[index]])
+            own = [next(results) for _ in calls[index]]
+            in_use = self._open_value(check.payment.payer, check.token.address)
+            verdict = _judge(check, own, in_use)
+            if verdict is not None and check.looks < LOOKS_MAX and _judge(check, own, 0) is None:
+                # Perhaps what is in use has just left the balance, and only we do not know yet.
+                again.append(self._look_again(check))
+                continue
             has_code = len(codes[index]) > 2
             if verdict is not None and len(checks) > 1:
                 again.append(self._run([check]))
@@ -143,12 +155,16 @@ class ChainStates:
                 check.conclude(verdict)
         await asyncio.gather(*again)
 
+    async def _look_again(self, check: _Check) -> None:
+        await asyncio.sleep(LOOK_AGAIN_S)
+        await self._run([replace(check, looks=check.looks + 1)])
+
     async def _simulate_alone(self, check: _Check) -> None:
         """A payer with code: the chain's own judgement under the gas limit that the settlement will have.
 
         Its code may see who calls and how much gas there is, and behave for a simulation only.
         """
-        to, data = settlement_call(check.payment, check.token)
+        to, data = settle_call(check.payment, check.token)
         call = {"to": to, "data": "0x" + data.hex(), "gas": hex(gas_limit(to, check.token.address))}
         try:
             await self._rpc.call("eth_call", [call, "latest"])
@@ -164,7 +180,7 @@ class ChainStates:
             check.conclude(None)
 
 
-def _judge(check: _Check, results: Sequence[CallResult]) -> PaymentError | None:
+def _judge(check: _Check, results: Sequence[CallResult], in_use: int) -> PaymentError | None:
     balance, used = _number(results[0]), _number(results[1])
     authorization, token = check.payment.authorization, check.token
     permit2 = isinstance(authorization, Permit2Authorization)
@@ -173,10 +189,10 @@ def _judge(check: _Check, results: Sequence[CallResult]) -> PaymentError | None:
         return PaymentRefused(
             "authorization_used", "this authorization is used or cancelled on the chain; sign a new one"
         )
-    if balance - check.other_open < authorization.value:
+    if balance - in_use < authorization.value:
         return PaymentRefused(
             "insufficient_funds",
-            f"the payer has {max(balance - check.other_open, 0)} atomic units of {token.symbol} that are not in use, and"
+            f"the payer has {max(balance - in_use, 0)} atomic units of {token.symbol} that are not in use, and"
             f" {authorization.value} are needed",
         )
     if permit2 and _number(results[2]) < authorization.value:

@@ -1,0 +1,178 @@
+"""Credit is not a dead end: above a threshold it is sent back to its payer on chain, from the treasury, by itself.
+
+A refund is a pending ledger transfer payer → custody and an outbox row, written in one unit; the transfer is posted on the
+evidence of the treasury's own transaction and voided if that failed. What is sent rounds down to the token's unit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from payments.chain.networks import Token
+from payments.chain.rpc import RpcError, RpcUnavailable
+from payments.chain.transactions import encode_transfer
+from payments.ledger import transfers
+from payments.ledger.accounts import account_id, payer_account
+from payments.money import atomic_to_nano_down, nano_to_atomic_down
+from payments.settlement import outbox
+from payments.settlement.engine import Settlements
+from payments.settlement.orders import SettlementOrder
+from payments.store import Store, StoreBusy, Transaction
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0
+SCAN_INTERVAL_S = 600.0
+RETRY_AFTER_S = 3600.0
+"""After a refund that the token refuses (a blacklisted payer, an empty treasury): trying at once would burn gas for ever."""
+
+Account = tuple[str, Token]
+"""A payer's address and the token of its credit."""
+
+
+class Refunds:
+    """Sends credit back on one network.
+
+    Args:
+        settlements: Started after this is made; must have the treasury's key.
+        tokens: Whose credit is sent back.
+        threshold_nano_usd: Credit from here on is sent back; more than 0.
+    """
+
+    def __init__(
+        self, store: Store, settlements: Settlements, tokens: Sequence[Token], threshold_nano_usd: int
+    ) -> None:
+        assert settlements.treasury is not None
+        assert threshold_nano_usd > 0
+        self.sent = 0
+        self.refused = 0
+        self._store, self._rpc, self._settlements = store, settlements.rpc, settlements
+        self._treasury = settlements.treasury.address
+        self._tokens = {token.asset: token for token in tokens}
+        self._by_address = {token.address: token for token in tokens}
+        self._threshold = threshold_nano_usd
+        self._considered: set[tuple[str, str]] = set()
+        self._not_before: dict[tuple[str, str], float] = {}
+        self._task: asyncio.Task[None] | None = None
+        settlements.handle_refunds(self._mined, self._failed)
+
+    def consider(self, payer: str, asset: str) -> None:
+        """A payer's credit may have grown: look at it soon. Costs nothing."""
+        if asset in self._tokens:
+            self._considered.add((payer, asset))
+
+    async def start(self) -> None:
+        """Begin with a scan of every payer's credit, and repeat it now and then."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """Stop beginning refunds; those that are durable are the settlement engine's."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def round(self) -> int:
+        """Begin a refund for everybody considered whose credit reaches the threshold; returns how many were begun."""
+        considered, self._considered = self._considered, set()
+        begun = 0
+        for payer, asset in considered:
+            if time.monotonic() >= self._not_before.get((payer, asset), 0.0):
+                begun += await self._refund(payer, self._tokens[asset])
+        return begun
+
+    async def scan(self) -> None:
+        """Consider everybody whose credit reaches the threshold."""
+        marks = ",".join("?" * len(self._tokens))
+        rows = await self._store.read(
+            lambda tx: tx.execute(
+                f"SELECT owner, asset FROM ledger_account WHERE kind='payer' AND asset IN ({marks})"  # noqa: S608 - only marks
+                " AND balance - pending_out >= ?",
+                (*self._tokens, self._threshold),
+            ).fetchall()
+        )
+        self._considered.update((owner, asset) for owner, asset in rows)
+
+    async def _run(self) -> None:
+        next_scan = 0.0
+        while True:
+            try:
+                if time.monotonic() >= next_scan:
+                    await self.scan()
+                    next_scan = time.monotonic() + SCAN_INTERVAL_S
+                await self.round()
+            except (RpcUnavailable, RpcError, StoreBusy) as error:
+                log.warning("refunds must wait: %s", error)
+                next_scan = 0.0
+            await asyncio.sleep(INTERVAL_S)
+
+    async def _refund(self, payer: str, token: Token) -> bool:
+        credit = await self._store.read(lambda tx: transfers.balance(tx, payer_account(payer, token.asset)).available)
+        if credit < self._threshold or not await self._would_succeed(payer, token, credit):
+            return False
+        settlement_id = await self._store.write(lambda tx: self._begin(tx, payer, token))
+        if settlement_id is None:
+            return False
+        self._settlements.take_queued(settlement_id)
+        return True
+
+    async def _would_succeed(self, payer: str, token: Token, credit: int) -> bool:
+        data = "0x" + encode_transfer(payer, nano_to_atomic_down(credit, token.decimals)).hex()
+        try:
+            await self._rpc.call("eth_call", [{"from": self._treasury, "to": token.address, "data": data}, "latest"])
+        except RpcError as error:
+            self._wait(payer, token.asset)
+            log.warning("a refund of %s would fail: %s", token.asset, error.message)
+            return False
+        return True
+
+    def _begin(self, tx: Transaction, payer: str, token: Token) -> str | None:
+        account = payer_account(payer, token.asset)
+        credit = transfers.balance(tx, account).available
+        if credit < self._threshold:
+            return None
+        value = nano_to_atomic_down(credit, token.decimals)
+        settlement_id = f"refund_{secrets.token_hex(16)}"
+        reference = f"refund:{settlement_id}"
+        transfers.hold(
+            tx,
+            id=reference,
+            debit=account,
+            credit=account_id("custody", token.asset),
+            amount=atomic_to_nano_down(value, token.decimals),
+            reference=settlement_id,
+        )
+        order = SettlementOrder(
+            id=settlement_id,
+            kind="refund",
+            reference=reference,
+            chain_id=token.chain_id,
+            token=token.address,
+            payer=self._treasury,
+            pay_to=payer,
+            value=value,
+            authorization_nonce=None,
+            call_to=token.address,
+            call_data=encode_transfer(payer, value),
+            valid_before=0,
+        )
+        outbox.enqueue(tx, order)
+        return settlement_id
+
+    def _mined(self, tx: Transaction, row: dict[str, Any]) -> None:
+        token = self._by_address[row["token"]]
+        # The treasury paid the whole value, whatever a token with a fee let arrive.
+        transfers.capture(tx, row["reference"], atomic_to_nano_down(int(row["value"]), token.decimals))
+        self.sent += 1
+
+    def _failed(self, tx: Transaction, row: dict[str, Any]) -> None:
+        transfers.void(tx, row["reference"])
+        self._wait(row["pay_to"], self._by_address[row["token"]].asset)
+
+    def _wait(self, payer: str, asset: str) -> None:
+        self.refused += 1
+        self._not_before[(payer, asset)] = time.monotonic() + RETRY_AFTER_S
