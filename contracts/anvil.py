@@ -172,7 +172,7 @@ class Anvil:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
-            preexec_fn=_end_with_parent(),
+            preexec_fn=end_with_parent(),
         )
         deadline = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -201,7 +201,7 @@ def _free_port() -> int:
         return port
 
 
-def _end_with_parent() -> Callable[[], None] | None:
+def end_with_parent() -> Callable[[], None] | None:
     """What the child runs before it becomes Anvil: ask the kernel for SIGTERM when the parent dies, however it dies."""
     if not sys.platform.startswith("linux"):
         return None

@@ -39,7 +39,9 @@ __all__ = [
     "call_data",
     "load",
     "mint",
+    "receipt",
     "rpc",
+    "send_as",
     "send_signed",
 ]
 
@@ -59,7 +61,10 @@ TransferMethod = Literal["eip3009", "permit2"]
 
 _ARTIFACTS = Path(__file__).resolve().parent / "artifacts"
 _WEI_EACH = 10_000 * 10**18  # what Anvil gives each of its own accounts
-_MINED_TIMEOUT_S = 30.0
+_POLL_S = 0.002
+_POLLS_BEFORE_MINING = 50
+_MINING_PAUSE_S = 0.1
+_MININGS_MAX = 50
 _UINT256_MAX = 2**256 - 1
 
 
@@ -164,9 +169,22 @@ def as_owner(rpc_url: str, token: DevToken, signature: str, *arguments: str | in
     Raises:
         RpcRefused: the call reverts.
     """
-    transaction = {"from": OWNER_ADDRESS, "to": token.address, "data": call_data(signature, *arguments)}
-    sent: str = rpc(rpc_url, "eth_sendTransaction", transaction)
-    _ensure_mined(rpc_url, sent)
+    return send_as(rpc_url, OWNER_ADDRESS, token.address, call_data(signature, *arguments))
+
+
+def send_as(rpc_url: str, sender: str, to: str, data: str) -> str:
+    """Send a transaction from an account that Anvil signs for (a wallet or the tokens' owner); returns its hash once mined.
+
+    Mines a block if the chain does not by itself.
+
+    Raises:
+        RpcRefused: it would revert; the message holds the reason, `data` what the contract returned.
+    """
+    call = {"from": sender, "to": to, "data": data}
+    # Estimated first: Anvil would mine a call that reverts, and a receipt does not say why.
+    gas = int(rpc(rpc_url, "eth_estimateGas", call), 16) * 5 // 4
+    sent: str = rpc(rpc_url, "eth_sendTransaction", call | {"gas": hex(gas)})
+    receipt(rpc_url, sent)
     return sent
 
 
@@ -216,8 +234,27 @@ def send_signed(rpc_url: str, private_key: str, to: str, data: str = "0x", value
         }
     )
     sent: str = rpc(rpc_url, "eth_sendRawTransaction", "0x" + bytes(signed.raw_transaction).hex())
-    _ensure_mined(rpc_url, sent)
+    receipt(rpc_url, sent)
     return sent
+
+
+def receipt(rpc_url: str, transaction_hash: str) -> dict[str, Any]:
+    """A sent transaction's receipt. Waits a moment for the chain to mine it by itself, then mines.
+
+    Raises:
+        RpcRefused: it reverted.
+        TimeoutError: it cannot be mined, for instance because the transaction before it is missing.
+    """
+    for pause_s in (*[_POLL_S] * _POLLS_BEFORE_MINING, *[_MINING_PAUSE_S] * _MININGS_MAX):
+        found: dict[str, Any] | None = rpc(rpc_url, "eth_getTransactionReceipt", transaction_hash)
+        if found is not None:
+            if int(found["status"], 16) != 1:
+                raise RpcRefused("eth_getTransactionReceipt", 3, f"transaction {transaction_hash} reverted", None)
+            return found
+        time.sleep(pause_s)
+        if pause_s == _MINING_PAUSE_S:
+            rpc(rpc_url, "evm_mine")
+    raise TimeoutError(f"{transaction_hash} was not mined")
 
 
 def call_data(signature: str, *arguments: str | int) -> str:
@@ -280,13 +317,3 @@ def _read(rpc_url: str, address: str, signature: str, *arguments: str | int) -> 
 
 def _word(value: str | int) -> bytes:
     return (int(value, 16) if isinstance(value, str) else value).to_bytes(32, "big")
-
-
-def _ensure_mined(rpc_url: str, transaction_hash: str) -> None:
-    deadline = time.monotonic() + _MINED_TIMEOUT_S
-    while (receipt := rpc(rpc_url, "eth_getTransactionReceipt", transaction_hash)) is None:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{transaction_hash} was not mined")
-        rpc(rpc_url, "evm_mine")
-    if int(receipt["status"], 16) != 1:
-        raise RpcRefused("eth_getTransactionReceipt", 3, f"transaction {transaction_hash} reverted", None)

@@ -1,0 +1,120 @@
+"""The checked-in artifacts are what the sources and the named npm packages give, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from x402.mechanisms.evm import constants as official
+
+from contracts.devnet import artifact
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def check(repository: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["node", "contracts/build.mjs", "--check"], cwd=repository, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The contracts where a test may change them."""
+    shutil.copytree(REPOSITORY / "contracts", tmp_path / "contracts", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "node_modules").symlink_to(REPOSITORY / "node_modules")
+    return tmp_path
+
+
+def test_artifacts_are_reproduced_byte_for_byte() -> None:
+    answer = check(REPOSITORY)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_an_artifact_that_differs_in_one_byte_is_named(copy: Path) -> None:
+    for contract in ("UsdtLike", "Permit2"):
+        path = copy / "contracts" / "artifacts" / f"{contract}.json"
+        text = path.read_text()
+        place = text.index('"deployedBytecode": "0x') + 100
+        path.write_text(text[:place] + ("0" if text[place] != "0" else "1") + text[place + 1 :])
+    answer = check(copy)
+    assert answer.returncode == 1
+    assert "UsdtLike.json" in answer.stderr
+    assert "Permit2.json" in answer.stderr
+    assert "UsdcLike.json" not in answer.stderr
+
+
+def test_a_changed_source_is_noticed(copy: Path) -> None:
+    path = copy / "contracts" / "src" / "UsdtLike.sol"
+    path.write_text(path.read_text().replace("BASIS_POINTS_MAX = 20;", "BASIS_POINTS_MAX = 21;"))
+    answer = check(copy)
+    assert answer.returncode == 1
+    assert "UsdtLike.json" in answer.stderr
+
+
+@pytest.mark.parametrize("contract", ["Permit2", "Multicall3"])
+def test_public_bytecode_stands_in_the_package_that_the_artifact_names(contract: str) -> None:
+    build = artifact(contract)
+    package = REPOSITORY / "node_modules" / build["provenance"]["package"]
+    described = json.loads((package / "package.json").read_text())
+    assert (described["version"], described["license"]) == (build["provenance"]["version"], "MIT")
+    assert f'hex"{build["deployedBytecode"][2:]}"' in (package / build["provenance"]["path"]).read_text()
+
+
+def shape(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """A function, event or error without the names of structs, which calldata does not carry."""
+
+    def types(parameters: list[dict[str, Any]]) -> tuple[Any, ...]:
+        return tuple((each["name"], each["type"], types(each.get("components", []))) for each in parameters)
+
+    return (
+        entry["type"],
+        entry["name"],
+        types(entry["inputs"]),
+        tuple(each["type"] for each in entry.get("outputs", [])),
+        entry.get("stateMutability"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("contract", "functions"),
+    [
+        ("X402ExactPermit2Proxy", official.X402_EXACT_PERMIT2_PROXY_ABI),
+        ("X402ExactPermit2Proxy", official.X402_EXACT_PERMIT2_PROXY_SETTLE_WITH_PERMIT_ABI),
+        ("X402UptoPermit2Proxy", official.X402_UPTO_PERMIT2_PROXY_ABI),
+        ("X402UptoPermit2Proxy", official.X402_UPTO_PERMIT2_PROXY_SETTLE_WITH_PERMIT_ABI),
+        ("UsdcLike", official.TRANSFER_WITH_AUTHORIZATION_VRS_ABI),
+        ("UsdcLike", official.TRANSFER_WITH_AUTHORIZATION_BYTES_ABI),
+        ("UsdcLike", official.AUTHORIZATION_STATE_ABI),
+        ("UsdcLike", official.EIP2612_NONCES_ABI),
+    ],
+)
+def test_functions_are_those_that_the_official_client_knows(contract: str, functions: list[dict[str, Any]]) -> None:
+    def unnamed(entry: dict[str, Any]) -> tuple[Any, ...]:
+        # Getters of public mappings need not name their parameters alike.
+        kind, name, inputs, outputs, mutability = shape(entry)
+        return (kind, name, tuple(each[1:] for each in inputs), outputs, mutability)
+
+    ours = {unnamed(entry) for entry in artifact(contract)["abi"] if entry["type"] == "function"}
+    assert functions
+    for function in functions:
+        assert unnamed(function) in ours
+
+
+@pytest.mark.parametrize(
+    ("contract", "official_name"),
+    [("X402ExactPermit2Proxy", "x402ExactPermit2ProxyABI"), ("X402UptoPermit2Proxy", "x402UptoPermit2ProxyABI")],
+)
+def test_proxies_have_the_functions_events_and_errors_of_the_official_ones(contract: str, official_name: str) -> None:
+    program = f'import {{ {official_name} as abi }} from "@x402/evm"; console.log(JSON.stringify(abi))'
+    printed = subprocess.run(
+        ["node", "--input-type=module", "-e", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    theirs = {shape(entry) for entry in json.loads(printed.stdout)}
+    # Thrown by the official constructor only; ours has no constructor.
+    theirs.discard(("error", "InvalidPermit2Address", (), (), None))
+    assert {shape(entry) for entry in artifact(contract)["abi"]} == theirs
