@@ -30,6 +30,8 @@ from gateway.settings import Settings
 ENV_PREFIX = "FAREBOX_"
 CONFIG_VARIABLE = "FAREBOX_CONFIG"
 SECRETS = {"secret": "FAREBOX_SECRET", "signer_keys": "FAREBOX_SIGNER_KEYS", "treasury_key": "FAREBOX_TREASURY_KEY"}
+_OTHER_VARIABLES = {CONFIG_VARIABLE, "FAREBOX_DEBUG", "FAREBOX_WALLET_KEY", "FAREBOX_GATEWAY", "FAREBOX_RPC_URL"}
+"""Variables of the command and of the agent SDK, which may be set on the same machine."""
 _SECRET_HEADERS = {"authorization", "api-key", "x-api-key", "x-goog-api-key", "proxy-authorization", "cookie"}
 _HIDDEN = {*SECRETS, "headers", "rpc_urls", "database_url"}
 """Fields whose values are never repeated in a message."""
@@ -227,7 +229,7 @@ def _read_environment(merged: _Merged, env: Mapping[str, str]) -> Iterator[Probl
     named = config_checks.key_variables(merged.data)
     unknown = []
     for variable, value in sorted(env.items()):
-        if not variable.upper().startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE or not value:
+        if not variable.upper().startswith(ENV_PREFIX) or variable in _OTHER_VARIABLES or not value:
             continue
         # One variable at a time, so that every value keeps the name of the variable it came from.
         source = EnvSettingsSource(Settings)
@@ -258,7 +260,7 @@ def _unknown_variable(variable: str) -> Problem:
     near = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.75)
     if near:
         return Problem(variable, "there is no such setting", f"Did you mean {ENV_PREFIX}{near[0].upper()}?")
-    # Other programs (the agent SDK) have variables of their own with this prefix.
+    # Other programs may have variables of their own with this prefix.
     return Problem(variable, "the gateway has no such setting and ignores it", "Unset it if it was meant for it", True)
 
 

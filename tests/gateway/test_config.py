@@ -306,7 +306,7 @@ def test_a_key_instead_of_its_variable_is_refused_and_not_repeated(write: Any) -
         ('http://localhost/v1"', 'http://localhost/v1"\napi_key_env = "OPEN_KEY"', {}, "OPEN_KEY is not set"),
         ("port = 9000", "", {"FAREBOX_SIGNER_KEYS": "[]"}, "cannot be settled"),
         ("port = 9000", "", {"FAREBOX_SECRET": ""}, "quotes cannot outlive a restart"),
-        ("port = 9000", "", {"FAREBOX_WALLET_KEY": "0x1"}, "ignores it"),
+        ("port = 9000", "", {"FAREBOX_LICENCE": "x"}, "ignores it"),
     ],
 )
 def test_what_is_only_doubtful_is_a_warning(write: Any, old: str, new: str, env: dict[str, str], what: str) -> None:

@@ -1,0 +1,159 @@
+"""`farebox keys`: API keys and the pools that they draw on."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gateway.commands.shared import (
+    ConfigOption,
+    Failed,
+    JsonOption,
+    load_settings,
+    open_database,
+    out,
+    print_json,
+    reporting,
+    table,
+)
+
+if TYPE_CHECKING:
+    from payments.accounts import ApiKeyView
+    from payments.store import Transaction
+
+app = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys; fund their pools.")
+
+Usd = Annotated[str, typer.Option(metavar="USD", help="Grant the pool this much, such as 25 or 0.50.")]
+
+
+@app.command(epilog="Example: [cyan]farebox keys create search-team --pool search --fund-usd 25[/cyan]")
+@reporting
+def create(
+    name: Annotated[str, typer.Argument(help="For people: whose key it is.")],
+    pool: Annotated[str, typer.Option(help="The money that it draws on; made if it is not there.")] = "default",
+    admin: Annotated[bool, typer.Option("--admin", help="A key that may administer the gateway.")] = False,
+    fund_usd: Usd = "0",
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key. It is shown once and cannot be shown again: only its hash is kept."""
+    from payments import accounts
+
+    amount = _nano(fund_usd)
+    _check_pool(pool)
+
+    def unit(tx: Transaction) -> tuple[ApiKeyView, str]:
+        made = accounts.create_key(tx, name, pool, admin)
+        if amount:
+            accounts.fund_pool(tx, pool, amount, made[0].id)
+        return made
+
+    with open_database(load_settings(config), create=True) as database:
+        view, secret = database.write(unit)
+    if as_json:
+        print_json({"ok": True, "key": secret, **view.as_json()})
+        return
+    out.print(secret, style="bold", markup=False)
+    out.print(f"{view.id}, pool {pool}. Keep it now: it is not shown again.", markup=False)
+
+
+@app.command("list")
+@reporting
+def list_(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """All keys, with what is left in their pools."""
+    from payments import accounts
+    from payments.ledger.transfers import balance
+    from payments.money import nano_to_usd
+
+    with open_database(load_settings(config)) as database:
+        keys = database.read(accounts.list_keys)
+        pools = {key.pool for key in keys}
+        available = {
+            pool: nano_to_usd(database.read(lambda tx, pool=pool: balance(tx, accounts.pool_account(pool))).available)
+            for pool in sorted(pools)
+        }
+    if as_json:
+        print_json({"ok": True, "keys": [key.as_json() for key in keys], "pools": available})
+        return
+    if not keys:
+        out.print("There are no keys yet: `farebox keys create NAME` makes one.", markup=False)
+        return
+    shown = table("id", "name", "key", "pool", "left in pool, USD", "created", "state", right=("left in pool, USD",))
+    for key in keys:
+        created = datetime.fromtimestamp(key.created_ms / 1000, UTC).strftime("%Y-%m-%d")
+        state = "revoked" if key.revoked_ms else "admin" if key.admin else "active"
+        shown.add_row(key.id, key.name, f"{key.prefix}…", key.pool, available[key.pool], created, state)
+    out.print(shown)
+
+
+@app.command()
+@reporting
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="As `farebox keys list` shows it: key_…")],
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key useless, at once and for good."""
+    from payments import accounts
+
+    with open_database(load_settings(config)) as database:
+        try:
+            view = database.write(lambda tx: accounts.revoke_key(tx, key_id))
+        except accounts.UnknownKey as error:
+            raise Failed(
+                str(error), "`farebox keys list` shows the ids (key_…), which are not the keys themselves"
+            ) from None
+    if as_json:
+        print_json({"ok": True, **view.as_json()})
+    else:
+        out.print(f"{view.id} ({view.name}) is revoked", markup=False)
+
+
+@app.command(epilog="Example: [cyan]farebox keys fund search 100[/cyan]")
+@reporting
+def fund(
+    pool: Annotated[str, typer.Argument(help="The pool's name.")],
+    usd: Annotated[str, typer.Argument(help="How much, such as 25 or 0.50.")],
+    reference: Annotated[
+        str | None, typer.Option(help="The same reference again changes nothing; by default each call is new.")
+    ] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Grant a pool money that its keys can spend."""
+    from payments import accounts
+    from payments.ledger.transfers import TransferConflict, balance
+    from payments.money import nano_to_usd
+
+    amount = _nano(usd)
+    if amount == 0:
+        raise Failed("nothing to grant: the amount is 0", "Give an amount such as 25")
+    _check_pool(pool)
+    grant = reference or secrets.token_hex(8)
+    with open_database(load_settings(config), create=True) as database:
+        try:
+            database.write(lambda tx: accounts.fund_pool(tx, pool, amount, grant))
+        except TransferConflict as error:
+            raise Failed(str(error), "Use another --reference for another amount") from None
+        available = nano_to_usd(database.read(lambda tx: balance(tx, accounts.pool_account(pool))).available)
+    if as_json:
+        print_json({"ok": True, "pool": pool, "reference": grant, "available_usd": available})
+    else:
+        out.print(f"pool {pool} has {available} USD to spend", markup=False)
+
+
+def _nano(usd: str) -> int:
+    from payments.money import usd_to_nano
+
+    try:
+        return usd_to_nano(usd)
+    except ValueError as error:
+        raise Failed(str(error), "Write dollars like 25 or 0.50") from None
+
+
+def _check_pool(pool: str) -> None:
+    if not pool or "@" in pool or ":" in pool or pool != pool.strip():
+        raise Failed(f"{pool!r} cannot be a pool's name", "Use letters, digits, - and _")
