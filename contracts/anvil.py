@@ -21,11 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from contracts.jsonrpc import NodeUnreachable, rpc
+from contracts.jsonrpc import NodeUnreachable, batch
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 20.0
+_PROBE_TIMEOUT_S = 0.5
 _START_ATTEMPTS = 3
 _PR_SET_PDEATHSIG = 1
 
@@ -179,7 +180,7 @@ class Anvil:
             if self._process.poll() is not None:
                 break
             with contextlib.suppress(NodeUnreachable):
-                rpc(self.rpc_url, "eth_chainId")
+                batch(self.rpc_url, [("eth_chainId", [])], timeout_s=_PROBE_TIMEOUT_S)
                 # Somebody else's node on this port would answer too, while ours has ended.
                 if self._process.poll() is None:
                     return

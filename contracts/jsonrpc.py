@@ -36,7 +36,7 @@ def rpc(rpc_url: str, method: str, *params: Any) -> Any:
     return batch(rpc_url, [(method, params)])[0]
 
 
-def batch(rpc_url: str, calls: Sequence[Call]) -> list[Any]:
+def batch(rpc_url: str, calls: Sequence[Call], *, timeout_s: float = 30.0) -> list[Any]:
     """Call several methods in one round trip and return their results in order. The node may run them in any order.
 
     Raises:
@@ -48,7 +48,7 @@ def batch(rpc_url: str, calls: Sequence[Call]) -> list[Any]:
         for index, (method, params) in enumerate(calls)
     ]
     try:
-        answers = _client().post(rpc_url, json=body).raise_for_status().json()
+        answers = _client().post(rpc_url, json=body, timeout=timeout_s).raise_for_status().json()
     except (httpx.HTTPError, ValueError) as error:
         raise NodeUnreachable(f"no JSON-RPC answer from {rpc_url}: {error!r}") from error
     if not isinstance(answers, list) or len(answers) != len(calls):
@@ -64,4 +64,4 @@ def batch(rpc_url: str, calls: Sequence[Call]) -> list[Any]:
 @functools.cache
 def _client() -> httpx.Client:
     # One for the process: each new one costs 20 ms of TLS set-up. Proxies have no business between us and localhost.
-    return httpx.Client(timeout=30, trust_env=False)
+    return httpx.Client(trust_env=False)
