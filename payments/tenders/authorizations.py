@@ -134,6 +134,11 @@ def reserve(
     return _find_first_use(tx, identity, digest, details)
 
 
+def is_known(tx: Transaction, identity: str) -> bool:
+    """Whether an authorization of this identity was reserved before."""
+    return tx.execute("SELECT 1 FROM payment_authorization WHERE identity = ?", (identity,)).fetchone() is not None
+
+
 def forget(tx: Transaction, use: Use, reason: str) -> None:
     """End a use for which nothing was written to the outbox, as if it had never been; if something was, interrupt it."""
     if tx.execute(_FORGET, (use.receipt_id,)).fetchone() is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 from payments.chain.networks import Network, Token
@@ -23,7 +24,7 @@ from payments.store import Store, StoreBusy, Transaction
 from payments.tenders import authorizations, closing
 from payments.tenders.authorizations import AlreadyUsed, Reservation
 from payments.tenders.base import Also, Charge, Outcome
-from payments.tenders.closing import LedgerHold
+from payments.tenders.closing import LedgerHold, Use
 from payments.tenders.evidence import on_failed, on_mined
 from payments.x402.wire import Payment, Requirement
 
@@ -75,8 +76,8 @@ class Settling(Protocol):
 class ChainCheck(Protocol):
     """What the chain says of a payment before it is settled."""
 
-    async def check(self, payment: Payment, token: Token, pay_to: str) -> None:
-        """Raise a `PaymentError` if the transfer would fail now."""
+    async def check(self, payment: Payment, token: Token, pay_to: str, other_open_nano: int = 0) -> None:
+        """Raise a `PaymentError` if the transfer would fail now, given nano-USD of the payer's that are under way already."""
 
 
 class ExactServices:
@@ -88,6 +89,7 @@ class ExactServices:
         chain_states: Judges them by the chain.
         payer_exposure_nano_usd: Inference that one payer may have under way before its transfers are mined.
         settlement_wait_s: How long a request waits for its transfer, in seconds.
+        credited: Told the payer and the asset whose credit may have grown.
     """
 
     def __init__(
@@ -98,13 +100,17 @@ class ExactServices:
         chain_states: ChainCheck,
         payer_exposure_nano_usd: int,
         settlement_wait_s: float,
+        credited: Callable[[str, str], None] | None = None,
     ) -> None:
         self.store = store
         self.settlements = settlements
         self.chain_states = chain_states
         self.settlement_wait_s = settlement_wait_s
+        self.credited = credited
+        self.unmined = Tally()
+        """Of each payer and asset, what the payments under way are worth: what their balance on chain still shows."""
         self._payer_exposure_nano_usd = payer_exposure_nano_usd
-        self._exposed: dict[str, int] = {}
+        self._exposed = Tally()
         self._under_way: dict[str, asyncio.Event] = {}
 
     async def use_ended(self, receipt_id: str, timeout_s: float) -> bool:
@@ -131,20 +137,35 @@ class ExactServices:
 
     def expose(self, payer: str, amount_nano_usd: int) -> bool:
         """Count a request of `payer` whose money has not arrived. False, with nothing counted, if that would be too much."""
-        exposed = self._exposed.get(payer, 0) + amount_nano_usd
-        if exposed > self._payer_exposure_nano_usd:
+        if self._exposed[payer] + amount_nano_usd > self._payer_exposure_nano_usd:
             return False
-        self._exposed[payer] = exposed
+        self._exposed.add(payer, amount_nano_usd)
         return True
 
     def cover(self, payer: str, amount_nano_usd: int) -> None:
         """The money of a request that `expose` counted has arrived, or will not."""
-        exposed = self._exposed[payer] - amount_nano_usd
-        assert exposed >= 0
-        if exposed:
-            self._exposed[payer] = exposed
-        else:
-            del self._exposed[payer]
+        self._exposed.add(payer, -amount_nano_usd)
+
+
+class Tally:
+    """Sums by key that hold nothing for a key whose sum is zero."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Hashable, int] = {}
+
+    def __getitem__(self, key: Hashable) -> int:
+        return self._sums.get(key, 0)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def add(self, key: Hashable, amount: int) -> None:
+        """Change the sum of `key`; it never falls below zero."""
+        total = self[key] + amount
+        assert total >= 0
+        self._sums[key] = total
+        if total == 0:
+            del self._sums[key]
 
 
 def settlement_id(receipt_id: str) -> str:
@@ -179,6 +200,7 @@ class ExactTender:
         self._payment = payment
         self._token = token
         self._pay_to = requirement.pay_to.lower()
+        self._value_nano_usd = atomic_to_nano_down(payment.authorization.value, token.decimals)
         self._digest = hashlib.sha256(payment.digest + request_digest).digest()
 
     async def authorize(self, quote: Quote, details: dict[str, Any]) -> ExactHold:
@@ -195,16 +217,11 @@ class ExactTender:
         found = await services.store.write(lambda tx: self._reserve(tx, quote, details), if_abandoned=_abandon)
         if isinstance(found, AlreadyUsed):
             raise found
-        services.begin_use(found.use.receipt_id)
+        hold = ExactHold(services, found, self._payment, self._value_nano_usd)
         if found.stage == "new":
-            await self._settle(found)
-        hold = ExactHold(services, found, self._payment)
-        if found.stage == "held":
-            try:
-                await hold.look_up_transaction()
-            except BaseException:
-                await hold.interrupt(closing.because("not_started"))
-                raise
+            await self._settle(hold)
+        elif found.stage == "held":
+            await hold.look_up_transaction()
         return hold
 
     def _reserve(self, tx: Transaction, quote: Quote, details: dict[str, Any]) -> Reservation | AlreadyUsed:
@@ -215,27 +232,23 @@ class ExactTender:
             payer=self._payment.payer,
             asset=self._token.asset,
             quoted_nano_usd=quote.maximum_nano_usd,
-            value_nano_usd=atomic_to_nano_down(self._payment.authorization.value, self._token.decimals),
+            value_nano_usd=self._value_nano_usd,
             details=details,
         )
 
-    async def _settle(self, reservation: Reservation) -> None:
+    async def _settle(self, hold: ExactHold) -> None:
         services = self._services
-        use = reservation.use
         submitting = False
         try:
-            await services.chain_states.check(self._payment, self._token, self._pay_to)
-            order = self._order(use.receipt_id)
+            others = services.unmined[hold.payer, hold.asset] - self._value_nano_usd
+            await services.chain_states.check(self._payment, self._token, self._pay_to, others)
+            order = self._order(hold.receipt_id)
             submitting = True
             await services.settlements.submit(order)
         except BaseException as error:
             # Whoever is cancelled while submitting cannot know whether the order is going to be written.
             unwritten = not submitting or isinstance(error, SettlementUnavailable | StoreBusy)
-            end = authorizations.forget if unwritten else authorizations.interrupt
-            try:
-                await services.store.write(lambda tx: end(tx, use, "not_submitted"))
-            finally:
-                services.end_use(use.receipt_id)
+            await hold.give_up(authorizations.forget if unwritten else authorizations.interrupt)
             raise
 
     def _order(self, receipt_id: str) -> SettlementOrder:
@@ -260,19 +273,37 @@ class ExactTender:
 class ExactHold(LedgerHold):
     """A payment whose transfer is under way, or has arrived."""
 
-    def __init__(self, services: ExactServices, reservation: Reservation, payment: Payment) -> None:
+    def __init__(
+        self, services: ExactServices, reservation: Reservation, payment: Payment, value_nano_usd: int
+    ) -> None:
         super().__init__(services.store, reservation.use, payment.payer, reservation.held_nano_usd)
         self._services = services
         self._payment = payment
+        self._value_nano_usd = value_nano_usd
         self._settled: Settled | None = None
         # Credit of a payment that was mined before is certain, whatever its old transaction does now.
         self._certain = reservation.stage == "held"
-        self._exposed = not self._certain and services.expose(self.payer, self.maximum_nano_usd)
+        self._unmined = not self._certain
+        self._exposed = self._unmined and services.expose(self.payer, self.maximum_nano_usd)
         self.may_start_early = self._certain or self._exposed
+        services.begin_use(self.receipt_id)
+        if self._unmined:
+            services.unmined.add((self.payer, self.asset), value_nano_usd)
 
     async def look_up_transaction(self) -> None:
         """Find the transaction of a payment that was mined before, for `payment_response`."""
-        self._settled = await self._services.settlements.outcome(settlement_id(self.receipt_id), 0)
+        try:
+            self._settled = await self._services.settlements.outcome(settlement_id(self.receipt_id), 0)
+        except BaseException:
+            await self.give_up(authorizations.interrupt)
+            raise
+
+    async def give_up(self, end: Callable[[Transaction, Use, str], None]) -> None:
+        """End this use before anybody was told of it, by `authorizations.forget` or `authorizations.interrupt`."""
+        try:
+            await self._store.write(lambda tx: end(tx, self._use, "not_started"))
+        finally:
+            self._end()
 
     async def ready(self) -> None:
         """Wait until the transfer is mined and held in the ledger.
@@ -336,6 +367,8 @@ class ExactHold(LedgerHold):
 
     def _ended(self, charge: Charge) -> Charge:
         self._end()
+        if charge.credited_nano_usd and self._services.credited is not None:
+            self._services.credited(self.payer, self.asset)
         return charge
 
     def _end(self) -> None:
@@ -343,6 +376,9 @@ class ExactHold(LedgerHold):
         self._services.end_use(self.receipt_id)
 
     def _cover(self) -> None:
+        if self._unmined:
+            self._unmined = False
+            self._services.unmined.add((self.payer, self.asset), -self._value_nano_usd)
         if self._exposed:
             self._exposed = False
             self._services.cover(self.payer, self.maximum_nano_usd)
