@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 from payments.chain.networks import Network, Token
-from payments.chain.transactions import settlement_call
+from payments.chain.transactions import settle_call
 from payments.errors import PaymentRefused, SettlementPending, SettlementUnavailable
 from payments.money import atomic_to_nano_down
 from payments.quotes import Quote
@@ -253,7 +253,7 @@ class ExactTender:
 
     def _order(self, receipt_id: str) -> SettlementOrder:
         authorization = self._payment.authorization
-        call_to, call_data = settlement_call(self._payment, self._token)
+        call_to, call_data = settle_call(self._payment, self._token)
         return SettlementOrder(
             id=settlement_id(receipt_id),
             kind="payment",
