@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Annotated, Any
 
 import httpx
@@ -86,12 +85,11 @@ def _ask(agent: Agent, question: str, model: str, strategy: str | None, *, echo:
         if response.status_code != 200:
             response.read()
             raise _Failed(_reason(response))
-        with closing(_deltas(response)) as deltas:
-            for piece in deltas:
-                pieces.append(piece)
-                if echo:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+        for piece in _deltas(response):
+            pieces.append(piece)
+            if echo:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
     return "".join(pieces)
 
 

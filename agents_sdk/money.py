@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 NANO_DECIMALS = 9
-NANO_PER_USD = 10**NANO_DECIMALS
+NANO_PER_USD = 1_000_000_000
 _USD = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,9}))?", re.ASCII)
 
 
@@ -32,5 +32,5 @@ def nano_to_usd(amount_nano_usd: int) -> str:
 def nano_to_atomic_up(amount_nano_usd: int, decimals: int) -> int:
     """The least number of a token's atomic units that is worth `amount_nano_usd`."""
     shift = decimals - NANO_DECIMALS
-    scale: int = 10 ** abs(shift)
+    scale = int(10 ** abs(shift))
     return amount_nano_usd * scale if shift >= 0 else -(-amount_nano_usd // scale)

@@ -93,6 +93,8 @@ KNOWN_TOKENS: tuple[Token, ...] = (
     _known(8453, "USDC", "0x833589fCD6eDb6E08f4c7C32D4f71b54bdA02913", 6, "eip3009", "USD Coin", "2"),
     _known(8453, "USDT", "0xfde4C96c8593536E31F229EA8f37b2ADa2699bb2", 6, "permit2", "Tether USD", "1"),
     _known(84532, "USDC", "0x036CbD53842c5426634e7929541eC2318f3dCF7e", 6, "eip3009", "USDC", "2"),
+    # On the development chain only, see contracts.devnet; there is none on Base Sepolia.
+    _known(84532, "USDT", "0x05D7000000000000000000000000000000084532", 6, "permit2", "Tether USD", "1"),
     _known(1, "USDC", "0xA0b86991c6218b36c1d19D4a2e9Eb0cE3606eB48", 6, "eip3009", "USD Coin", "2"),
     _known(1, "USDT", "0xdAC17F958D2ee523a2206206994597C13D831ec7", 6, "permit2", "Tether USD", "1"),
     _known(42161, "USDC", "0xaf88d065e77c8cC2239327C5EDb3A432268e5831", 6, "eip3009", "USD Coin", "2"),
