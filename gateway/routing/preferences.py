@@ -53,6 +53,10 @@ def parse_preferences(body: Mapping[str, Any], headers: Mapping[str, str]) -> Pr
     """
     provider = _object(body.get("provider"), "provider")
     own = _object(body.get("farebox"), "farebox")
+    if body.get("strategy") is not None:
+        raise _wrong(
+            "strategy", f"say it as farebox.strategy, or in the header {STRATEGY_HEADER}", "unknown_preference"
+        )
     for name in own:
         if name != "strategy":
             raise _unknown(name, "farebox", ["strategy"])

@@ -396,6 +396,7 @@ def test_preferences_are_read_from_body_and_header() -> None:
         ({"provider": {"zdr": True}}, {}, "provider.zdr", "cannot promise"),
         ({"farebox": {"strategy": "best"}}, {}, "farebox.strategy", "balanced"),
         ({"farebox": {"stratgy": "balanced"}}, {}, "farebox.stratgy", "did you mean strategy?"),
+        ({"strategy": "balanced"}, {}, "strategy", "farebox.strategy"),
         ({}, {"x-farebox-strategy": "best"}, "the header x-farebox-strategy", "balanced"),
     ],
 )

@@ -1,0 +1,498 @@
+"""The `farebox` command: what it prints, its exit status, and that a person can act on what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from contracts.devnet import Devnet, rpc
+from gateway import config
+from gateway.cli import app
+from gateway.commands.shared import SERVER_MODULES
+from payments import accounts, receipts
+from payments.ledger import transfers
+from payments.migrate import upgrade
+from payments.store import Store, Transaction
+
+KEY = "0x" + "11" * 32
+KEY_ADDRESS = "0x19e7e376e7c213b7e7e7e46cc70a5dd086daff2a"
+FILE = """
+pay_to = "0x19e7e376e7c213b7e7e7e46cc70a5dd086daff2a"
+data_dir = "data"
+[providers.open]
+dialect = "openai_chat"
+base_url = "http://localhost/v1"
+[[models]]
+id = "small"
+provider = "open"
+input_usd = 0.1
+output_usd = 0.4
+capabilities = []
+[[models]]
+id = "large-4.7"
+provider = "open"
+input_usd = 3
+output_usd = 15
+capabilities = ["tools", "json_schema"]
+"""
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command in a directory of its own that has a farebox.toml, with a clean environment."""
+    for name in list(os.environ):
+        if name.startswith("FAREBOX_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "farebox.toml").write_text(FILE)
+    runner = CliRunner()
+
+    def run_it(*arguments: str, **options: Any) -> Result:
+        return runner.invoke(app, arguments, **options)
+
+    return run_it
+
+
+def parsed(result: Result, status: int = 0) -> Any:
+    """The one line of JSON that a command printed; nothing else is on standard output."""
+    assert result.exit_code == status, result.output
+    (line,) = result.stdout.splitlines()
+    value = json.loads(line)
+    assert value["ok"] is (status == 0)
+    return value
+
+
+# --- help and errors -------------------------------------------------------------------------------------------------
+
+COMMANDS = [
+    ["serve"],
+    ["dev"],
+    ["doctor"],
+    ["explain"],
+    ["ask"],
+    ["config", "check"],
+    ["config", "example"],
+    ["keys", "create"],
+    ["keys", "list"],
+    ["keys", "revoke"],
+    ["keys", "fund"],
+    ["ledger", "check"],
+    ["ledger", "statement"],
+    ["receipts", "show"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_and_json(run: Run, command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "--json" in result.output
+
+
+def test_help_shows_every_command_and_how_to_begin(run: Run) -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for name in {command[0] for command in COMMANDS}:
+        assert name in result.output
+    assert "farebox dev" in result.output
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["keys", "create"], ["serve", "--port", "x"], ["ask"], []])
+def test_wrong_usage_exits_with_2(run: Run, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Usage" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["serve"], ["doctor"], ["explain"], ["keys", "list"], ["ledger", "check"], ["receipts", "show", "rcpt_1"]],
+)
+def test_a_broken_configuration_stops_every_command_with_its_mistakes(run: Run, command: list[str]) -> None:
+    Path("farebox.toml").write_text("port = 'x'\n" + FILE.replace('provider = "open"', 'provider = "opne"', 1))
+    result = run(*command)
+    assert result.exit_code == 1
+    assert "farebox.toml:1:1: port" in result.stderr
+    assert "farebox.toml:10:1: provider 'opne' is not defined. Did you mean 'open'?" in result.stderr
+    assert result.stdout == ""
+    error = parsed(run(*command, "--json"), 1)["error"]
+    assert "2 mistakes" in error["message"]
+    assert "config check" in error["fix"]
+
+
+def test_a_failure_of_the_machine_is_a_sentence(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file where the data directory should be")
+    result = run("keys", "create", "a")
+    assert result.exit_code == 1
+    assert "error" in result.stderr
+    assert "data" in result.stderr
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_a_database_that_is_none_is_a_sentence(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "farebox.db").write_bytes(b"not a database, whatever its name says" * 100)
+    assert "the database cannot be used" in parsed(run("keys", "list", "--json"), 1)["error"]["message"]
+
+
+# --- config ----------------------------------------------------------------------------------------------------------
+
+
+def test_config_check_says_what_was_read(run: Run) -> None:
+    result = run("config", "check")
+    assert result.exit_code == 0
+    assert "farebox.toml: 2 models at 1 providers" in result.stdout
+    value = parsed(run("config", "check", "--json"))
+    assert value["config"] == "farebox.toml"
+    assert value["settings"] == {"networks": [], "providers": ["open"], "models": ["small", "large-4.7"]}
+    assert value["problems"] == []
+
+
+def test_config_check_lists_mistakes_and_warnings(run: Run) -> None:
+    Path("farebox.toml").write_text(
+        FILE.replace("0.1", "-1").replace("input_usd = 3\noutput_usd = 15", "input_usd=0\noutput_usd=0")
+    )
+    value = parsed(run("config", "check", "--json"), 1)
+    assert value["settings"] is None
+    assert [problem["warning"] for problem in value["problems"]] == [False, True]
+    assert value["problems"][0]["place"] == "farebox.toml:10:1"
+    result = run("config", "check")
+    assert result.exit_code == 1
+    assert "farebox.toml:10:1" in result.stderr
+    assert "1 mistake" in result.stderr
+
+
+def test_another_file_can_be_named_by_option_and_variable(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("other.toml").write_text(FILE)
+    assert parsed(run("config", "check", "-c", "other.toml", "--json"))["config"] == "other.toml"
+    monkeypatch.setenv("FAREBOX_CONFIG", "other.toml")
+    assert parsed(run("config", "check", "--json"))["config"] == "other.toml"
+    assert "missing.toml" in run("config", "check", "-c", "missing.toml").stderr
+
+
+def test_without_a_file_the_environment_alone_is_checked(run: Run) -> None:
+    Path("farebox.toml").unlink()
+    result = run("config", "check")
+    assert result.exit_code == 0
+    assert "there is no farebox.toml here" in result.stdout
+
+
+def test_the_example_passes_its_own_check(run: Run) -> None:
+    result = run("config", "example")
+    assert result.stdout == config.example()
+    Path("farebox.toml").write_text(result.stdout)
+    value = parsed(run("config", "check", "--json"))
+    assert value["settings"]["networks"] == ["eip155:8453"]
+    assert all(problem["warning"] for problem in value["problems"])
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_created_listed_and_revoked(run: Run) -> None:
+    made = parsed(run("keys", "create", "search team", "--pool", "search", "--fund-usd", "2.5", "--json"))
+    assert made["key"].startswith("fbk_")
+    assert (made["name"], made["pool"]) == ("search team", "search")
+    admin = run("keys", "create", "root", "--admin")
+    assert admin.exit_code == 0
+    assert admin.stdout.startswith("fba_")
+
+    listed = run("keys", "list")
+    assert "search team" in listed.stdout
+    assert "2.50" in listed.stdout
+    assert made["key"] not in listed.stdout
+    value = parsed(run("keys", "list", "--json"))
+    assert [(key["name"], key["admin"], key["revoked_ms"]) for key in value["keys"]] == [
+        ("search team", False, None),
+        ("root", True, None),
+    ]
+    assert value["pools"] == {"default": "0.00", "search": "2.50"}
+    assert made["key"] not in json.dumps(value)
+
+    assert parsed(run("keys", "revoke", made["id"], "--json"))["revoked_ms"] is not None
+    assert "is revoked" in run("keys", "revoke", made["id"]).stdout
+    assert "revoked" in run("keys", "list").stdout
+
+
+def test_a_pool_is_funded_once_for_each_reference(run: Run) -> None:
+    for _ in range(2):
+        value = parsed(run("keys", "fund", "team", "10", "--reference", "invoice-7", "--json"))
+        assert value["available_usd"] == "10.00"
+    assert parsed(run("keys", "fund", "team", "0.5", "--json"))["available_usd"] == "10.50"
+    other = run("keys", "fund", "team", "11", "--reference", "invoice-7")
+    assert other.exit_code == 1
+    assert "another --reference" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["keys", "fund", "team", "ten"], "not a dollar amount"),
+        (["keys", "fund", "team", "0"], "the amount is 0"),
+        (["keys", "fund", "a@b", "1"], "cannot be a pool's name"),
+        (["keys", "create", "x", "--fund-usd", "-1"], "not a dollar amount"),
+        (["keys", "create", "x", "--pool", ""], "cannot be a pool's name"),
+        (["keys", "list"], "there is no database"),
+        (["keys", "revoke", "key_1"], "there is no database"),
+        (["receipts", "show", "rcpt_1"], "there is no database"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_a_way_out(run: Run, arguments: list[str], says: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert says in result.stderr
+    assert "→" in result.stderr
+    assert says in parsed(run(*arguments, "--json"), 1)["error"]["message"]
+
+
+def test_an_unknown_key_cannot_be_revoked(run: Run) -> None:
+    run("keys", "create", "a")
+    assert "there is no API key key_0" in run("keys", "revoke", "key_0").stderr
+
+
+# --- ledger and receipts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def receipt(tmp_path: Path) -> str:
+    """A database with a funded pool, and the captured receipt of one request that drew on it."""
+    path = tmp_path / "data" / "farebox.db"
+    upgrade(path)
+    store = Store(path)
+    id = receipts.new_receipt_id()
+
+    def unit(tx: Transaction) -> None:
+        accounts.fund_pool(tx, "default", 5_000_000_000, "test")
+        transfers.ensure_account(tx, "revenue@USD")
+        details = {"model": "small", "provider": "open", "attempts": [{"candidate": "small@open", "status": "ok"}]}
+        receipts.open_receipt(
+            tx, id=id, tender="account", payer="key:key_1", asset="USD", quoted_nano_usd=3_000_000, details=details
+        )
+        transfers.hold(
+            tx, id=f"hold:{id}", debit="pool:default@USD", credit="revenue@USD", amount=3_000_000, reference=id
+        )
+        transfers.capture(tx, f"hold:{id}", 1_250_000)
+        receipts.close_receipt(tx, id, 1, "captured", charged_nano_usd=1_250_000)
+
+    await store.write(unit)
+    store.close()
+    return id
+
+
+def test_receipt_is_shown_with_its_attempts(run: Run, receipt: str) -> None:
+    shown = run("receipts", "show", receipt)
+    assert shown.exit_code == 0
+    for text in (receipt, "captured", "0.00125", "small@open"):
+        assert text in shown.stdout
+    value = parsed(run("receipts", "show", receipt, "--json"))["receipt"]
+    assert (value["id"], value["charged_usd"], value["quoted_usd"]) == (receipt, "0.00125", "0.003")
+    assert "there is no receipt rcpt_0" in run("receipts", "show", "rcpt_0").stderr
+
+
+def test_statement_lists_accounts_and_their_transfers(run: Run, receipt: str) -> None:
+    listed = {entry["account"]: entry for entry in parsed(run("ledger", "statement", "--json"))["accounts"]}
+    assert listed["pool:default@USD"]["balance_usd"] == "4.99875"
+    assert listed["grants@USD"]["balance_usd"] == "-5.00"
+    value = parsed(run("ledger", "statement", "pool:default@USD", "--json"))
+    assert [(row["amount_usd"], row["state"]) for row in value["transfers"]] == [
+        ("-0.00125", "posted"),
+        ("5.00", "posted"),
+    ]
+    assert (
+        parsed(run("ledger", "statement", "pool:default@USD", "--limit", "1", "--json"))["transfers"]
+        == value["transfers"][:1]
+    )
+    assert receipt in run("ledger", "statement", "pool:default@USD").stdout
+    assert "there is no account" in run("ledger", "statement", "pool:nobody@USD").stderr
+
+
+def test_ledger_check_finds_books_that_do_not_balance(run: Run, receipt: str, tmp_path: Path) -> None:
+    assert "the books balance" in run("ledger", "check").stdout
+    assert parsed(run("ledger", "check", "--json")) == {"ok": True, "tokens": [], "findings": []}
+    with sqlite3.connect(tmp_path / "data" / "farebox.db") as connection:
+        connection.execute("UPDATE ledger_account SET balance = balance + 1 WHERE id = 'revenue@USD'")
+    connection.close()
+    value = parsed(run("ledger", "check", "--json"), 1)
+    assert "revenue@USD" in {finding["subject"] for finding in value["findings"]}
+    assert "wrong" in run("ledger", "check").stdout
+
+
+# --- chain -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_chain(chain: Devnet, run: Run, monkeypatch: pytest.MonkeyPatch) -> Devnet:
+    """The configuration takes payments on the development chain."""
+    network = {
+        "chain_id": chain.chain_id,
+        "rpc_urls": [chain.rpc_url],
+        "confirmations": 0,
+        "tokens": [
+            {"symbol": "USDC"},
+            {"symbol": "USDT", "address": chain.usdt.address, "decimals": 6, "transfer_method": "permit2"},
+        ],
+    }
+    monkeypatch.setenv("FAREBOX_NETWORKS", json.dumps([network]))
+    monkeypatch.setenv("FAREBOX_SECRET", "s" * 32)
+    monkeypatch.setenv("FAREBOX_SIGNER_KEYS", json.dumps([KEY]))
+    monkeypatch.setenv("FAREBOX_TREASURY_KEY", KEY)
+    rpc(chain.rpc_url, "anvil_setBalance", KEY_ADDRESS, hex(10**18))
+    return chain
+
+
+def test_doctor_looks_at_the_chain_and_spends_nothing(run: Run, on_chain: Devnet) -> None:
+    block = rpc(on_chain.rpc_url, "eth_blockNumber")
+    findings = parsed(run("doctor", "--json"))["findings"]
+    assert {finding["status"] for finding in findings} == {"ok"}
+    text = json.dumps(findings)
+    for expected in ("USDC", "USDT", KEY_ADDRESS, "Permit2"):
+        assert expected in text
+    assert "1.00 coins" in run("doctor").stdout
+    assert rpc(on_chain.rpc_url, "eth_blockNumber") == block
+
+
+def test_doctor_finds_what_is_wrong(run: Run, on_chain: Devnet, monkeypatch: pytest.MonkeyPatch) -> None:
+    rpc(on_chain.rpc_url, "anvil_setBalance", KEY_ADDRESS, "0x0")
+    findings = parsed(run("doctor", "--json"), 1)["findings"]
+    assert any(finding["status"] == "fail" and "gas" in finding["what"] for finding in findings)
+    monkeypatch.setenv("FAREBOX_NETWORKS__0__RPC_URLS", '["http://127.0.0.1:9"]')
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "no node of chain 84532 answers" in result.stdout
+
+
+def test_ledger_check_compares_with_the_chain(run: Run, on_chain: Devnet, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("keys", "create", "a")
+    tokens = parsed(run("ledger", "check", "--json"))["tokens"]
+    assert {token["asset"]: token["on_chain_usd"] for token in tokens} == {
+        "eip155:84532/USDC": "0.00",
+        "eip155:84532/USDT": "0.00",
+    }
+    assert "agree with the chain" in run("ledger", "check").stdout
+    monkeypatch.setenv("FAREBOX_NETWORKS__0__RPC_URLS", '["http://127.0.0.1:9"]')
+    result = run("ledger", "check")
+    assert result.exit_code == 1
+    assert "--offline" in result.stderr
+    assert run("ledger", "check", "--offline").exit_code == 0
+
+
+# --- explain ---------------------------------------------------------------------------------------------------------
+
+
+def test_explain_shows_every_candidate_and_what_excluded_it(run: Run) -> None:
+    body = {
+        "model": "auto",
+        "messages": [{"role": "user", "content": "hi"}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        "max_tokens": 100,
+    }
+    Path("request.json").write_text(json.dumps(body))
+    value = parsed(run("explain", "request.json", "--json"))
+    assert value["route"] == ["large-4.7@open"]
+    assert value["max_output_tokens"] == 100
+    excluded = {entry["candidate"]: entry["excluded_by"] for entry in value["considered"]}
+    assert excluded == {"large-4.7@open": None, "small@open": "no_tools"}
+    assert parsed(run("explain", "-", "--json", input=json.dumps(body)))["route"] == value["route"]
+    assert "no tools" in run("explain", "request.json").stdout
+
+
+def test_explain_takes_options_instead_of_a_file(run: Run) -> None:
+    value = parsed(run("explain", "-m", "LARGE-4-7", "-p", "word " * 1000, "--max-tokens", "7", "--json"))
+    assert value["route"] == ["large-4.7@open"]
+    assert value["input_tokens"] > 1000
+    cheap = parsed(run("explain", "--strategy", "cost-first", "--json"))
+    assert (cheap["strategy"], cheap["route"][0]) == ("cost-first", "small@open")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-m", "large-4.8"], "did you mean large-4.7?"),
+        (["--strategy", "best"], "balanced"),
+        (["missing.json"], "missing.json"),
+        (["farebox.toml"], "is not JSON"),
+        (["-m", "small", "--max-tokens", "999999"], "cannot write as many tokens"),
+    ],
+)
+def test_explain_says_why_nothing_can_serve(run: Run, arguments: list[str], says: str) -> None:
+    result = run("explain", *arguments)
+    assert result.exit_code == 1
+    assert says in result.stderr
+
+
+# --- real processes --------------------------------------------------------------------------------------------------
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FAREBOX_")} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False, timeout=60
+    )
+
+
+def test_the_command_itself_imports_nothing_of_the_server() -> None:
+    code = "import sys, gateway.cli; print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert not SERVER_MODULES & set(json.loads(done.stdout.replace("'", '"')))
+
+
+BASE_INSTALL = """
+import sys
+for name in {modules!r}:
+    sys.modules[name] = None  # what Python does for a module that is not installed
+sys.argv = ["farebox", *{arguments!r}]
+from gateway.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("arguments", [["serve"], ["config", "check"], ["keys", "list"], ["doctor"], ["explain"]])
+def test_a_missing_extra_is_named(arguments: list[str]) -> None:
+    done = python(BASE_INSTALL.format(modules=sorted(SERVER_MODULES), arguments=arguments))
+    assert done.returncode == 1
+    assert "pip install 'farebox[gateway]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_base_install_has_help_and_the_agent() -> None:
+    for arguments in (["--help"], ["ask", "--help"], ["config", "--help"], ["--version"]):
+        done = python(BASE_INSTALL.format(modules=sorted(SERVER_MODULES), arguments=arguments))
+        assert done.returncode == 0, done.stderr
+
+
+def test_what_nobody_expected_is_a_sentence_too() -> None:
+    code = "import sys, gateway.cli as c\nsys.argv = ['farebox']\ndef app(): raise RuntimeError('boom')\nc.app = app\nc.main()"
+    done = python(code)
+    assert done.returncode == 1
+    assert "RuntimeError: boom" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in python(code, FAREBOX_DEBUG="1").stderr
+
+
+def test_a_real_process_creates_a_key_from_its_environment(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gateway.cli", "keys", "create", "agent", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=tmp_path,
+        env={**os.environ, "FAREBOX_DATA_DIR": str(tmp_path / "d"), "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["key"].startswith("fbk_")
+    assert (tmp_path / "d" / "farebox.db").exists()
