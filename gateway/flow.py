@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,14 @@ from gateway.metrics import Metrics
 from gateway.offers import Offers, PaidRequest, PaymentNeeded, payment_headers
 from gateway.planning import Plan, Planner
 from gateway.replays import KeptAnswer, Replays
-from gateway.routing.preferences import parse_preferences
+from gateway.routing.preferences import STRATEGY_HEADER, parse_preferences
 from payments.money import nano_to_usd
 from payments.quotes import request_digest
 from payments.store import Store
+from payments.tenders import authorizations
 from payments.tenders.account import AccountTender
 from payments.tenders.base import Charge, Hold, Outcome, Tender
+from payments.tenders.closing import because
 from payments.tenders.exact import AlreadyUsed
 from payments.tenders.prepaid import PrepaidTender
 
@@ -90,6 +93,7 @@ class Flow:
         limiter: QuoteLimiter,
         metrics: Metrics,
         credit_assets: tuple[str, ...],
+        credit_grew: Callable[[str, str], None],
         json_depth_max: int,
     ) -> None:
         self._planner = planner
@@ -102,7 +106,7 @@ class Flow:
         self._metrics = metrics
         self._credit_assets = credit_assets
         self._json_depth_max = json_depth_max
-        self._waiting: dict[str, asyncio.Event] = {}
+        self._credit_grew = credit_grew
 
     # ------------------------------------------------------------------ the pipeline
 
@@ -134,7 +138,8 @@ class Flow:
         """Route and price a request: no database, no chain."""
         body = read_json(call.body, self._json_depth_max)
         request = openai_chat.parse_request(body, call.body)
-        preferences = parse_preferences(body, call.header(b"x-farebox-strategy"))
+        strategy = call.header(STRATEGY_HEADER.encode())
+        preferences = parse_preferences(body, {} if strategy is None else {STRATEGY_HEADER: strategy})
         digest = request_digest(call.method, call.path, call.body)
         return self._planner.plan(request, preferences, digest, int(time.time()))
 
@@ -142,6 +147,8 @@ class Flow:
         """Who pays, and how. A payment with the request comes before a key or session that is also there."""
         paid = self._offers.read(call, plan, int(time.time()))
         if paid is not None:
+            if paid.expired is not None and not await self._was_used(paid):
+                raise PaymentNeeded(plan, paid.expired.code, paid.expired.message)
             return paid.plan, paid.tender, paid
         caller = await self._access.caller(call.header(b"authorization"))
         if caller is None:
@@ -160,21 +167,18 @@ class Flow:
     async def _perform(self, job: Job) -> None:
         """Execute, then capture or release: whatever happens, the hold ends here."""
         try:
-            try:
-                async with until_gone(job.call):
-                    running = await self._begin(job)
-            except (ExecutionFailed, CallerFault) as failure:
-                await self._release(job, failure)
-            except CallerGone:
-                await job.hold.interrupt(Outcome({"reason": "the caller hung up before the answer"}))
-            except BaseException:
-                await job.hold.interrupt(Outcome({"reason": "the request was stopped before the answer"}))
-                raise
-            else:
-                async with contextlib.aclosing(running):
-                    await (self._stream(job, running) if job.plan.request.stream else self._whole(job, running))
-        finally:
-            self._end_waiting(job.hold.receipt_id)
+            async with until_gone(job.call):
+                running = await self._begin(job)
+        except (ExecutionFailed, CallerFault) as failure:
+            await self._release(job, failure)
+        except CallerGone:
+            await job.hold.interrupt(because("the caller hung up before the answer"))
+        except BaseException:
+            await job.hold.interrupt(because("the request was stopped before the answer"))
+            raise
+        else:
+            async with contextlib.aclosing(running):
+                await (self._stream(job, running) if job.plan.request.stream else self._whole(job, running))
 
     async def _begin(self, job: Job) -> Running:
         """Start the inference; return once there is something to show and the money for it is certain."""
@@ -228,6 +232,7 @@ class Flow:
     async def _capture(self, job: Job, running: Running, amount_nano_usd: int, kept: KeptAnswer) -> Charge:
         charge = await job.hold.capture(amount_nano_usd, _outcome(running), also=job.seal(self._replays, kept))
         self._metrics.captured(running, charge)
+        self._credit_grew(job.hold.payer, job.hold.asset)
         return charge
 
     async def _release(self, job: Job, failure: ExecutionFailed | CallerFault) -> None:
@@ -237,6 +242,7 @@ class Flow:
             Outcome({"reason": error.code, "attempts": [attempt.as_json() for attempt in failure.attempts]})
         )
         self._metrics.released(failure)
+        self._credit_grew(job.hold.payer, job.hold.asset)
         receipt: dict[str, Any] = {
             "id": charge.receipt_id,
             "charged_usd": "0.00",
@@ -256,8 +262,7 @@ class Flow:
     async def _answer_again(self, call: Call, paid: PaidRequest | None, used: AlreadyUsed) -> bool:
         """Answer a payment that was sent before with its first outcome; False if it may be tried again."""
         assert paid is not None
-        if used.state == "in_progress":
-            await self._wait_for_first_use(used.receipt_id)
+        if used.state == "in_progress" and await paid.services.use_ended(used.receipt_id, ANOTHER_USE_WAIT_S):
             return False
         kept = await self._replays.find(used.receipt_id, replaying.replay_secret(paid.header, call.body))
         if kept is None:
@@ -273,24 +278,9 @@ class Flow:
         await send_body(call.send, kept.status, kept.body, headers, kept.content_type)
         return True
 
-    async def _wait_for_first_use(self, receipt_id: str) -> None:
-        event = self._waiting.setdefault(receipt_id, asyncio.Event())
-        try:
-            async with asyncio.timeout(ANOTHER_USE_WAIT_S):
-                await event.wait()
-        except TimeoutError:
-            raise ApiError(
-                409,
-                "payment_in_progress",
-                "this payment's first use is still under way; nothing more is charged, send the same payment again later",
-                headers=NO_RETRY | {"retry-after": "5", "x-farebox-receipt": receipt_id},
-                extra={"receipt": receipt_id, "poll": f"/v1/receipts/{receipt_id}"},
-            ) from None
-
-    def _end_waiting(self, receipt_id: str) -> None:
-        event = self._waiting.pop(receipt_id, None)
-        if event is not None:
-            event.set()
+    async def _was_used(self, paid: PaidRequest) -> bool:
+        """Whether the payment was sent before: then it gets its first outcome, however old its quote is by now."""
+        return await self._store.read(lambda tx: authorizations.is_known(tx, paid.identity))
 
     def _charge(self, job: Job, running: Running) -> int:
         return self._planner.charge(job.plan, running.candidate.price.cost(running.usage))

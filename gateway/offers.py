@@ -16,7 +16,7 @@ from payments.tenders.exact import ExactServices, ExactTender
 from payments.verification import checks
 from payments.x402 import wire
 
-PAYMENT_HEADERS = (b"payment-signature", b"x-payment")
+PAYMENT_HEADERS: dict[bytes, wire.HeaderName] = {b"payment-signature": "payment-signature", b"x-payment": "x-payment"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,10 @@ class PaidRequest:
     tender: ExactTender
     payment: wire.Payment
     header: bytes
+    services: ExactServices
+    identity: str
+    expired: PaymentRefused | None
+    """Set if the quote or the authorization has run out: then only an earlier use of it may still be answered."""
 
 
 class PaymentNeeded(Exception):
@@ -113,7 +117,7 @@ class Offers:
         if len(present) > 1:
             raise PaymentMalformed("two_payments", "send either PAYMENT-SIGNATURE or X-PAYMENT, not both")
         header = call.headers[present[0]]
-        payment = wire.decode_payment(header.decode("latin-1"), present[0].decode())
+        payment = wire.decode_payment(header.decode("latin-1"), PAYMENT_HEADERS[present[0]])
         try:
             return self._check(payment, header, fresh, now)
         except PaymentRefused as error:
@@ -123,15 +127,21 @@ class Offers:
 
     def _check(self, payment: wire.Payment, header: bytes, fresh: Plan, now: int) -> PaidRequest:
         entry, token = self._paid_in(payment)
-        plan = fresh
+        plan, expired = fresh, None
         if payment.quote_token is not None and payment.accepted is not None:
-            plan = self._honoured(payment.quote_token, payment.accepted.amount, token, fresh, now)
+            plan, expired = self._honoured(payment.quote_token, payment.accepted.amount, token, fresh, now)
         requirement = wire.requirement_for(
             token, entry.network, plan.quote.maximum_nano_usd, entry.pay_to, self._timeout_s
         )
-        checks.check_offline(payment, requirement, entry.network, token, now=now)
+        try:
+            checks.check_offline(payment, requirement, entry.network, token, now=now)
+        except PaymentRefused as error:
+            if error.code != "expired":
+                raise
+            expired = error
         tender = ExactTender(entry.services, payment, token, entry.network, requirement, plan.quote.request_digest)
-        return PaidRequest(plan, tender, payment, header)
+        identity = payment.identity(token.chain_id, token)
+        return PaidRequest(plan, tender, payment, header, entry.services, identity, expired)
 
     def _paid_in(self, payment: wire.Payment) -> tuple[NetworkPayments, Token]:
         for entry in self._networks:
@@ -148,11 +158,20 @@ class Offers:
             raise PaymentRefused("wrong_token", f"the token {address} is not taken on {entry.network.caip2}")
         return entry, token
 
-    def _honoured(self, quote_token: str, amount: int, token: Token, fresh: Plan, now: int) -> Plan:
+    def _honoured(
+        self, quote_token: str, amount: int, token: Token, fresh: Plan, now: int
+    ) -> tuple[Plan, PaymentRefused | None]:
+        """The plan that was quoted, and the refusal that its age deserves if nobody used it in time."""
         amount_nano_usd = atomic_to_nano_down(amount, token.decimals)
-        claim = self._sealer.open(
-            quote_token, amount_nano_usd=amount_nano_usd, request_digest=fresh.quote.request_digest, now=now
-        )
+        digest = fresh.quote.request_digest
+        expired = None
+        try:
+            claim = self._sealer.open(quote_token, amount_nano_usd=amount_nano_usd, request_digest=digest, now=now)
+        except QuoteInvalid as error:
+            if error.code != "quote_expired":
+                raise
+            expired = error
+            claim = self._sealer.open(quote_token, amount_nano_usd=amount_nano_usd, request_digest=digest, now=0)
         fee = min(fresh.quote.network_fee_nano_usd, amount_nano_usd)
         items = [QuoteItem("inference", amount_nano_usd - fee)]
         if fee:
@@ -165,7 +184,7 @@ class Offers:
                 f"the models that were quoted at {nano_to_usd(amount_nano_usd)} USD are gone and none costs as little; "
                 "nothing was taken",
             )
-        return replace(plan, quote=replace(quote, route=tuple(candidate.id for candidate in plan.candidates)))
+        return replace(plan, quote=replace(quote, route=tuple(candidate.id for candidate in plan.candidates))), expired
 
     def _offered(self, accept_payment: str | None) -> list[NetworkPayments]:
         """The first network, which works without any set-up, and those that the caller asks for by their CAIP-2 name."""

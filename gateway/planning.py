@@ -9,10 +9,11 @@ from typing import Any
 from gateway.api.errors import ApiError
 from gateway.dialects.canonical import ChatRequest
 from gateway.routing.catalog import Candidate, Catalog
-from gateway.routing.engine import Engine, NoRoute, Preferences, Route
-from gateway.settings import Settings
-from payments.money import nano_to_usd, usd_to_nano
+from gateway.routing.engine import Engine, NoRoute, Preferences
+from gateway.settings import Settings, TokenizerFamily
+from payments.money import usd_to_nano
 from payments.quotes import Quote, make_quote
+from payments.x402.answers import describe_quote
 
 AUTO_COST_FACTOR_MAX = 2
 """For `model: "auto"`: a fallback that could cost more than this times the first choice would only inflate the quote."""
@@ -30,17 +31,7 @@ class Plan:
 
     def quote_json(self) -> dict[str, Any]:
         """The quote for people and programs: itemised, in dollars, with the route by name."""
-        return {
-            "id": self.quote.id,
-            "expires_at": self.quote.expires_at,
-            "maximum_usd": nano_to_usd(self.quote.maximum_nano_usd),
-            "items": [
-                {"name": item.name, "amount_usd": nano_to_usd(item.amount_nano_usd)} for item in self.quote.items
-            ],
-            "strategy": self.strategy,
-            "route": [{"model": candidate.model, "provider": candidate.provider} for candidate in self.candidates],
-            "max_output_tokens": self.max_output_tokens,
-        }
+        return describe_quote(self.quote) | {"strategy": self.strategy, "max_output_tokens": self.max_output_tokens}
 
     def details(self) -> dict[str, Any]:
         """What the receipt keeps of the plan."""
@@ -58,7 +49,7 @@ class Planner:
     """
 
     def __init__(
-        self, settings: Settings, catalog: Catalog, engine: Engine, count_input: Callable[[ChatRequest, str], int]
+        self, settings: Settings, catalog: Catalog, engine: Engine, count_input: Callable[[ChatRequest, TokenizerFamily], int]
     ) -> None:
         self._catalog = catalog
         self._engine = engine

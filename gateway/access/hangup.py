@@ -8,7 +8,7 @@ from types import TracebackType
 from gateway.api.http import Call, CallerGone
 
 
-class until_gone:  # noqa: N801 - reads as the statement it is: `async with until_gone(call):`
+class until_gone:
     """Run the body of an ``async with`` until the caller hangs up, which raises `CallerGone` where it was waiting.
 
     Nothing that must finish (a capture) belongs inside.

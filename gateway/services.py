@@ -1,0 +1,235 @@
+"""Everything that a running gateway is made of, opened in order and closed in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict, dataclass
+from urllib.parse import urlsplit
+
+import structlog
+from payments.doctor import verify_tokens
+
+from gateway.access.keys import Access
+from gateway.access.limits import QuoteLimiter
+from gateway.api.wallet import WalletApi
+from gateway.execution.failover import Executor
+from gateway.flow import Flow
+from gateway.metrics import Metrics
+from gateway.offers import NetworkPayments, Offers
+from gateway.planning import Planner
+from gateway.providers.registry import Registry
+from gateway.replays import Replays
+from gateway.routing.catalog import Catalog
+from gateway.routing.engine import Engine
+from gateway.routing.tokens import count_input, count_text
+from gateway.settings import Settings
+from payments import recovery
+from payments.chain.networks import Network
+from payments.chain.rpc import Rpc
+from payments.migrate import upgrade
+from payments.money import NANO_PER_USD, nano_to_atomic_down, usd_to_nano
+from payments.quotes import QuoteSealer
+from payments.settlement.alarms import Alarms
+from payments.settlement.engine import Settlements
+from payments.settlement.refunds import Refunds
+from payments.sign_in import SignIn
+from payments.store import Store
+from payments.tenders.exact import ExactServices
+from payments.tenders.exact import on_failed as payment_failed
+from payments.tenders.exact import on_mined as payment_mined
+from payments.verification.chain_state import ChainStates
+
+SWEEP_INTERVAL_S = 60.0
+WEI_DECIMALS = 18
+QUOTE_MARGIN_S = 60
+"""What a payment's validity exceeds a quote's by, so that a payment signed at the last moment can still be mined."""
+log = structlog.get_logger("farebox.services")
+
+
+@dataclass(slots=True)
+class Chain:
+    """One network under way."""
+
+    network: Network
+    rpc: Rpc
+    settlements: Settlements
+    refunds: Refunds | None
+    alarms: Alarms
+
+
+@dataclass(slots=True)
+class Services:
+    """What handlers use."""
+
+    store: Store
+    catalog: Catalog
+    metrics: Metrics
+    limiter: QuoteLimiter
+    offers: Offers
+    flow: Flow
+    wallet: WalletApi
+    chains: list[Chain]
+
+    def alarms(self) -> list[dict[str, str]]:
+        """What is wrong, for `/readyz`; empty if the gateway can take payments and serve."""
+        return [asdict(alarm) for chain in self.chains for alarm in chain.alarms.raised()]
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, settings: Settings, metrics: Metrics) -> AsyncIterator[Services]:
+        """Open the database, resume what a crash left behind, and start every part."""
+        async with contextlib.AsyncExitStack() as cleanup:
+            path = settings.database_path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            upgrade(path)
+            store = Store(path)
+            cleanup.callback(store.close)
+            secret = (settings.secret or secrets.token_hex(32)).encode()
+            if settings.secret is None:
+                log.warning("FAREBOX_SECRET is not set: quotes and sessions end with this process")
+
+            catalog = Catalog.from_settings(settings)
+            executor = Executor(settings, Registry.from_settings(settings), count_text=count_text, count_input=count_input)
+            cleanup.push_async_callback(executor.aclose)
+            engine = Engine(catalog, settings, is_open=lambda candidate_id: executor.breakers.of(candidate_id).blocked)
+            planner = Planner(settings, catalog, engine, count_input)
+
+            await recovery.recover(store)
+            chains: list[Chain] = []
+            payable: list[NetworkPayments] = []
+            for network in settings.resolved_networks():
+                chain, payments = await _open_chain(settings, network, store, cleanup)
+                chains.append(chain)
+                payable.append(payments)
+
+            assets = tuple(token.asset for chain in chains for token in chain.network.tokens)
+            sign_in = _sign_in(settings, secret, chains)
+            access = Access(store, sign_in)
+            limiter = QuoteLimiter(settings.limits.quotes_per_minute)
+            timeout_s = settings.payments.quote_ttl_s + QUOTE_MARGIN_S
+            offers = Offers(payable, QuoteSealer(secret), planner, settings.public_url, timeout_s)
+            flow = Flow(
+                planner=planner,
+                offers=offers,
+                executor=executor,
+                access=access,
+                store=store,
+                replays=Replays(store, settings.payments.replay_ttl_s),
+                limiter=limiter,
+                metrics=metrics,
+                credit_assets=assets,
+                credit_grew=_refund_considerer(chains),
+                json_depth_max=settings.limits.json_depth,
+            )
+            wallet = WalletApi(store, sign_in, access, assets, settings.limits.json_depth)
+            metrics.add_gauges(lambda: _gauges(chains))
+            sweeper = asyncio.create_task(_sweep(store))
+            cleanup.callback(sweeper.cancel)
+            yield cls(store, catalog, metrics, limiter, offers, flow, wallet, chains)
+
+
+async def _open_chain(
+    settings: Settings, network: Network, store: Store, cleanup: contextlib.AsyncExitStack
+) -> tuple[Chain, NetworkPayments]:
+    own = next(entry for entry in settings.networks if entry.chain_id == network.chain_id)
+    pay_to = settings.pay_to_for(network.chain_id).lower()
+    rpc = Rpc(own.rpc_urls)
+    cleanup.push_async_callback(rpc.aclose)
+    await verify_tokens(rpc, network)
+    settlements = Settlements(
+        store,
+        rpc,
+        network,
+        settings.signer_keys,
+        on_mined=payment_mined,
+        on_failed=payment_failed,
+        treasury_key=settings.treasury_key,
+        confirmations=own.confirmations,
+    )
+    refunds = None
+    threshold_nano_usd = usd_to_nano(settings.payments.refund_threshold_usd)
+    if settings.treasury_key is not None and threshold_nano_usd > 0:
+        refunds = Refunds(store, settlements, network.tokens, threshold_nano_usd)
+    await settlements.start()
+    cleanup.push_async_callback(settlements.stop)
+    if refunds is not None:
+        await refunds.start()
+        cleanup.push_async_callback(refunds.stop)
+    alarms = Alarms(
+        rpc,
+        network.chain_id,
+        list(settlements.accounts.values()),
+        network.tokens,
+        pay_to,
+        gas_minimum_wei=nano_to_atomic_down(usd_to_nano(settings.payments.gas_alarm_native), WEI_DECIMALS),
+        treasury_minimum_nano_usd=usd_to_nano(settings.payments.treasury_alarm_usd),
+    )
+    await alarms.start()
+    cleanup.push_async_callback(alarms.stop)
+    services = ExactServices(
+        store=store,
+        settlements=settlements,
+        chain_states=ChainStates(rpc, network),
+        payer_exposure_nano_usd=usd_to_nano(settings.payments.payer_exposure_usd),
+        settlement_wait_s=settings.payments.settlement_wait_s,
+    )
+    return Chain(network, rpc, settlements, refunds, alarms), NetworkPayments(network, pay_to, services)
+
+
+def _sign_in(settings: Settings, secret: bytes, chains: list[Chain]) -> SignIn:
+    url = settings.public_url or f"http://{settings.host}:{settings.port}"
+    return SignIn(
+        secret=secret,
+        domain=urlsplit(url).netloc,
+        uri=url,
+        chain_id=chains[0].network.chain_id if chains else 1,
+        session_ttl_s=settings.payments.session_ttl_s,
+    )
+
+
+def _refund_considerer(chains: list[Chain]) -> Callable[[str, str], None]:
+    by_asset = {token.asset: chain.refunds for chain in chains if chain.refunds for token in chain.network.tokens}
+
+    def consider(payer: str, asset: str) -> None:
+        refunds = by_asset.get(asset)
+        if refunds is not None:
+            refunds.consider(payer, asset)
+
+    return consider
+
+
+async def _sweep(store: Store) -> None:
+    """Forget kept answers and used nonces whose time is over."""
+    while True:
+        await asyncio.sleep(SWEEP_INTERVAL_S)
+        await store.write(lambda tx: recovery.sweep_expired(tx, time.time_ns() // 1_000_000))
+
+
+def _gauges(chains: list[Chain]) -> Iterator[tuple[str, str, dict[str, str], float]]:
+    for chain in chains:
+        labels = {"network": chain.network.caip2}
+        yield (
+            "farebox_settlements_in_flight",
+            "Settlements neither paid nor failed",
+            labels,
+            chain.settlements.in_flight,
+        )
+        yield "farebox_settlements_paid", "Settlements with evidence since the start", labels, chain.settlements.paid
+        yield "farebox_settlements_failed", "Settlements that failed since the start", labels, chain.settlements.failed
+        yield "farebox_rpc_round_trips", "POSTs to the chain's nodes since the start", labels, chain.rpc.round_trips
+        yield "farebox_rpc_available", "1 if the last POST was answered", labels, float(chain.rpc.available)
+        for account, wei in chain.alarms.gas_wei.items():
+            yield (
+                "farebox_signer_gas",
+                "Coins that a signer has for gas",
+                labels | {"signer": account},
+                wei / 10**WEI_DECIMALS,
+            )
+        for asset, nano_usd in chain.alarms.treasury_nano_usd.items():
+            yield "farebox_treasury_usd", "What the treasury holds", {"asset": asset}, nano_usd / NANO_PER_USD
+        raised = len(chain.alarms.raised())
+        yield "farebox_alarms", "Alarms that /readyz shows", labels, raised
