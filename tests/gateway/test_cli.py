@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from typer.testing import CliRunner, Result
 from contracts.devnet import Devnet, rpc
 from gateway import config
 from gateway.cli import app
-from gateway.commands.shared import SERVER_MODULES
 from payments import accounts, receipts
 from payments.ledger import transfers
 from payments.migrate import upgrade
@@ -431,68 +428,3 @@ def test_explain_says_why_nothing_can_serve(run: Run, arguments: list[str], says
     result = run("explain", *arguments)
     assert result.exit_code == 1
     assert says in result.stderr
-
-
-# --- real processes --------------------------------------------------------------------------------------------------
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("FAREBOX_")} | environment
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False, timeout=60
-    )
-
-
-def test_the_command_itself_imports_nothing_of_the_server() -> None:
-    code = "import sys, gateway.cli; print(sorted({name.partition('.')[0] for name in sys.modules}))"
-    done = python(code)
-    assert done.returncode == 0, done.stderr
-    assert not SERVER_MODULES & set(json.loads(done.stdout.replace("'", '"')))
-
-
-BASE_INSTALL = """
-import sys
-for name in {modules!r}:
-    sys.modules[name] = None  # what Python does for a module that is not installed
-sys.argv = ["farebox", *{arguments!r}]
-from gateway.cli import main
-main()
-"""
-
-
-@pytest.mark.parametrize("arguments", [["serve"], ["config", "check"], ["keys", "list"], ["doctor"], ["explain"]])
-def test_a_missing_extra_is_named(arguments: list[str]) -> None:
-    done = python(BASE_INSTALL.format(modules=sorted(SERVER_MODULES), arguments=arguments))
-    assert done.returncode == 1
-    assert "pip install 'farebox[gateway]'" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_base_install_has_help_and_the_agent() -> None:
-    for arguments in (["--help"], ["ask", "--help"], ["config", "--help"], ["--version"]):
-        done = python(BASE_INSTALL.format(modules=sorted(SERVER_MODULES), arguments=arguments))
-        assert done.returncode == 0, done.stderr
-
-
-def test_what_nobody_expected_is_a_sentence_too() -> None:
-    code = "import sys, gateway.cli as c\nsys.argv = ['farebox']\ndef app(): raise RuntimeError('boom')\nc.app = app\nc.main()"
-    done = python(code)
-    assert done.returncode == 1
-    assert "RuntimeError: boom" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Traceback" in python(code, FAREBOX_DEBUG="1").stderr
-
-
-def test_a_real_process_creates_a_key_from_its_environment(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "gateway.cli", "keys", "create", "agent", "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        cwd=tmp_path,
-        env={**os.environ, "FAREBOX_DATA_DIR": str(tmp_path / "d"), "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["key"].startswith("fbk_")
-    assert (tmp_path / "d" / "farebox.db").exists()

@@ -9,12 +9,10 @@ from typing import Any
 
 import coincurve
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from gateway import config, toml_places
+from gateway import config
 from gateway.config import ConfigError, Problem
-from gateway.settings import NetworkSettings, Settings, TokenSettings
+from gateway.settings import Settings
 from payments.chain.transactions import address_of
 
 KEY = "0x" + "11" * 32
@@ -345,139 +343,6 @@ def test_the_example_states_the_defaults(tmp_path: Path) -> None:
     assert (said["host"], said["port"]) == (default["host"], default["port"])
 
 
-# --- networks --------------------------------------------------------------------------------------------------------
-
-
-def network(chain_id: int, *tokens: TokenSettings, **fields: Any) -> NetworkSettings:
-    return NetworkSettings(chain_id=chain_id, rpc_urls=["http://localhost"], tokens=list(tokens), **fields)
-
-
-def test_a_known_network_needs_no_description() -> None:
-    (base,) = Settings(networks=[network(8453)]).resolved_networks()
-    assert [token.symbol for token in base.tokens] == ["USDC", "USDT"]
-    assert (base.v1_name, base.block_time_ms) == ("base", 2000)
-
-
-def test_configured_tokens_select_override_and_add() -> None:
-    address = "0x" + "Ab" * 20
-    (sepolia,) = Settings(
-        networks=[
-            network(
-                84532,
-                TokenSettings(symbol="USDT", address=address, decimals=6, transfer_method="permit2"),
-                TokenSettings(symbol="USDC", domain_name="Test Coin"),
-                block_time_ms=500,
-            )
-        ]
-    ).resolved_networks()
-    usdt, usdc = sepolia.tokens
-    assert (usdt.address, usdt.transfer_method, usdt.domain_name) == (address.lower(), "permit2", "USDT")
-    assert (usdc.domain_name, usdc.domain_version, usdc.decimals) == ("Test Coin", "2", 6)
-    assert sepolia.block_time_ms == 500
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        network(777),
-        network(777, block_time_ms=1000),
-        network(8453, TokenSettings(symbol="DAI")),
-        network(8453, TokenSettings(symbol="DAI", address="0x" + "1" * 40, decimals=18, transfer_method="eip3009")),
-        network(8453, TokenSettings(symbol="USDC"), TokenSettings(symbol="USDC")),
-    ],
-)
-def test_what_is_not_known_has_to_be_described(bad: NetworkSettings) -> None:
-    with pytest.raises(ValueError, match=r"chain \d+"):
-        Settings(networks=[bad]).resolved_networks()
-
-
-def test_each_network_is_paid_at_its_own_address_or_the_common_one() -> None:
-    common, own = "0x" + "Aa" * 20, "0x" + "Bb" * 20
-    settings = Settings(pay_to=common, networks=[network(8453), network(1, pay_to=own)])
-    assert settings.pay_to_for(8453) == common.lower()
-    assert settings.pay_to_for(1) == own.lower()
-    with pytest.raises(LookupError, match="chain 10"):
-        settings.pay_to_for(10)
-
-
 def test_paying_to_the_tokens_own_contract_is_refused(write: Any) -> None:
     problem = only(write(GOOD.replace(KEY_ADDRESS, "0x036cbd53842c5426634e7929541ec2318f3dcf7e")))
     assert "contract of USDC itself" in problem.what
-
-
-# --- places ----------------------------------------------------------------------------------------------------------
-
-DOCUMENT = '''
-# a comment with = and [brackets]
-"quoted.key" = 'it''s' # not valid, replaced below
-title = """a [table] = 1
-second "line" \\""" """
-dotted.name.here = 1979-05-27 07:32:00
-[a.b]
-list = [ # comment ]
-  1, "two ]", [3, {x = 1, "y z" = 'q'}],
-]
-[[items]]
-n = 1
-[[items]]
-n = 2
-[items.sub]
-deep = true
-[[items.more]]
-k = 0x1F
-'''.replace("'it''s' # not valid, replaced below", "'its'")
-
-
-def test_every_key_is_found_where_it_stands() -> None:
-    tomllib.loads(DOCUMENT)
-    lines = DOCUMENT.split("\n")
-    found = toml_places.places(DOCUMENT)
-    expected = {
-        ("quoted.key",): '"quoted.key"',
-        ("title",): "title",
-        ("dotted", "name", "here"): "dotted",
-        ("a", "b"): "[a.b]",
-        ("a", "b", "list"): "list",
-        ("a", "b", "list", 1): '"two ]"',
-        ("a", "b", "list", 2, 1, "x"): "x = 1",
-        ("a", "b", "list", 2, 1, "y z"): '"y z"',
-        ("items", 0, "n"): "n = 1",
-        ("items", 1, "n"): "n = 2",
-        ("items", 1, "sub"): "[items.sub]",
-        ("items", 1, "sub", "deep"): "deep",
-        ("items", 1, "more", 0, "k"): "k = 0x1F",
-    }
-    for path, text in expected.items():
-        line, column = found[path]
-        assert lines[line - 1][column - 1 :].startswith(text), path
-
-
-VALUES = st.recursive(
-    st.sampled_from(
-        ["1", "-2.5e3", "true", "inf", "07:32:00", '"a # b"', "'c, ]'", '"\\"}"', '"""\n[x]\n"""', "'''\n=\n'''"]
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3).map(lambda items: "[" + ", ".join(items) + "]"),
-        st.lists(inner, max_size=3).map(
-            lambda items: "{" + ", ".join(f"k{i} = {item}" for i, item in enumerate(items)) + "}"
-        ),
-    ),
-    max_leaves=6,
-)
-
-
-@given(st.lists(st.tuples(st.sampled_from(["[t{}]", "[[arr]]", "[arr2.t{}]", "# note"]), VALUES), max_size=6))
-def test_every_value_of_a_valid_document_has_a_place(parts: list[tuple[str, str]]) -> None:
-    text = "\n".join(f"{header.format(i)}\nv{i} = {value}" for i, (header, value) in enumerate(parts))
-    found = toml_places.places(text)
-
-    def walk(value: Any, path: tuple[str | int, ...]) -> None:
-        assert path == () or path in found or any(known[: len(path)] == path for known in found)
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(item, (*path, key))
-        elif isinstance(value, list):
-            for index, item in enumerate(value):
-                walk(item, (*path, index))
-
-    walk(tomllib.loads(text), ())
