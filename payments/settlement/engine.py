@@ -22,7 +22,7 @@ from payments.settlement.finality import Finality
 from payments.settlement.judge import Judge, LedgerCallback
 from payments.settlement.orders import SettlementOrder
 from payments.settlement.outbox import Entry
-from payments.settlement.repairs import INTERVAL_S, Repairs
+from payments.settlement.repairs import STALL_BLOCKS, Repairs
 from payments.store import Store
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 OUTCOMES_KEPT = 4_096
 SLOT_WAIT_S = 10.0
 """How long a payment waits for a signer when all have as many transactions under way as they may."""
-FINALITY_INTERVAL_MIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +63,7 @@ class Settlements:
         signer_keys: Private keys (hex) of the accounts that pay the gas of payments.
         treasury_key: Private key (hex) of `pay_to`, for refunds; may be one of `signer_keys`.
         confirmations: Blocks on top of the evidence's own after which it is final.
+        housekeeping_s: How often deadlines and stalled signers are looked after.
         on_mined: Called in the unit that records evidence of a payment, with the settlement's row.
         on_failed: Called in the unit that records a payment's failure, with the settlement's row.
     """
@@ -79,6 +79,7 @@ class Settlements:
         on_failed: LedgerCallback,
         treasury_key: str | None = None,
         confirmations: int = 2,
+        housekeeping_s: float = 1.0,
     ) -> None:
         self.network = network
         self.signers = [Signer.from_hex(key) for key in signer_keys]
@@ -99,6 +100,7 @@ class Settlements:
         self._slot_freed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._running = False
+        self._housekeeping_s = housekeeping_s
         block_time_s = network.block_time_ms / 1000
         self.fees = FeeEstimate(max(block_time_s, 1.0))
         self.courier = Courier(
@@ -109,16 +111,15 @@ class Settlements:
             on_head=self._head_changed,
             on_trouble=lambda entry, trouble: self._repairs.report(entry, trouble),
         )
-        self.finality = Finality(rpc, confirmations, max(block_time_s, FINALITY_INTERVAL_MIN_S))
+        self.finality = Finality(rpc, confirmations, housekeeping_s)
         self._judge = Judge(store, rpc, self._callbacks, closed=self._decided, spawn=self._spawn)
         self._repairs = Repairs(
             store,
             rpc,
             network.chain_id,
-            network.block_time_ms,
+            patience_s=STALL_BLOCKS * max(block_time_s, housekeeping_s),
             fees=self.fees,
             courier=self.courier,
-            accounts=by_address,
             entries=self._entries,
             adopt=self._adopt,
             expire=lambda entry, head: self._spawn(self._judge.look_elsewhere(entry, head, reverted=False)),
@@ -364,7 +365,7 @@ class Settlements:
     async def _housekeeping(self) -> None:
         """What no block announces: deadlines, stalled signers, depth on a chain that nobody else uses."""
         while self._running:
-            await asyncio.sleep(INTERVAL_S)
+            await asyncio.sleep(self._housekeeping_s)
             try:
                 await self._repairs.round()
                 if self.finality.due:

@@ -20,9 +20,8 @@ from payments.store import Store
 
 log = logging.getLogger(__name__)
 
-INTERVAL_S = 1.0
 STALL_BLOCKS = 10
-STALL_MIN_S = 10.0
+"""A transaction that is not mined in so many blocks needs help."""
 DEADLINE_MARGIN_S = 15
 """The chain's clock is asked this long after a deadline, in case ours is ahead."""
 NONCE_LOST_ROUNDS = 5
@@ -35,6 +34,7 @@ class Repairs:
     """Looks after the accounts of one network.
 
     Args:
+        patience_s: How long a transaction may stay unmined before its fees are raised.
         entries: The engine's open entries by id; those made here are put there by `adopt`.
         adopt: Takes a new entry (one that fills a gap) into the engine's care.
         expire: Starts the decision of an entry whose deadline is past at a block.
@@ -45,11 +45,10 @@ class Repairs:
         store: Store,
         rpc: Rpc,
         chain_id: int,
-        block_time_ms: int,
         *,
+        patience_s: float,
         fees: FeeEstimate,
         courier: Courier,
-        accounts: Mapping[str, Signer],
         entries: Mapping[str, Entry],
         adopt: Callable[[Entry], None],
         expire: Expire,
@@ -57,9 +56,9 @@ class Repairs:
         self.fee_bumps = 0
         self.gaps_filled = 0
         self._store, self._rpc, self._chain_id = store, rpc, chain_id
-        self._stall_s = max(STALL_BLOCKS * block_time_ms / 1000, STALL_MIN_S)
+        self._patience_s = patience_s
         self._fees, self._courier = fees, courier
-        self._accounts, self._entries = accounts, entries
+        self._entries = entries
         self._adopt, self._expire = adopt, expire
         self._holding: dict[str, Entry] = {}
         """Decided entries whose nonce the chain still waits for."""
@@ -93,7 +92,7 @@ class Repairs:
         stuck = {
             entry.signer.address: entry.signer
             for entry in (*self._entries.values(), *self._holding.values())
-            if entry.signer is not None and (entry.id in self._troubles or _age(entry, now) > 3 * INTERVAL_S)
+            if entry.signer is not None and (entry.id in self._troubles or _age(entry, now) > self._patience_s / 3)
         }
         if not stuck:
             return
@@ -138,7 +137,7 @@ class Repairs:
             return
         first = waiting[0]
         trouble = self._troubles.pop(first.id, None)
-        if trouble == "underpriced" or _age(first, now) > self._stall_s:
+        if trouble == "underpriced" or _age(first, now) > self._patience_s:
             await self._bump(first)
 
     async def _look_at_consumed(self, entry: Entry) -> None:

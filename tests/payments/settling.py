@@ -1,0 +1,177 @@
+"""What the tests of settlement share: signed payments, an engine on the test chain, and books to see what it credits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import coincurve
+
+from contracts.devnet import Wallet, rpc
+from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, Network, Token
+from payments.chain.rpc import Rpc
+from payments.chain.transactions import settle_call
+from payments.ledger import transfers
+from payments.ledger.accounts import account_id, payer_account
+from payments.migrate import upgrade
+from payments.money import atomic_to_nano_down
+from payments.settlement.engine import Settlements
+from payments.settlement.orders import SettlementOrder
+from payments.store import Store, Transaction
+from payments.verification.eip712 import eip3009_digest, permit2_exact_digest
+from payments.x402.wire import Eip3009Authorization, Payment, Permit2Authorization
+
+PAY_TO = "0x" + "7e" * 20
+HOUR_S = 3600
+
+
+def key_of(wallet: Wallet) -> coincurve.PrivateKey:
+    return coincurve.PrivateKey(bytes.fromhex(wallet.private_key[2:]))
+
+
+def sign(wallet: Wallet, digest: bytes) -> bytes:
+    signature = key_of(wallet).sign_recoverable(digest, hasher=None)
+    return signature[:64] + bytes((27 + signature[64],))
+
+
+def pay(
+    wallet: Wallet, token: Token, value: int, *, to: str = PAY_TO, nonce: int | None = None, valid_s: int = HOUR_S
+) -> Payment:
+    """A signed payment by the token's own transfer method."""
+    nonce = secrets.randbits(256) if nonce is None else nonce
+    deadline = int(time.time()) + valid_s
+    payer = wallet.address.lower()
+    authorization: Eip3009Authorization | Permit2Authorization
+    if token.transfer_method == "eip3009":
+        authorization = Eip3009Authorization(payer, to, value, 0, deadline, nonce)
+        signature = sign(wallet, eip3009_digest(authorization, token))
+    else:
+        authorization = Permit2Authorization(
+            payer, token.address, value, EXACT_PERMIT2_PROXY_ADDRESS, nonce, deadline, to, 0
+        )
+        signature = sign(wallet, permit2_exact_digest(authorization, token.chain_id))
+    return Payment(
+        2, "exact", f"eip155:{token.chain_id}", None, authorization, signature, None, secrets.token_bytes(32)
+    )
+
+
+def order_for(payment: Payment, token: Token) -> SettlementOrder:
+    call_to, call_data = settle_call(payment, token)
+    authorization = payment.authorization
+    name = secrets.token_hex(8)
+    return SettlementOrder(
+        id=f"pay:{name}",
+        kind="payment",
+        reference=name,
+        chain_id=token.chain_id,
+        token=token.address,
+        payer=authorization.payer,
+        pay_to=authorization.recipient,
+        value=authorization.value,
+        authorization_nonce=authorization.nonce,
+        call_to=call_to,
+        call_data=call_data,
+        valid_before=authorization.expires_at,
+    )
+
+
+def open_store(directory: Path) -> Store:
+    path = directory / "farebox.db"
+    upgrade(path)
+    return Store(path)
+
+
+class Books:
+    """The callbacks of an engine: credits the payer in the real ledger, and remembers what it was called with."""
+
+    def __init__(self, network: Network) -> None:
+        self.tokens = {token.address: token for token in network.tokens}
+        self.mined: list[dict[str, Any]] = []
+        self.failed: list[dict[str, Any]] = []
+
+    def on_mined(self, tx: Transaction, row: dict[str, Any]) -> None:
+        token = self.tokens[row["token"]]
+        transfers.post(
+            tx,
+            id=f"settle:{row['id']}",
+            debit=account_id("custody", token.asset),
+            credit=payer_account(row["payer"], token.asset),
+            amount=atomic_to_nano_down(int(row["received_value"]), token.decimals),
+            reference=row["id"],
+        )
+        self.mined.append(row)
+
+    def on_failed(self, tx: Transaction, row: dict[str, Any]) -> None:
+        self.failed.append(row)
+
+
+@contextlib.asynccontextmanager
+async def engine(
+    store: Store,
+    network: Network,
+    url: str,
+    signers: list[Wallet],
+    books: Books,
+    *,
+    start: bool = True,
+    treasury: Wallet | None = None,
+    confirmations: int = 2,
+    housekeeping_s: float = 0.05,
+) -> AsyncIterator[Settlements]:
+    async with Rpc([url], timeout_s=5) as chain_rpc:
+        settlements = Settlements(
+            store,
+            chain_rpc,
+            network,
+            [wallet.private_key for wallet in signers],
+            on_mined=books.on_mined,
+            on_failed=books.on_failed,
+            treasury_key=None if treasury is None else treasury.private_key,
+            confirmations=confirmations,
+            housekeeping_s=housekeeping_s,
+        )
+        if start:
+            await settlements.start()
+        try:
+            yield settlements
+        finally:
+            await settlements.stop()
+
+
+async def credit(store: Store, wallet: Wallet, token: Token) -> int:
+    """What the books owe a wallet, in nano-USD."""
+    account = payer_account(wallet.address.lower(), token.asset)
+    return (await store.read(lambda tx: transfers.balance(tx, account))).balance
+
+
+async def rows(store: Store, columns: str = "id, state") -> list[tuple[Any, ...]]:
+    return await store.read(lambda tx: tx.execute(f"SELECT {columns} FROM settlement ORDER BY created_ms").fetchall())
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    """Wait for something that nothing announces."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.01)
+
+
+async def until_rows(store: Store, expected: list[tuple[Any, ...]], timeout_s: float = 20) -> None:
+    async with asyncio.timeout(timeout_s):
+        while await rows(store) != expected:  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.02)
+
+
+def mine(url: str, blocks: int = 1) -> None:
+    for _ in range(blocks):
+        rpc(url, "evm_mine")
+
+
+def receipt(url: str, transaction_hash: str | None) -> dict[str, Any]:
+    assert transaction_hash is not None
+    found: dict[str, Any] = rpc(url, "eth_getTransactionReceipt", transaction_hash)
+    return found

@@ -1,0 +1,224 @@
+"""What counts as paid, and what does not: the chain's events of one mined transaction, each used once."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from eth_utils.address import to_checksum_address
+
+from contracts.devnet import Devnet, approve_permit2, balance_of, call_data, rpc, send_signed
+from payments.chain.networks import MULTICALL3_ADDRESS, Network, Token
+from payments.chain.transactions import encode_aggregate3, selector, settle_call, word
+from payments.settlement.engine import Settlements
+from payments.store import Store
+from payments.verification.eip712 import token_domain_separator
+from payments.verification.signatures import keccak256
+from payments.x402.wire import Payment
+from tests.payments.settling import (
+    PAY_TO,
+    Books,
+    credit,
+    engine,
+    mine,
+    open_store,
+    order_for,
+    pay,
+    rows,
+    sign,
+    until,
+)
+
+SETTLED_S = 20
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = open_store(tmp_path)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def books(network: Network) -> Books:
+    return Books(network)
+
+
+@pytest.fixture
+async def settlements(chain: Devnet, network: Network, store: Store, books: Books) -> AsyncIterator[Settlements]:
+    """An engine on a chain that mines only when it is told to."""
+    rpc(chain.rpc_url, "evm_setAutomine", False)
+    async with engine(store, network, chain.rpc_url, [chain.wallets[0]], books) as running:
+        yield running
+
+
+def submit_elsewhere(chain: Devnet, calls: list[tuple[str, bytes]]) -> str:
+    """Somebody else executes calls, in one transaction and in a block before ours."""
+    rpc(chain.rpc_url, "anvil_dropAllTransactions")
+    to, data = calls[0] if len(calls) == 1 else (MULTICALL3_ADDRESS, encode_aggregate3(calls))
+    return send_signed(chain.rpc_url, chain.wallets[9].private_key, to_checksum_address(to), "0x" + data.hex())
+
+
+async def submit(settlements: Settlements, payment: Payment, token: Token) -> str:
+    """Our own transaction is under way, and not mined."""
+    order = order_for(payment, token)
+    sent = settlements.courier.broadcasts
+    await settlements.submit(order)
+    await until(lambda: settlements.courier.broadcasts > sent)
+    return order.id
+
+
+def let_ours_be_mined(chain: Devnet, settlements: Settlements) -> None:
+    for entry in list(settlements.courier.carried.values()):
+        settlements.courier.carry(entry)
+    rpc(chain.rpc_url, "evm_setAutomine", True)
+
+
+async def test_an_authorization_that_somebody_else_submitted_is_paid_once(
+    chain: Devnet, network: Network, store: Store, books: Books, settlements: Settlements
+) -> None:
+    usdc = network.tokens[0]
+    payment = pay(chain.wallets[1], usdc, 700)
+    order_id = await submit(settlements, payment, usdc)
+    theirs = submit_elsewhere(chain, [settle_call(payment, usdc)])
+    let_ours_be_mined(chain, settlements)
+    outcome = await settlements.outcome(order_id, SETTLED_S)
+    assert (outcome.state, outcome.transaction_hash, outcome.paid) == ("superseded", theirs, True)
+    assert [row["state"] for row in books.mined] == ["superseded"]
+    assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) == 700
+    assert await credit(store, chain.wallets[1], usdc) == 700_000
+
+
+async def test_a_cancelled_authorization_is_not_paid_although_its_nonce_is_consumed(
+    chain: Devnet, network: Network, store: Store, books: Books, settlements: Settlements
+) -> None:
+    usdc = network.tokens[0]
+    payer = chain.wallets[1]
+    payment = pay(payer, usdc, 700)
+    order_id = await submit(settlements, payment, usdc)
+    nonce = payment.authorization.nonce
+    type_hash = keccak256(b"CancelAuthorization(address authorizer,bytes32 nonce)")
+    struct = keccak256(type_hash + bytes(12) + bytes.fromhex(payer.address[2:]) + word(nonce))
+    signature = sign(payer, keccak256(b"\x19\x01" + token_domain_separator(usdc) + struct))
+    cancel = (
+        selector("cancelAuthorization(address,bytes32,uint8,bytes32,bytes32)")
+        + bytes(12)
+        + bytes.fromhex(payer.address[2:])
+        + word(nonce)
+        + word(signature[64])
+        + signature[:64]
+    )
+    submit_elsewhere(chain, [(usdc.address, cancel)])
+    let_ours_be_mined(chain, settlements)
+    outcome = await settlements.outcome(order_id, SETTLED_S)
+    assert outcome.state == "failed"
+    assert "cancelled" in (outcome.reason or "")
+    assert books.mined == []
+    assert await credit(store, payer, usdc) == 0
+
+
+async def test_one_transfer_does_not_pay_for_two_nonces_used_in_one_transaction(
+    chain: Devnet, network: Network, store: Store, books: Books, settlements: Settlements
+) -> None:
+    usdc = network.tokens[0]
+    payer = chain.wallets[1]
+    paid, cheated = pay(payer, usdc, 700), pay(payer, usdc, 700)
+    # The second nonce is used too, in the same transaction, but for a transfer of the payer to itself.
+    to_itself = pay(payer, usdc, 700, to=payer.address.lower(), nonce=cheated.authorization.nonce)
+    paid_id, cheated_id = await submit(settlements, paid, usdc), await submit(settlements, cheated, usdc)
+    submit_elsewhere(chain, [settle_call(to_itself, usdc), settle_call(paid, usdc)])
+    let_ours_be_mined(chain, settlements)
+    assert (await settlements.outcome(paid_id, SETTLED_S)).state == "superseded"
+    assert (await settlements.outcome(cheated_id, SETTLED_S)).state == "failed"
+    assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) == 700
+    assert await credit(store, payer, usdc) == 700_000
+
+
+async def test_two_payments_in_one_foreign_transaction_are_both_paid(
+    chain: Devnet, network: Network, store: Store, books: Books, settlements: Settlements
+) -> None:
+    usdc = network.tokens[0]
+    payer = chain.wallets[1]
+    both = [pay(payer, usdc, 700), pay(payer, usdc, 700)]
+    ids = [await submit(settlements, payment, usdc) for payment in both]
+    submit_elsewhere(chain, [settle_call(payment, usdc) for payment in both])
+    let_ours_be_mined(chain, settlements)
+    outcomes = await asyncio.gather(*(settlements.outcome(each, SETTLED_S) for each in ids))
+    assert [outcome.state for outcome in outcomes] == ["superseded", "superseded"]
+    assert len(set(await rows(store, "transfer_log_index"))) == 2
+    assert await credit(store, payer, usdc) == 1_400_000
+
+
+async def test_a_permit_that_somebody_else_submitted_to_the_proxy_is_paid_once(
+    chain: Devnet, network: Network, store: Store, books: Books, settlements: Settlements
+) -> None:
+    usdt = network.tokens[1]
+    payer = chain.wallets[1]
+    approve_permit2(chain.rpc_url, chain.usdt, payer.private_key)
+    payment, other = pay(payer, usdt, 700), pay(payer, usdt, 700)
+    order_id = await submit(settlements, payment, usdt)
+    submit_elsewhere(chain, [settle_call(other, usdt)])
+    theirs = submit_elsewhere(chain, [settle_call(payment, usdt)])
+    let_ours_be_mined(chain, settlements)
+    outcome = await settlements.outcome(order_id, SETTLED_S)
+    assert (outcome.state, outcome.transaction_hash) == ("superseded", theirs)
+    assert await credit(store, payer, usdt) == 700_000
+
+
+async def test_a_permit_that_reached_the_proxy_through_another_contract_is_paid(
+    chain: Devnet, network: Network, store: Store, books: Books, settlements: Settlements
+) -> None:
+    usdt = network.tokens[1]
+    payer = chain.wallets[1]
+    approve_permit2(chain.rpc_url, chain.usdt, payer.private_key)
+    payment = pay(payer, usdt, 700)
+    order_id = await submit(settlements, payment, usdt)
+    theirs = submit_elsewhere(chain, [settle_call(payment, usdt), settle_call(payment, usdt)])
+    let_ours_be_mined(chain, settlements)
+    outcome = await settlements.outcome(order_id, SETTLED_S)
+    assert (outcome.state, outcome.transaction_hash) == ("superseded", theirs)
+    assert await credit(store, payer, usdt) == 700_000
+
+
+async def test_an_invalidated_permit_is_not_paid_by_the_payers_other_payment(
+    chain: Devnet, network: Network, store: Store, books: Books, settlements: Settlements
+) -> None:
+    usdt = network.tokens[1]
+    payer = chain.wallets[1]
+    approve_permit2(chain.rpc_url, chain.usdt, payer.private_key)
+    nonce = secrets.randbits(240) << 8
+    payment, other = pay(payer, usdt, 700, nonce=nonce), pay(payer, usdt, 700)
+    order_id = await submit(settlements, payment, usdt)
+    submit_elsewhere(chain, [settle_call(other, usdt)])
+    invalidate = call_data("invalidateUnorderedNonces(uint256,uint256)", nonce >> 8, 1)
+    send_signed(chain.rpc_url, payer.private_key, chain.permit2, invalidate)
+    let_ours_be_mined(chain, settlements)
+    outcome = await settlements.outcome(order_id, SETTLED_S)
+    assert outcome.state == "failed"
+    assert books.mined == []
+
+
+async def test_a_superseded_payment_does_not_hold_up_the_signer(
+    chain: Devnet, network: Network, store: Store, books: Books
+) -> None:
+    usdc = network.tokens[0]
+    payment = pay(chain.wallets[1], usdc, 700, valid_s=-14)
+    fast = dataclasses.replace(network, block_time_ms=50)
+    rpc(chain.rpc_url, "evm_setAutomine", False)
+    rpc(chain.rpc_url, "evm_setTime", payment.authorization.expires_at - 30)
+    async with engine(store, fast, chain.rpc_url, [chain.wallets[0]], books) as settlements:
+        order_id = await submit(settlements, payment, usdc)
+        submit_elsewhere(chain, [settle_call(payment, usdc)])
+        rpc(chain.rpc_url, "evm_setTime", payment.authorization.expires_at + 60)
+        rpc(chain.rpc_url, "anvil_dropAllTransactions")
+        mine(chain.rpc_url)
+        assert (await settlements.outcome(order_id, SETTLED_S)).state == "superseded"
+        following = order_for(pay(chain.wallets[2], usdc, 5), usdc)
+        await settlements.submit(following)
+        rpc(chain.rpc_url, "evm_setAutomine", True)
+        assert (await settlements.outcome(following.id, SETTLED_S)).paid
+        assert settlements.signers[0].in_flight == 0
