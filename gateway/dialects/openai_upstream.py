@@ -239,7 +239,8 @@ class OpenAiDecoder:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(call, dict) or not isinstance(function, dict):
             raise Undecodable("a tool call of a chunk has no `function`")
-        position = call.get("index") or 0
+        position = call.get("index")
+        position = 0 if position is None else position
         if type(position) is not int:
             raise Undecodable("the `index` of a tool call is not a number")
         index = self._block((number, position), "tool_call", events, _text(call, "id"), _text(function, "name"))

@@ -26,7 +26,7 @@ from gateway.providers.upstream import (
     UpstreamResponse,
 )
 from gateway.routing.catalog import Candidate
-from gateway.settings import TimeoutSettings
+from gateway.settings import TimeoutSettings, TokenizerFamily
 
 ANSWER_BYTES_MAX: Final = 32 * 1024 * 1024
 ERROR_BYTES_MAX: Final = 64 * 1024
@@ -59,8 +59,8 @@ class Attempting:
         self,
         timeouts: TimeoutSettings,
         upstream: Upstream,
-        count_text: Callable[[str, str], int],
-        count_input: Callable[[ChatRequest, str], int],
+        count_text: Callable[[str, TokenizerFamily], int],
+        count_input: Callable[[ChatRequest, TokenizerFamily], int],
     ) -> None:
         self._timeouts = timeouts
         self._upstream = upstream
@@ -174,7 +174,7 @@ class Attempting:
             stream=stream,
         )
 
-    def _count_pieces(self, tokenizer: str, pieces: list[str]) -> int:
+    def _count_pieces(self, tokenizer: TokenizerFamily, pieces: list[str]) -> int:
         return self._count_text("".join(pieces), tokenizer)
 
 

@@ -108,6 +108,7 @@ class Breaker:
         elif self.state is State.HALF_OPEN:
             self._calls.clear()
             self._cooldown_s = self._limits.cooldown_s
+            self._until = 0.0
             self._move(Signal.PROBE_OK)
 
     def failed(self, retry_after_s: float | None = None) -> None:

@@ -198,9 +198,8 @@ def _classify(status: int, code: str, message: str, headers: Mapping[str, str], 
 
 def _told(message: str, otherwise: str) -> str:
     """A provider's words for the caller: bounded, on one line."""
-    words = " ".join(message.split())
-    printable = "".join(character for character in words if character.isprintable())
-    return printable[:MESSAGE_CHARACTERS_MAX] or otherwise
+    printable = "".join(character if character.isprintable() else " " for character in message[:8192])
+    return " ".join(printable.split())[:MESSAGE_CHARACTERS_MAX] or otherwise
 
 
 _DURATION: Final = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")

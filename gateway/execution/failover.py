@@ -27,7 +27,7 @@ from gateway.execution.streams import Running
 from gateway.providers.registry import Registry
 from gateway.providers.upstream import Upstream
 from gateway.routing.catalog import Candidate
-from gateway.settings import Settings
+from gateway.settings import Settings, TokenizerFamily
 
 
 class Executor:
@@ -46,8 +46,8 @@ class Executor:
         settings: Settings,
         registry: Registry,
         *,
-        count_text: Callable[[str, str], int],
-        count_input: Callable[[ChatRequest, str], int],
+        count_text: Callable[[str, TokenizerFamily], int],
+        count_input: Callable[[ChatRequest, TokenizerFamily], int],
         breakers: Breakers | None = None,
     ) -> None:
         self.breakers = Breakers() if breakers is None else breakers

@@ -17,6 +17,8 @@ from gateway.providers.registry import Registry
 from gateway.routing.catalog import Candidate
 from gateway.settings import ProviderSettings, RoutingSettings, Settings, TimeoutSettings
 from payments.money import Price
+from tests.gateway.scripted import Script, Seen, Wire
+from tests.gateway.wires import OPENAI
 
 PUBLIC_MODEL = "public-model"
 
@@ -95,3 +97,22 @@ async def read(running: Running) -> list[dict[str, Any]]:
 def said(frames: list[dict[str, Any]]) -> str:
     """The text of a stream."""
     return "".join(choice["delta"].get("content") or "" for frame in frames for choice in frame.get("choices", ()))
+
+
+async def good(seen: Seen, wire: Wire) -> None:
+    """Answers in OpenAI's dialect."""
+    if seen.body.get("stream"):
+        await wire.stream_head()
+        await wire.events(OPENAI.start, OPENAI.hello, OPENAI.world, OPENAI.finish, OPENAI.usage, OPENAI.end)
+        await wire.end()
+    else:
+        await wire.json(OPENAI.whole)
+
+
+def status(code: int, body: object = None, **headers: str) -> Script:
+    """Answers with an error status."""
+
+    async def script(seen: Seen, wire: Wire) -> None:
+        await wire.json(body or {"error": {"message": "no", "type": "some_error"}}, code, **headers)
+
+    return script

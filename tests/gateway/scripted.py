@@ -88,12 +88,16 @@ Script = Callable[[Seen, Wire], Awaitable[None]]
 
 @dataclass
 class ScriptedUpstream:
-    """A listening upstream. `gone` is set when a client has closed a connection in the middle of an answer."""
+    """A listening upstream.
+
+    `arrived` is set by the first request, `gone` when a client has closed a connection in the middle of an answer.
+    """
 
     script: Script
     url: str = ""
     seen: list[Seen] = field(default_factory=list)
     connections: int = 0
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -106,6 +110,7 @@ class ScriptedUpstream:
                 raw = await reader.readexactly(int(headers.get("content-length", "0")))
                 seen = Seen(head[0].split()[1], headers, raw)
                 self.seen.append(seen)
+                self.arrived.set()
                 answer = asyncio.ensure_future(self.script(seen, Wire(writer, self)))
                 watch = asyncio.ensure_future(reader.read(1))
                 await asyncio.wait([answer, watch], return_when=asyncio.FIRST_COMPLETED)
