@@ -132,7 +132,7 @@ class Settlements:
     # --- for tenders --------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Learn the chain's state and carry on with every open row.
+        """Learn the chain's state and carry on with every open row. Once; after `stop` a new engine takes over.
 
         Raises:
             RpcUnavailable: No node answers.

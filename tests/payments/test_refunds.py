@@ -1,0 +1,172 @@
+"""Credit above the threshold goes back to its payer on chain, once, and comes back to the books if it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from contracts.devnet import Devnet, Wallet, as_owner, balance_of, rpc
+from payments.chain.networks import Network, Token
+from payments.ledger import books as ledger_books
+from payments.ledger import transfers
+from payments.ledger.accounts import account_id, payer_account
+from payments.settlement.refunds import Refunds
+from payments.store import Store
+from tests.payments.settling import Books, credit, engine, open_store, order_for, pay, rows, until
+
+USD = 1_000_000_000
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = open_store(tmp_path)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def books(network: Network) -> Books:
+    return Books(network)
+
+
+async def owe(store: Store, wallet: Wallet, token: Token, amount_nano_usd: int) -> None:
+    """As if the wallet had paid and not used it."""
+    account = payer_account(wallet.address.lower(), token.asset)
+    await store.write(
+        lambda tx: transfers.post(
+            tx,
+            id=f"owed:{account}",
+            debit=account_id("custody", token.asset),
+            credit=account,
+            amount=amount_nano_usd,
+            reference="test",
+        )
+    )
+
+
+async def refund(refunds: Refunds, store: Store) -> int:
+    """Begin what is due, and wait until nothing is open."""
+    begun = await refunds.round()
+    await decided(store)
+    return begun
+
+
+async def decided(store: Store) -> None:
+    async with asyncio.timeout(20):
+        while {"queued", "submitted"} & {state for (state,) in await rows(store, "state")}:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_credit_at_the_threshold_is_sent_back_to_the_unit(
+    chain: Devnet, network: Network, store: Store, books: Books
+) -> None:
+    usdc, payer, treasury = network.tokens[0], chain.wallets[1], chain.wallets[3]
+    before = balance_of(chain.rpc_url, chain.usdc, payer.address)
+    async with engine(
+        store, network, chain.rpc_url, [chain.wallets[0]], books, treasury=treasury, start=False
+    ) as settlements:
+        refunds = Refunds(store, settlements, network.tokens, USD)
+        await settlements.start()
+        await owe(store, payer, usdc, 1_234_567_890)
+        refunds.consider(payer.address.lower(), usdc.asset)
+        assert await refund(refunds, store) == 1
+        assert refunds.sent == 1
+    assert balance_of(chain.rpc_url, chain.usdc, payer.address) == before + 1_234_567
+    assert await credit(store, payer, usdc) == 890
+    assert await rows(store, "kind, state, value") == [("refund", "mined", "1234567")]
+    assert await store.read(ledger_books.check) == []
+
+
+async def test_credit_below_the_threshold_or_held_stays(
+    chain: Devnet, network: Network, store: Store, books: Books
+) -> None:
+    usdc, payer = network.tokens[0], chain.wallets[1]
+    async with engine(
+        store, network, chain.rpc_url, [chain.wallets[0]], books, treasury=chain.wallets[3], start=False
+    ) as settlements:
+        refunds = Refunds(store, settlements, network.tokens, USD)
+        await settlements.start()
+        await owe(store, payer, usdc, USD)
+        account = payer_account(payer.address.lower(), usdc.asset)
+        revenue = account_id("revenue", usdc.asset)
+        await store.write(
+            lambda tx: transfers.hold(tx, id="hold:x", debit=account, credit=revenue, amount=1, reference="x")
+        )
+        await refunds.scan()
+        refunds.consider(payer.address.lower(), usdc.asset)
+        assert await refund(refunds, store) == 0
+    assert await rows(store) == []
+
+
+async def test_a_refund_that_was_written_before_a_crash_is_sent_once_after_it(
+    chain: Devnet, network: Network, store: Store, books: Books
+) -> None:
+    usdc, payer, treasury = network.tokens[0], chain.wallets[1], chain.wallets[3]
+    before = balance_of(chain.rpc_url, chain.usdc, payer.address)
+    async with engine(store, network, chain.rpc_url, [treasury], books, treasury=treasury, start=False) as stopped:
+        refunds = Refunds(store, stopped, network.tokens, USD)
+        await owe(store, payer, usdc, 3 * USD)
+        refunds.consider(payer.address.lower(), usdc.asset)
+        assert await refunds.round() == 1
+        assert await rows(store, "state") == [("queued",)]
+        refunds.consider(payer.address.lower(), usdc.asset)
+        assert await refunds.round() == 0
+    async with engine(store, network, chain.rpc_url, [treasury], books, treasury=treasury, start=False) as settlements:
+        refunds = Refunds(store, settlements, network.tokens, USD)
+        await settlements.start()
+        # The treasury's account also pays the gas of payments: one sequence of nonces.
+        assert settlements.treasury is settlements.signers[0]
+        payment = order_for(pay(chain.wallets[2], usdc, 10), usdc)
+        await settlements.submit(payment)
+        assert (await settlements.outcome(payment.id, 20)).paid
+        await decided(store)
+    assert balance_of(chain.rpc_url, chain.usdc, payer.address) == before + 3_000_000
+    assert await credit(store, payer, usdc) == 0
+    assert await store.read(ledger_books.check) == []
+
+
+async def test_a_refund_that_the_token_refuses_leaves_the_credit_and_is_not_tried_at_once_again(
+    chain: Devnet, network: Network, store: Store, books: Books
+) -> None:
+    usdc, payer, treasury = network.tokens[0], chain.wallets[1], chain.wallets[3]
+    as_owner(chain.rpc_url, chain.usdc, "blacklist(address)", payer.address)
+    async with engine(
+        store, network, chain.rpc_url, [chain.wallets[0]], books, treasury=treasury, start=False
+    ) as settlements:
+        refunds = Refunds(store, settlements, network.tokens, USD)
+        await settlements.start()
+        await owe(store, payer, usdc, 2 * USD)
+        for _ in range(3):
+            await refunds.scan()
+            assert await refund(refunds, store) == 0
+        assert refunds.refused == 1
+    assert await credit(store, payer, usdc) == 2 * USD
+    assert await rows(store) == []
+
+
+async def test_a_refund_that_reverts_is_voided(chain: Devnet, network: Network, store: Store, books: Books) -> None:
+    usdc, payer, treasury = network.tokens[0], chain.wallets[1], chain.wallets[3]
+    async with engine(
+        store, network, chain.rpc_url, [chain.wallets[0]], books, treasury=treasury, start=False
+    ) as settlements:
+        refunds = Refunds(store, settlements, network.tokens, USD)
+        await settlements.start()
+        await owe(store, payer, usdc, 2 * USD)
+        refunds.consider(payer.address.lower(), usdc.asset)
+        rpc(chain.rpc_url, "evm_setAutomine", False)
+        assert await refunds.round() == 1
+        await until(lambda: settlements.courier.broadcasts == 1)
+        [(raw,)] = await rows(store, "raw_transaction")
+        rpc(chain.rpc_url, "anvil_dropAllTransactions")
+        as_owner(chain.rpc_url, chain.usdc, "blacklist(address)", payer.address)
+        rpc(chain.rpc_url, "evm_setAutomine", True)
+        rpc(chain.rpc_url, "eth_sendRawTransaction", "0x" + bytes(raw).hex())
+        await decided(store)
+        refunds.consider(payer.address.lower(), usdc.asset)
+        assert await refunds.round() == 0
+    assert await rows(store, "state") == [("failed",)]
+    assert await credit(store, payer, usdc) == 2 * USD
+    assert await store.read(ledger_books.check) == []
