@@ -38,7 +38,7 @@ _FROM_URL = bytes.maketrans(b"-_", b"+/")
 
 @dataclass(frozen=True, slots=True)
 class QuoteItem:
-    """One line of a quote: ``inference`` or ``network_fee``."""
+    """One line of a quote: ``inference``, ``network_fee`` or ``minimum_charge`` (what is missing to the minimum)."""
 
     name: str
     amount_nano_usd: int
@@ -79,6 +79,9 @@ def make_quote(
     items = [QuoteItem("inference", inference_nano_usd)]
     if network_fee_nano_usd:
         items.append(QuoteItem("network_fee", network_fee_nano_usd))
+    shortfall_nano_usd = minimum_nano_usd - inference_nano_usd - network_fee_nano_usd
+    if shortfall_nano_usd > 0:
+        items.append(QuoteItem("minimum_charge", shortfall_nano_usd))
     return Quote(
         id=f"quote_{secrets.token_hex(10)}",
         items=tuple(items),
