@@ -255,8 +255,11 @@ class Exchange:
             if charged is None:
                 self._shared.look_for_credit = True
             else:
+                # A token that takes a fee on its way leaves less credit than the difference: the gateway knows.
+                told = amount_of(document.get("credited_usd"))
                 unused = max(0, payment.amount_nano_usd - charged)
-                document["credited_usd"] = document.get("credited_usd") or nano_to_usd(unused)
+                unused = unused if told is None else min(told, unused)
+                document["credited_usd"] = nano_to_usd(unused)
                 self._journal.add_credit(self._shared.origin, self._payer, payment.asset, unused)
             self._journal.close_payment(payment, "answered")
             self._keep_receipt(document, payment.id, "exact", payment.amount_nano_usd, payment.asset)

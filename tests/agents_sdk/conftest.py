@@ -35,7 +35,7 @@ def make_agent(gateway: fake_gateway.FakeGateway, tmp_path: Path) -> Iterator[Ma
     agents: list[Agent] = []
 
     def make(**options: Any) -> Agent:
-        given = {
+        given: dict[str, Any] = {
             "wallet": KEY,
             "base_url": gateway.url,
             "receipts": tmp_path / "agent" / "log.sqlite3",

@@ -74,6 +74,7 @@ class FakeGateway:
     credit: dict[str, int] = field(default_factory=dict)
     authorizations: list[str | None] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
+    poll: str = "/v1/receipts/rcpt_slow"
     message: str | None = None
     """What to have signed instead of a sign-in message."""
     arrived: threading.Event = field(default_factory=threading.Event)
@@ -162,7 +163,7 @@ class FakeGateway:
                 document = error("all_candidates_failed", farebox={"receipt": receipt})
                 return JSONResponse(document, 502, {**no_retry, "x-farebox-receipt": "rcpt_failed"})
             case "202":
-                document = {"status": "pending", "receipt": "rcpt_slow", "poll": "/v1/receipts/rcpt_slow"}
+                document = {"status": "pending", "receipt": "rcpt_slow", "poll": self.poll}
                 return JSONResponse(document, 202, no_retry)
             case "412":
                 document = error("permit2_allowance_required", token=USDT.address, spender=PERMIT2_ADDRESS)

@@ -35,6 +35,25 @@ def test_another_host_is_never_paid(gateway: FakeGateway, agent: Agent) -> None:
         assert other.gateway.nonces == set()
 
 
+def test_a_pending_payment_is_polled_nowhere_else(gateway: FakeGateway, agent: Agent) -> None:
+    with fake_gateway.running() as other:
+        gateway.poll = f"{other.url}/v1/receipts/rcpt_slow"
+        gateway.script = ["202"]
+        assert ask(agent).status_code == 200
+        assert (gateway.polls, other.gateway.polls) == (0, 0)
+    gateway.poll = "/v1/receipts/rcpt_slow"
+    gateway.script = ["202"]
+    assert ask(agent).status_code == 200
+    assert gateway.polls == 2
+
+
+def test_answers_are_waited_for_longer_than_httpx_does(agent: Agent) -> None:
+    with agent.openai() as client, agent.http_client() as http:
+        assert http.timeout.read == 600
+        timeout = client.timeout
+        assert isinstance(timeout, float) or (timeout is not None and timeout.read == 600)
+
+
 def test_a_restarted_agent_sends_the_payment_of_the_one_before(gateway: FakeGateway, make_agent: MakeAgent) -> None:
     gateway.script = ["taken_then_reset"]
     with pytest.raises(httpx.TransportError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from agents_sdk import Agent, ApprovalFailed, ApprovalNeeded, SpendingPolicy
+from agents_sdk import Agent, ApprovalFailed, ApprovalNeeded, SpendingPolicy, Token
 from contracts.devnet import Devnet, allowance, approve_permit2, rpc
 from tests.agents_sdk import fake_gateway
 from tests.agents_sdk.conftest import KEY, MakeAgent
@@ -24,8 +24,8 @@ def ask(agent: Agent) -> int:
         return http.post("/v1/chat/completions", json=QUESTION).status_code
 
 
-def offer_usdt(gateway: FakeGateway, chain: Devnet) -> fake_gateway.Token:
-    token = fake_gateway.Token("USDT", fake_gateway.NETWORK, chain.usdt.address, 6, "permit2", "Tether USD", "1")
+def offer_usdt(gateway: FakeGateway, chain: Devnet) -> Token:
+    token = Token("USDT", fake_gateway.NETWORK, chain.usdt.address, 6, "permit2", "Tether USD", "1")
     gateway.tokens = [token]
     return token
 
@@ -114,9 +114,7 @@ def test_without_gas_nothing_is_paid(gateway: FakeGateway, chain: Devnet, tmp_pa
 
 
 def test_an_rpc_server_of_another_chain_is_refused(gateway: FakeGateway, make_agent: MakeAgent, chain: Devnet) -> None:
-    gateway.tokens = [
-        fake_gateway.Token("USDT", "eip155:8453", "0xfde4C96c8593536E31F229EA8f37b2ADa2699bb2", 6, "permit2")
-    ]
+    gateway.tokens = [Token("USDT", "eip155:8453", "0xfde4C96c8593536E31F229EA8f37b2ADa2699bb2", 6, "permit2")]
     with pytest.raises(ApprovalFailed, match="of chain 84532, but USDT is on 8453"):
         ask(payer(chain, make_agent))
     assert gateway.nonces == set()
