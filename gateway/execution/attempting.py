@@ -14,7 +14,16 @@ from gateway.dialects.openai_answers import ChunkWriter, PassThrough, StreamWrit
 from gateway.dialects.upstream import ReportedError, Undecodable, read_object
 from gateway.execution.attempts import AttemptLog
 from gateway.execution.breakers import Breaker
-from gateway.execution.errors import CUT, SILENT, TIMED_OUT, AttemptFailed, Failure, from_exception, from_response
+from gateway.execution.errors import (
+    CUT,
+    SILENT,
+    TIMED_OUT,
+    AttemptFailed,
+    Failure,
+    from_exception,
+    from_response,
+    next_candidate,
+)
 from gateway.execution.streams import AnswerStream, Running
 from gateway.providers.registry import Provider
 from gateway.providers.upstream import (
@@ -127,6 +136,8 @@ class Attempting:
     async def _stream(
         self, request: ChatRequest, target: Target, response: UpstreamResponse, deadline: float
     ) -> AnswerStream:
+        if response.headers.get("content-type", "").startswith("application/json"):
+            raise AttemptFailed(await _read_unstreamed(response, target.provider))
         same_dialect = request.dialect == target.provider.dialect.NAME
         writer: StreamWriter = (PassThrough if same_dialect else ChunkWriter)(
             target.candidate.model, include_usage=request.include_usage
@@ -185,6 +196,15 @@ def _pieces(answer: Answer) -> list[str]:
         answer.text,
         *(text for call in answer.tool_calls for text in (call.name, call.arguments)),
     ]
+
+
+async def _read_unstreamed(response: UpstreamResponse, provider: Provider) -> Failure:
+    """Where a stream was due, a success in one piece is a report of something else: Gemini's filtered prompts, say."""
+    try:
+        provider.dialect.decode_answer(read_object(await response.read(ERROR_BYTES_MAX)))
+    except (UpstreamFailure, Undecodable, ReportedError) as error:
+        return from_exception(error)
+    return next_candidate("upstream_malformed", "the provider did not stream its answer")
 
 
 async def _read_error(response: UpstreamResponse) -> Failure:

@@ -152,7 +152,10 @@ _CONTEXT: Final = re.compile(
     r"|token count[^.]*exceeds|too many (input )?tokens|input[^.]*too long|reduce the length",
     re.IGNORECASE,
 )
-_FILTER: Final = re.compile(r"content[ _](filter|policy|management)|safety (system|filter)|was blocked", re.IGNORECASE)
+_FILTER: Final = re.compile(
+    r"content[ _](filter|policy|management)|safety (system|filter)|was blocked|usage polic|invalid_prompt",
+    re.IGNORECASE,
+)
 _OUR_ACCOUNT: Final = re.compile(r"api[ _-]?key|credit balance|billing|quota|organi[sz]ation", re.IGNORECASE)
 """Some providers answer 400 where their own account holder, which is us, is at fault."""
 _MISCONFIGURED: Final = {

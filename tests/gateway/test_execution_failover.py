@@ -100,7 +100,7 @@ WHOLE_FAILURES: list[tuple[Script, str, int | None]] = [
     (error_inside, "upstream_error", 502),
 ]
 STREAM_FAILURES: list[tuple[Script, str, int | None]] = [
-    (no_json, "upstream_cut", None),
+    (no_json, "upstream_malformed", None),
     (headers_then_silence, "upstream_silent", None),
     (end_without_finish, "upstream_cut", None),
     (error_event_first, "upstream_error", 503),
