@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from payments.chain.networks import Network, Token
@@ -76,8 +77,8 @@ class Settling(Protocol):
 class ChainCheck(Protocol):
     """What the chain says of a payment before it is settled."""
 
-    async def check(self, payment: Payment, token: Token, pay_to: str, other_open_nano: int = 0) -> None:
-        """Raise a `PaymentError` if the transfer would fail now, given nano-USD of the payer's that are under way already."""
+    async def check(self, payment: Payment, token: Token, pay_to: str) -> None:
+        """Raise a `PaymentError` if the transfer would fail now, what the payer has under way already considered."""
 
 
 class ExactServices:
@@ -107,10 +108,9 @@ class ExactServices:
         self.chain_states = chain_states
         self.settlement_wait_s = settlement_wait_s
         self.credited = credited
-        self.unmined = Tally()
-        """Of each payer and asset, what the payments under way are worth: what their balance on chain still shows."""
         self._payer_exposure_nano_usd = payer_exposure_nano_usd
-        self._exposed = Tally()
+        self.unmined = Unmined()
+        self._exposed: dict[str, int] = {}
         self._under_way: dict[str, asyncio.Event] = {}
 
     async def use_ended(self, receipt_id: str, timeout_s: float) -> bool:
@@ -137,35 +137,45 @@ class ExactServices:
 
     def expose(self, payer: str, amount_nano_usd: int) -> bool:
         """Count a request of `payer` whose money has not arrived. False, with nothing counted, if that would be too much."""
-        if self._exposed[payer] + amount_nano_usd > self._payer_exposure_nano_usd:
+        exposed = self._exposed.get(payer, 0) + amount_nano_usd
+        if exposed > self._payer_exposure_nano_usd:
             return False
-        self._exposed.add(payer, amount_nano_usd)
+        self._exposed[payer] = exposed
         return True
 
     def cover(self, payer: str, amount_nano_usd: int) -> None:
         """The money of a request that `expose` counted has arrived, or will not."""
-        self._exposed.add(payer, -amount_nano_usd)
+        exposed = self._exposed.pop(payer) - amount_nano_usd
+        assert exposed >= 0
+        if exposed:
+            self._exposed[payer] = exposed
 
 
-class Tally:
-    """Sums by key that hold nothing for a key whose sum is zero."""
+class Unmined:
+    """Payments under way, by payer and asset, in the order they came: their money still shows in the balance on chain."""
 
     def __init__(self) -> None:
-        self._sums: dict[Hashable, int] = {}
+        self._values: dict[tuple[str, str], dict[str, int]] = {}
 
-    def __getitem__(self, key: Hashable) -> int:
-        return self._sums.get(key, 0)
+    def add(self, payer: str, asset: str, receipt_id: str, value_nano_usd: int) -> None:
+        """A payment sets out."""
+        self._values.setdefault((payer, asset), {})[receipt_id] = value_nano_usd
 
-    def __len__(self) -> int:
-        return len(self._sums)
+    def remove(self, payer: str, asset: str, receipt_id: str) -> None:
+        """It has arrived, or will not."""
+        values = self._values[payer, asset]
+        del values[receipt_id]
+        if not values:
+            del self._values[payer, asset]
 
-    def add(self, key: Hashable, amount: int) -> None:
-        """Change the sum of `key`; it never falls below zero."""
-        total = self[key] + amount
-        assert total >= 0
-        self._sums[key] = total
-        if total == 0:
-            del self._sums[key]
+    def before(self, payer: str, asset: str, receipt_id: str) -> int:
+        """Nano-USD of the payments that set out before this one: of two that only one balance covers, the first goes on."""
+        total = 0
+        for other, value in self._values[payer, asset].items():
+            if other == receipt_id:
+                break
+            total += value
+        return total
 
 
 def settlement_id(receipt_id: str) -> str:
@@ -240,7 +250,7 @@ class ExactTender:
         services = self._services
         submitting = False
         try:
-            others = services.unmined[hold.payer, hold.asset] - self._value_nano_usd
+            others = partial(services.unmined.before, hold.payer, hold.asset, hold.receipt_id)
             await services.chain_states.check(self._payment, self._token, self._pay_to, others)
             order = self._order(hold.receipt_id)
             submitting = True
@@ -279,7 +289,6 @@ class ExactHold(LedgerHold):
         super().__init__(services.store, reservation.use, payment.payer, reservation.held_nano_usd)
         self._services = services
         self._payment = payment
-        self._value_nano_usd = value_nano_usd
         self._settled: Settled | None = None
         # Credit of a payment that was mined before is certain, whatever its old transaction does now.
         self._certain = reservation.stage == "held"
@@ -288,7 +297,7 @@ class ExactHold(LedgerHold):
         self.may_start_early = self._certain or self._exposed
         services.begin_use(self.receipt_id)
         if self._unmined:
-            services.unmined.add((self.payer, self.asset), value_nano_usd)
+            services.unmined.add(self.payer, self.asset, self.receipt_id, value_nano_usd)
 
     async def look_up_transaction(self) -> None:
         """Find the transaction of a payment that was mined before, for `payment_response`."""
@@ -378,7 +387,7 @@ class ExactHold(LedgerHold):
     def _cover(self) -> None:
         if self._unmined:
             self._unmined = False
-            self._services.unmined.add((self.payer, self.asset), -self._value_nano_usd)
+            self._services.unmined.remove(self.payer, self.asset, self.receipt_id)
         if self._exposed:
             self._exposed = False
             self._services.cover(self.payer, self.maximum_nano_usd)

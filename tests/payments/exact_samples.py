@@ -161,9 +161,9 @@ class HandChain:
     checked: int = 0
     others: list[int] = field(default_factory=list)
 
-    async def check(self, payment: Payment, token: Token, pay_to: str, other_open_nano: int = 0) -> None:
+    async def check(self, payment: Payment, token: Token, pay_to: str, other_open: Callable[[], int]) -> None:
         self.checked += 1
-        self.others.append(other_open_nano)
+        self.others.append(other_open())
         if self.refusal is not None:
             raise self.refusal
 

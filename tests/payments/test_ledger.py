@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sqlalchemy import create_engine
-from sqlmodel import SQLModel
 
 import payments.tables
 from payments.ledger import books, transfers
@@ -80,9 +79,10 @@ async def test_the_same_id_for_anything_else_is_refused_and_changes_nothing(stor
         with pytest.raises(TransferConflict):
             transfers.capture(tx, "t", 11)
         transfers.capture(tx, "t", 10)
-        for end in (lambda: transfers.void(tx, "t"), lambda: transfers.capture(tx, "t", 9)):
-            with pytest.raises(TransferConflict):
-                end()
+        with pytest.raises(TransferConflict):
+            transfers.void(tx, "t")
+        with pytest.raises(TransferConflict):
+            transfers.capture(tx, "t", 9)
         with pytest.raises(TransferConflict):
             transfers.void(tx, "unknown")
         assert transfers.balance(tx, ALICE) == Balance(90, 0)
@@ -164,7 +164,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.connection = sqlite3.connect(":memory:", isolation_level=None)
         self.connection.execute("PRAGMA foreign_keys = ON")
         engine = create_engine("sqlite://", creator=lambda: self.connection)
-        SQLModel.metadata.create_all(engine)
+        payments.tables.LedgerAccount.metadata.create_all(engine)
         self.balances = dict.fromkeys((ALICE, BOB, REVENUE, CUSTODY), 0)
         self.pending: dict[str, tuple[str, int]] = {}
         self.made = 0
@@ -244,4 +244,3 @@ LedgerMachine.TestCase.settings = settings(
     max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 test_random_transfers_keep_every_invariant = LedgerMachine.TestCase
-assert payments.tables.LedgerAccount  # the tables that `create_all` makes

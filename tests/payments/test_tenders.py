@@ -112,9 +112,9 @@ async def test_overrun_is_the_operators_loss_and_revenue_is_what_the_answer_cost
     hold = await AccountTender(store, "key_1", "team").authorize(quote_of(), {})
     charge = await hold.capture(QUOTED + 11, ANSWERED)
     assert charge.charged_nano_usd == QUOTED
-    balances = [
-        await store.read(lambda tx, a=a: transfers.balance(tx, a).balance) for a in ("revenue@USD", "variance@USD")
-    ]  # type: ignore[misc]
+    balances = await store.read(
+        lambda tx: [transfers.balance(tx, name).balance for name in ("revenue@USD", "variance@USD")]
+    )
     assert balances == [QUOTED + 11, -11]
     receipt = await store.read(lambda tx: receipts.get(tx, hold.receipt_id))
     assert receipt is not None

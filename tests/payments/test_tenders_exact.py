@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from payments import receipts
+from payments.chain.networks import Token
 from payments.errors import AllowanceRequired, PaymentConflict, PaymentRefused, SettlementPending, SettlementUnavailable
 from payments.ledger import transfers
 from payments.ledger.transfers import Balance
@@ -19,6 +20,7 @@ from payments.store import Store
 from payments.tenders.base import HoldEnded, Outcome
 from payments.tenders.exact import AlreadyUsed, ExactHold, settlement_id
 from payments.tenders.prepaid import PrepaidTender
+from payments.x402.wire import Payment
 from tests.payments.exact_samples import (
     ASSET,
     DETAILS,
@@ -26,6 +28,7 @@ from tests.payments.exact_samples import (
     PAYER,
     QUOTED,
     Desk,
+    HandChain,
     assert_books_balance,
     credit_of,
     open_desk,
@@ -180,7 +183,6 @@ async def test_payment_that_the_engine_cannot_take_leaves_no_trace(desk: Desk) -
     with pytest.raises(SettlementUnavailable):
         await desk.tender(payment_of()).authorize(quote_of(), DETAILS)
     assert (await rows(desk, "receipt"), await rows(desk, "payment_authorization")) == (0, 0)
-    assert len(desk.services.unmined) == 0
 
 
 @pytest.mark.parametrize("written", [False, True])
@@ -380,7 +382,7 @@ async def test_reorganised_payment_is_taken_back_and_what_was_spent_is_the_opera
 
     async def balances() -> list[int]:
         names = (f"payer:{PAYER}@{ASSET}", f"custody@{ASSET}", f"variance@{ASSET}", f"revenue@{ASSET}")
-        return [await desk.store.read(lambda tx, n=name: transfers.balance(tx, n).balance) for name in names]  # type: ignore[misc]
+        return await desk.store.read(lambda tx: [transfers.balance(tx, name).balance for name in names])
 
     settled = [QUOTED - charged, -QUOTED, 0, charged]
     for _ in range(2):
@@ -433,6 +435,24 @@ async def test_inference_starts_early_only_within_the_payers_exposure(store: Sto
     assert not (await desk.tender(payment_of()).authorize(quote_of(2 * QUOTED), DETAILS)).may_start_early
 
 
+async def test_of_two_payments_that_one_balance_covers_the_first_goes_on(desk: Desk) -> None:
+    waiting: list[Callable[[], int]] = []
+    both = asyncio.Event()
+
+    class OneBalance(HandChain):
+        async def check(self, payment: Payment, token: Token, pay_to: str, other_open: Callable[[], int]) -> None:
+            waiting.append(other_open)
+            if len(waiting) == 2:
+                both.set()
+            await both.wait()
+            if other_open() >= QUOTED:
+                raise PaymentRefused("insufficient_funds", "too little")
+
+    desk.services.chain_states = OneBalance()
+    results = await asyncio.gather(again(desk, payment_of()), again(desk, payment_of()), return_exceptions=True)
+    assert [type(result) for result in results] == [ExactHold, PaymentRefused]
+
+
 async def test_second_sender_can_wait_for_the_first_use_to_end(desk: Desk) -> None:
     payment = payment_of()
     hold = await desk.tender(payment).authorize(quote_of(), DETAILS)
@@ -442,7 +462,6 @@ async def test_second_sender_can_wait_for_the_first_use_to_end(desk: Desk) -> No
     await hold.capture(1, ANSWERED)
     assert await waiting
     assert await desk.services.use_ended(hold.receipt_id, 0)
-    assert len(desk.services.unmined) == 0
 
 
 async def test_growing_credit_is_announced(desk: Desk) -> None:
