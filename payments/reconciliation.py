@@ -126,6 +126,22 @@ async def reconcile(store: Store, rpc: Rpc, network: Network, pay_to: str, *, co
     return report
 
 
+async def open_books(store: Store, rpc: Rpc, network: Network, pay_to: str) -> None:
+    """Book what the treasury has before the first payment as the owner's. Once opened, this does nothing.
+
+    The gateway does so before it takes payments: later nobody could tell the owner's money from a mistake in the books.
+
+    Raises:
+        RpcError: A node refused a question.
+        RpcUnavailable: No node answered.
+    """
+    for token in network.tokens:
+        if await store.read(lambda tx, asset=token.asset: _cursor(tx, asset)) is None:  # type: ignore[misc]
+            head = int(await rpc.call("eth_blockNumber"), 16)
+            chain = await _read_chain(rpc, token, pay_to.lower(), None, head)
+            await store.write(lambda tx, chain=chain: _compare(tx, chain, None))  # type: ignore[misc]
+
+
 async def _read_chain(rpc: Rpc, token: Token, treasury: str, cursor: int | None, block_number: int) -> _Chain:
     call = {"to": token.address, "data": "0x" + encode_balance_of(treasury).hex()}
     balance = int(await rpc.call("eth_call", [call, hex(block_number)]), 16)

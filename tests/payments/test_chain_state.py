@@ -85,20 +85,18 @@ async def test_two_payments_that_the_balance_covers_once_do_not_both_pass(
 ) -> None:
     usdc = network.tokens[0]
     payments = [pay(chain.wallets[1], usdc, 600_000_000) for _ in range(2)]
-    in_use = 0
-    states = ChainStates(node, network, lambda payer, token: in_use)
+    states = ChainStates(node, network)
     await states.check(payments[0], usdc, PAY_TO)
-    in_use = 600_000_000
     with pytest.raises(PaymentRefused) as refused:
-        await states.check(payments[1], usdc, PAY_TO)
+        await states.check(payments[1], usdc, PAY_TO, lambda: 600_000_000_000)
     assert refused.value.code == "insufficient_funds"
 
 
 async def test_what_has_just_left_the_balance_is_not_counted_twice(chain: Devnet, network: Network, node: Rpc) -> None:
     usdc = network.tokens[0]
-    answers = iter([600_000_000, 0])
-    states = ChainStates(node, network, lambda payer, token: next(answers))
-    await states.check(pay(chain.wallets[1], usdc, 600_000_000), usdc, PAY_TO)
+    answers = iter([600_000_000_000, 0])
+    states = ChainStates(node, network)
+    await states.check(pay(chain.wallets[1], usdc, 600_000_000), usdc, PAY_TO, lambda: next(answers))
 
 
 async def test_an_account_whose_code_burns_all_gas_harms_nobody_else(

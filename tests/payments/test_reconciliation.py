@@ -12,7 +12,7 @@ from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
-from payments.reconciliation import reconcile
+from payments.reconciliation import open_books, reconcile
 from payments.settlement.engine import Settlements
 from payments.settlement.refunds import Refunds
 from payments.store import Store
@@ -158,6 +158,18 @@ async def test_money_that_was_minted_to_us_is_unattributed(
     assert (await reconcile(store, node, network, pay_to, confirmations=0)).ok
     mint(chain.rpc_url, chain.usdc, chain.wallets[3].address, 3_000_000)
     assert (await reconcile(store, node, network, pay_to, confirmations=0)).ok
+    assert await balance(store, "unattributed", network) == 3 * USD
+
+
+async def test_books_are_opened_once_with_what_the_owner_had(
+    chain: Devnet, network: Network, store: Store, node: Rpc
+) -> None:
+    pay_to = chain.wallets[3].address
+    await open_books(store, node, network, pay_to)
+    mint(chain.rpc_url, chain.usdc, pay_to, 3_000_000)
+    await open_books(store, node, network, pay_to)
+    assert (await reconcile(store, node, network, pay_to, confirmations=0)).ok
+    assert await balance(store, "owner", network) == 1_000 * USD
     assert await balance(store, "unattributed", network) == 3 * USD
 
 
