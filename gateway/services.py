@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from urllib.parse import urlsplit
 
 import structlog
-from payments.doctor import verify_tokens
 
 from gateway.access.keys import Access
 from gateway.access.limits import QuoteLimiter
@@ -30,8 +29,9 @@ from gateway.settings import Settings
 from payments import recovery
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
+from payments.doctor import verify_tokens
 from payments.migrate import upgrade
-from payments.money import NANO_PER_USD, nano_to_atomic_down, usd_to_nano
+from payments.money import nano_to_atomic_down, usd_to_nano
 from payments.quotes import QuoteSealer
 from payments.settlement.alarms import Alarms
 from payments.settlement.engine import Settlements
@@ -160,10 +160,7 @@ async def _open_chain(
         await refunds.start()
         cleanup.push_async_callback(refunds.stop)
     alarms = Alarms(
-        rpc,
-        network.chain_id,
-        list(settlements.accounts.values()),
-        network.tokens,
+        settlements,
         pay_to,
         gas_minimum_wei=nano_to_atomic_down(usd_to_nano(settings.payments.gas_alarm_native), WEI_DECIMALS),
         treasury_minimum_nano_usd=usd_to_nano(settings.payments.treasury_alarm_usd),
@@ -222,14 +219,7 @@ def _gauges(chains: list[Chain]) -> Iterator[tuple[str, str, dict[str, str], flo
         yield "farebox_settlements_failed", "Settlements that failed since the start", labels, chain.settlements.failed
         yield "farebox_rpc_round_trips", "POSTs to the chain's nodes since the start", labels, chain.rpc.round_trips
         yield "farebox_rpc_available", "1 if the last POST was answered", labels, float(chain.rpc.available)
-        for account, wei in chain.alarms.gas_wei.items():
-            yield (
-                "farebox_signer_gas",
-                "Coins that a signer has for gas",
-                labels | {"signer": account},
-                wei / 10**WEI_DECIMALS,
-            )
-        for asset, nano_usd in chain.alarms.treasury_nano_usd.items():
-            yield "farebox_treasury_usd", "What the treasury holds", {"asset": asset}, nano_usd / NANO_PER_USD
+        for name, text, own_labels, value in chain.alarms.gauges():
+            yield name, text, labels | own_labels, value
         raised = len(chain.alarms.raised())
         yield "farebox_alarms", "Alarms that /readyz shows", labels, raised

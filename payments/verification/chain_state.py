@@ -25,6 +25,7 @@ from payments.chain.transactions import (
     settle_call,
 )
 from payments.errors import AllowanceRequired, PaymentError, PaymentRefused, SettlementUnavailable
+from payments.money import nano_to_atomic_up
 from payments.settlement.outbox import gas_limit
 from payments.x402.wire import Payment, Permit2Authorization
 
@@ -36,7 +37,13 @@ LOOKS_MAX = 3
 LOOK_AGAIN_S = 0.1
 
 CallResult = tuple[bool, bytes]
-OpenValue = Callable[[str, str], int]
+OtherOpen = Callable[[], int]
+"""Nano-USD that a payer has under way in the same token besides: in its balance, and not for long. Asked when the chain has
+answered, because it may have left the balance meanwhile."""
+
+
+def _nothing() -> int:
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,7 @@ class _Check:
     payment: Payment
     token: Token
     verdict: asyncio.Future[PaymentError | None]
+    other_open: OtherOpen
     looks: int = 1
 
     def calls(self) -> list[tuple[str, bytes]]:
@@ -64,28 +72,24 @@ class _Check:
 
 
 class ChainStates:
-    """Checks payments against the state of one network.
+    """Checks payments against the state of one network."""
 
-    Args:
-        open_value: Atomic units that a payer has under way in a token (by address): in its balance, and not for long.
-    """
-
-    def __init__(self, rpc: Rpc, network: Network, open_value: OpenValue = lambda payer, token: 0) -> None:
+    def __init__(self, rpc: Rpc, network: Network) -> None:
         self.network = network
         self.checks = 0
         self.refusals = 0
         self._rpc = rpc
-        self._open_value = open_value
         self._waiting: list[_Check] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def check(self, payment: Payment, token: Token, pay_to: str) -> None:
+    async def check(self, payment: Payment, token: Token, pay_to: str, other_open: OtherOpen = _nothing) -> None:
         """Return if the payment would succeed now: nonce unused, balance and allowance there, the very call succeeds.
 
         Args:
             payment: Already verified offline.
             token: What it pays in.
             pay_to: Whom it pays, lower-case hex.
+            other_open: What else the payer has under way.
 
         Raises:
             PaymentRefused: ``authorization_used``, ``insufficient_funds`` or ``transfer_would_fail``.
@@ -97,7 +101,7 @@ class ChainStates:
         verdict: asyncio.Future[PaymentError | None] = loop.create_future()
         if not self._waiting:
             loop.call_later(WINDOW_S, self._depart)
-        self._waiting.append(_Check(payment, token, verdict))
+        self._waiting.append(_Check(payment, token, verdict, other_open))
         self.checks += 1
         error = await verdict
         if error is not None:
@@ -140,7 +144,7 @@ class ChainStates:
         again = []
         for index, check in enumerate(checks):
             own = [next(results) for _ in calls[index]]
-            in_use = self._open_value(check.payment.payer, check.token.address)
+            in_use = nano_to_atomic_up(check.other_open(), check.token.decimals)
             verdict = _judge(check, own, in_use)
             if verdict is not None and check.looks < LOOKS_MAX and _judge(check, own, 0) is None:
                 # Perhaps what is in use has just left the balance, and only we do not know yet.
