@@ -72,9 +72,12 @@ class Anvil:
         port: TCP port on 127.0.0.1; 0 picks a free one.
         block_time_s: seconds between blocks; None for no interval.
         automine: mine a block as soon as a transaction arrives. None means: unless there is a block time. With a block
-            time as well, both happen, which also gets transactions mined that automine leaves behind when many arrive at
-            once. False without a block time mines only when `evm_mine` says so.
+            time as well, both happen. False without a block time mines only when `evm_mine` says so.
         state_file: where the chain is kept between runs; it is read at the start if it exists and written at the stop.
+
+    Mind a race in Anvil's pool (1.7): of several transactions sent by one account in quick succession, one that arrives
+    while the one before it is being mined can wait for that for ever, and all after it too. Neither `evm_mine` nor
+    sending the same bytes again helps; another transaction with the same nonce and a higher fee does.
 
     On Linux the child is told to end when the *thread* that started it ends, so start it from one that lives as long.
     """

@@ -47,9 +47,9 @@ def events(mined: dict[str, Any], address: str, signature: str) -> list[dict[str
     return [log for log in mined["logs"] if log["address"].lower() == address.lower() and log["topics"][0] == topic]
 
 
-def selector(error: str) -> str:
-    """What a revert with this custom error, such as ``"InvalidOwner()"``, returns."""
-    return "0x" + keccak(text=error)[:4].hex()
+def selector(signature: str) -> str:
+    """The first four bytes of a call of a function, or of what a revert with a custom error such as ``"InvalidOwner()"`` returns."""
+    return "0x" + keccak(text=signature)[:4].hex()
 
 
 def now(chain: Devnet) -> int:

@@ -11,7 +11,7 @@ from x402.mechanisms.evm.exact.client import ExactEvmScheme
 from x402.mechanisms.evm.upto.client import UptoEvmScheme
 from x402.schemas import PaymentRequirements
 
-from contracts.devnet import Devnet, DevToken, RpcRefused, Wallet, allowance, approve_permit2, balance_of
+from contracts.devnet import Devnet, DevToken, RpcRefused, Wallet, allowance, approve_permit2, balance_of, rpc
 from tests.contracts.calls import (
     ALWAYS,
     ZERO_ADDRESS,
@@ -233,6 +233,26 @@ def test_a_signature_for_one_proxy_is_none_for_the_other(chain: Devnet, token: D
     with pytest.raises(RpcRefused) as refusal:
         exact(chain, facilitator, as_exact, sign_permit2(chain, payer, for_upto))
     assert refusal.value.data == selector("InvalidSigner()")
+
+
+@pytest.mark.parametrize("scheme", ["exact", "upto"])
+def test_a_token_cannot_settle_again_from_inside_its_transfer(chain: Devnet, scheme: str) -> None:
+    payer, payee, settler = chain.wallets[:3]
+    hostile = dataclasses.replace(chain.usdt, address="0x" + "66" * 20)
+    witness = (payee.address, 0) if scheme == "exact" else (payee.address, settler.address, 0)
+    proxy, function = (chain.exact_proxy, EXACT_SETTLE) if scheme == "exact" else (chain.upto_proxy, UPTO_SETTLE)
+    # A token whose every function calls `settle` with zeros and keeps the first 4 bytes of the answer in slot 0.
+    call_settle = f"63{selector(function)[2:]}60e01b600052" + "6000600061020060006000" + f"73{proxy[2:].lower()}5af150"
+    keep_answer = "600460006103003e61030051600055"
+    rpc(chain.rpc_url, "anvil_setCode", hostile.address, "0x" + call_settle + keep_answer + "00")
+    payment = permit2_payment(hostile, payer, 1, witness)
+    signature = sign_permit2(chain, payer, payment)
+    if scheme == "exact":
+        exact(chain, settler, payment, signature)
+    else:
+        upto(chain, settler, payment, 1, signature)
+    answer = rpc(chain.rpc_url, "eth_getStorageAt", hostile.address, "0x0", "latest")
+    assert answer[:10] == selector("ReentrancyGuardReentrantCall()")
 
 
 def requirements(chain: Devnet, scheme: str, token: DevToken, **extra: str) -> PaymentRequirements:
