@@ -48,7 +48,7 @@ def events(mined: dict[str, Any], address: str, signature: str) -> list[dict[str
 
 
 def selector(signature: str) -> str:
-    """The first four bytes of a call of a function, or of what a revert with a custom error such as ``"InvalidOwner()"`` returns."""
+    """How a call of this function begins, or what a revert with this custom error, such as ``"InvalidOwner()"``, returns."""
     return "0x" + keccak(text=signature)[:4].hex()
 
 
