@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from yarl import URL
+
 from gateway.dialects import anthropic_messages, gemini, openai_upstream
 from gateway.dialects.canonical import ChatRequest
 from gateway.dialects.upstream import UpstreamDialect
@@ -73,7 +75,11 @@ def _provider(name: str, entry: ProviderSettings, variables: Mapping[str, str]) 
     dialect = DIALECTS[entry.dialect]
     key: str | None = None
     unavailable: str | None = None
-    if entry.api_key_env is not None:
+    if not _is_http(entry.base_url):
+        unavailable = (
+            f"provider {name!r}: base_url {entry.base_url!r} is not an http or https URL; its models are skipped"
+        )
+    elif entry.api_key_env is not None:
         key = variables.get(entry.api_key_env, "").strip()
         if not key:
             unavailable = (
@@ -93,3 +99,11 @@ def _provider(name: str, entry: ProviderSettings, variables: Mapping[str, str]) 
         **{header.lower(): value for header, value in entry.headers.items()},
     }
     return Provider(name, dialect, entry.base_url, headers, unavailable)
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parsed = URL(url)
+    except ValueError:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)

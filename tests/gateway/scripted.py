@@ -114,7 +114,7 @@ class ScriptedUpstream:
                 answer = asyncio.ensure_future(self.script(seen, Wire(writer, self)))
                 watch = asyncio.ensure_future(reader.read(1))
                 await asyncio.wait([answer, watch], return_when=asyncio.FIRST_COMPLETED)
-                if not answer.done():
+                if not answer.done() or answer.exception() is not None:
                     self.gone.set()
                 with contextlib.suppress(ConnectionError):
                     await answer
