@@ -9,11 +9,10 @@ interrupt  nobody works on it any more: the same payment sent again takes it up
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from payments.chain.networks import Network, Token
 from payments.chain.transactions import settle_call
@@ -21,161 +20,24 @@ from payments.errors import PaymentRefused, SettlementPending, SettlementUnavail
 from payments.money import atomic_to_nano_down
 from payments.quotes import Quote
 from payments.settlement.orders import SettlementOrder
-from payments.store import Store, StoreBusy, Transaction
+from payments.store import StoreBusy, Transaction
 from payments.tenders import authorizations, closing
 from payments.tenders.authorizations import AlreadyUsed, Reservation
 from payments.tenders.base import Also, Charge, Outcome
 from payments.tenders.closing import LedgerHold, Use
 from payments.tenders.evidence import on_failed, on_mined
+from payments.tenders.exact_services import ExactServices, Settled
 from payments.x402.wire import Payment, Requirement
 
 __all__ = [
     "AlreadyUsed",
-    "ChainCheck",
     "ExactHold",
     "ExactServices",
     "ExactTender",
-    "Settled",
-    "Settling",
     "on_failed",
     "on_mined",
     "settlement_id",
 ]
-
-
-class Settled(Protocol):
-    """What became of a settlement so far."""
-
-    @property
-    def paid(self) -> bool:
-        """Whether there is evidence that it was paid."""
-
-    @property
-    def open(self) -> bool:
-        """Whether its fate is unknown."""
-
-    @property
-    def transaction_hash(self) -> str | None:
-        """Of the evidence."""
-
-    @property
-    def reason(self) -> str | None:
-        """Why it failed."""
-
-
-class Settling(Protocol):
-    """The settlement engine, as far as this tender needs it."""
-
-    async def submit(self, order: SettlementOrder) -> None:
-        """Write an order durably and broadcast it; the same id again changes nothing. `SettlementUnavailable` or `StoreBusy`
-        mean that nothing was written."""
-
-    async def outcome(self, settlement_id: str, timeout_s: float) -> Settled:
-        """Wait for the fate of a settlement, at most `timeout_s`."""
-
-
-class ChainCheck(Protocol):
-    """What the chain says of a payment before it is settled."""
-
-    async def check(self, payment: Payment, token: Token, pay_to: str) -> None:
-        """Raise a `PaymentError` if the transfer would fail now, what the payer has under way already considered."""
-
-
-class ExactServices:
-    """What all exact payments on one network share.
-
-    Args:
-        store: The database.
-        settlements: Settles them.
-        chain_states: Judges them by the chain.
-        payer_exposure_nano_usd: Inference that one payer may have under way before its transfers are mined.
-        settlement_wait_s: How long a request waits for its transfer, in seconds.
-        credited: Told the payer and the asset whose credit may have grown.
-    """
-
-    def __init__(
-        self,
-        *,
-        store: Store,
-        settlements: Settling,
-        chain_states: ChainCheck,
-        payer_exposure_nano_usd: int,
-        settlement_wait_s: float,
-        credited: Callable[[str, str], None] | None = None,
-    ) -> None:
-        self.store = store
-        self.settlements = settlements
-        self.chain_states = chain_states
-        self.settlement_wait_s = settlement_wait_s
-        self.credited = credited
-        self._payer_exposure_nano_usd = payer_exposure_nano_usd
-        self.unmined = Unmined()
-        self._exposed: dict[str, int] = {}
-        self._under_way: dict[str, asyncio.Event] = {}
-
-    async def use_ended(self, receipt_id: str, timeout_s: float) -> bool:
-        """Wait until nobody in this process works on a receipt. False if somebody still does after `timeout_s`."""
-        ended = self._under_way.get(receipt_id)
-        if ended is None:
-            return True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await ended.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    def begin_use(self, receipt_id: str) -> None:
-        """Somebody works on a receipt from here on."""
-        self._under_way[receipt_id] = asyncio.Event()
-
-    def end_use(self, receipt_id: str) -> None:
-        """Nobody does any more. Ending it again changes nothing."""
-        ended = self._under_way.pop(receipt_id, None)
-        if ended is not None:
-            ended.set()
-
-    def expose(self, payer: str, amount_nano_usd: int) -> bool:
-        """Count a request of `payer` whose money has not arrived. False, with nothing counted, if that would be too much."""
-        exposed = self._exposed.get(payer, 0) + amount_nano_usd
-        if exposed > self._payer_exposure_nano_usd:
-            return False
-        self._exposed[payer] = exposed
-        return True
-
-    def cover(self, payer: str, amount_nano_usd: int) -> None:
-        """The money of a request that `expose` counted has arrived, or will not."""
-        exposed = self._exposed.pop(payer) - amount_nano_usd
-        assert exposed >= 0
-        if exposed:
-            self._exposed[payer] = exposed
-
-
-class Unmined:
-    """Payments under way, by payer and asset, in the order they came: their money still shows in the balance on chain."""
-
-    def __init__(self) -> None:
-        self._values: dict[tuple[str, str], dict[str, int]] = {}
-
-    def add(self, payer: str, asset: str, receipt_id: str, value_nano_usd: int) -> None:
-        """A payment sets out."""
-        self._values.setdefault((payer, asset), {})[receipt_id] = value_nano_usd
-
-    def remove(self, payer: str, asset: str, receipt_id: str) -> None:
-        """It has arrived, or will not."""
-        values = self._values[payer, asset]
-        del values[receipt_id]
-        if not values:
-            del self._values[payer, asset]
-
-    def before(self, payer: str, asset: str, receipt_id: str) -> int:
-        """Nano-USD of the payments that set out before this one: of two that only one balance covers, the first goes on."""
-        total = 0
-        for other, value in self._values[payer, asset].items():
-            if other == receipt_id:
-                break
-            total += value
-        return total
 
 
 def settlement_id(receipt_id: str) -> str:
