@@ -71,7 +71,7 @@ async def test_stream_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) 
         while not upstream.gone.is_set():
             await wire.events(OPENAI.hello)
 
-    monkeypatch.setattr(streams, "STREAM_BYTES_MAX", 100_000)
+    monkeypatch.setattr(streams, "STREAM_BYTES_MAX", 1_000_000)
     async with scripted(endless) as upstream, executing({"up": ("openai_chat", upstream.url)}) as executor:
         running = await executor.start(chat(stream=True), [candidate("up")], 10)
         frames = await read(running)
