@@ -227,13 +227,9 @@ def _address(path: KeyPath, address: Any) -> Iterator[Finding]:
 
 
 def _checksummed(address: str) -> str:
-    from payments.chain.transactions import keccak256
+    from payments.verification.signatures import checksum_address
 
-    digits = address[2:].lower()
-    digest = keccak256(digits.encode()).hex()
-    return "0x" + "".join(
-        digit.upper() if int(nibble, 16) >= 8 else digit for digit, nibble in zip(digits, digest, strict=False)
-    )
+    return checksum_address(address)
 
 
 def _keys(data: Mapping[str, Any]) -> Iterator[Finding]:

@@ -44,8 +44,6 @@ ANOTHER_USE_WAIT_S = 30.0
 """How long the same payment sent again waits for its first use before it is told to come back."""
 RESUMES_MAX = 3
 DONE = b"data: [DONE]\n\n"
-NO_RETRY = {"x-should-retry": "false"}
-"""The stock OpenAI SDK retries 409 and 5xx; through a paying transport that would be a second payment."""
 
 
 @dataclass(slots=True)
@@ -65,7 +63,6 @@ class Job:
             headers["x-farebox-provider"] = running.candidate.provider
             headers["x-farebox-attempts"] = str(len(running.attempts))
         if self.paid is not None:
-            headers |= NO_RETRY
             response = self.hold.payment_response()
             if response is not None:
                 headers |= payment_headers(self.paid.payment, response)
@@ -131,7 +128,6 @@ class Flow:
             409,
             "payment_in_progress",
             "this payment's first use is still under way; send it again later",
-            headers=NO_RETRY,
         )
 
     def plan(self, call: Call) -> Plan:
@@ -270,7 +266,7 @@ class Flow:
                 409,
                 used.code,
                 used.message,
-                headers=NO_RETRY | {"x-farebox-receipt": used.receipt_id},
+                headers={"x-farebox-receipt": used.receipt_id},
                 extra={"receipt": used.receipt_id, "poll": f"/v1/receipts/{used.receipt_id}"},
             )
         self._metrics.replayed.inc()

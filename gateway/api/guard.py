@@ -12,11 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.api.errors import ApiError
 from gateway.api.http import CallerGone, send_error, send_json
 from gateway.metrics import Metrics
+from gateway.offers import PAYMENT_HEADERS
 from payments.errors import PaymentConflict, PaymentError, SettlementPending
 from payments.store import StoreBusy
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_PAYMENT_HEADERS = (b"payment-signature", b"x-payment")
 log = structlog.get_logger("farebox.http")
 
 
@@ -42,13 +42,17 @@ class Guard:
             return
         started = time.perf_counter()
         request_id = _request_id(scope)
+        marks = [(b"x-request-id", request_id)]
+        if any(name in PAYMENT_HEADERS for name, _ in scope["headers"]):
+            # The stock OpenAI SDK retries 409 and 5xx, and through a paying transport that would be a new payment.
+            marks.append((b"x-should-retry", b"false"))
         status = 0
 
         async def send_marked(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], *marks]
             await send(message)
 
         self.under_way += 1
@@ -64,14 +68,14 @@ class Guard:
         except CallerGone:
             status = status or 499
         except (ApiError, PaymentError, StoreBusy) as error:
-            await self._answer(scope, send_marked, error, status)
+            await self._answer(send_marked, error, status)
         except Exception:
             # The last resort: the log has the traceback, the caller a clear answer without it.
             log.exception("unexpected error", request_id=request_id.decode(), path=scope["path"])
             unexpected = ApiError(
                 500, "internal_error", "something went wrong here; the request id helps the operator find it"
             )
-            await self._answer(scope, send_marked, unexpected, status)
+            await self._answer(send_marked, unexpected, status)
         finally:
             self.under_way -= 1
             seconds = time.perf_counter() - started
@@ -87,11 +91,8 @@ class Guard:
                 ms=round(seconds * 1e3, 2),
             )
 
-    async def _answer(self, scope: Scope, send: Send, error: ApiError | PaymentError | StoreBusy, status: int) -> None:
+    async def _answer(self, send: Send, error: ApiError | PaymentError | StoreBusy, status: int) -> None:
         answer = as_api_error(error)
-        if any(name in _PAYMENT_HEADERS for name, _ in scope["headers"]):
-            # A stock SDK that retried would sign a new payment.
-            answer.headers.setdefault("x-should-retry", "false")
         if status:
             log.error("error after the response had begun", code=answer.code)
             raise error

@@ -32,9 +32,11 @@ def check(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     if as_json:
         summary = None
         if settings is not None:
-            networks = [network.caip2 for network in settings.resolved_networks()]
-            models = list(dict.fromkeys(model.id for model in settings.models))
-            summary = {"networks": networks, "providers": list(settings.providers), "models": models}
+            summary = {
+                "networks": [network.caip2 for network in settings.resolved_networks()],
+                "providers": list(settings.providers),
+                "models": list(dict.fromkeys(model.id for model in settings.models)),
+            }
         print_json(
             {
                 "ok": settings is not None,

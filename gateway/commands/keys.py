@@ -70,11 +70,9 @@ def list_(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 
     with open_database(load_settings(config)) as database:
         keys = database.read(accounts.list_keys)
-        pools = {key.pool for key in keys}
-        available = {
-            pool: nano_to_usd(database.read(lambda tx, pool=pool: balance(tx, accounts.pool_account(pool))).available)
-            for pool in sorted(pools)
-        }
+        pools = sorted({key.pool for key in keys})
+        balances = database.read(lambda tx: [balance(tx, accounts.pool_account(pool)) for pool in pools])
+    available = {pool: nano_to_usd(left.available) for pool, left in zip(pools, balances, strict=True)}
     if as_json:
         print_json({"ok": True, "keys": [key.as_json() for key in keys], "pools": available})
         return

@@ -61,3 +61,13 @@ def decoded(header: str) -> Any:
 def encoded(value: Any) -> str:
     """An x402 header from JSON."""
     return base64.b64encode(orjson.dumps(value)).decode()
+
+
+def sse_text(stream: str) -> str:
+    """The words of a streamed chat completion."""
+    return "".join(
+        choice["delta"].get("content") or ""
+        for line in stream.splitlines()
+        if line.startswith("data: {")
+        for choice in orjson.loads(line.removeprefix("data: "))["choices"]
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import httpx
 import orjson
@@ -51,7 +52,7 @@ def test_a_failing_provider_is_passed_over(
     assert [attempt["status"] for attempt in receipt["attempts"]] == ["failed", "ok"]
 
 
-def fail_provider(simulator: Simulator, http: httpx.Client, body: dict[str, object], status: int) -> None:
+def fail_provider(simulator: Simulator, http: httpx.Client, body: dict[str, Any], status: int) -> None:
     """Make the first provider of the route fail: providers are told apart by the upstream model's name."""
     simulator.configure("gpt-5.4", status=status)
 
@@ -122,9 +123,9 @@ def test_a_caller_that_hangs_up_pays_for_what_was_delivered(
     assert simulator.attempts()[0]["outcome"] == "disconnected"
 
 
-def settled_receipt(http: httpx.Client, receipt_id: str) -> dict[str, object]:
+def settled_receipt(http: httpx.Client, receipt_id: str) -> dict[str, Any]:
     for _ in range(100):
-        receipt: dict[str, object] = http.get(f"/v1/receipts/{receipt_id}").json()
+        receipt: dict[str, Any] = http.get(f"/v1/receipts/{receipt_id}").json()
         if receipt["state"] != "open":
             return receipt
         time.sleep(0.05)

@@ -1,0 +1,113 @@
+"""Clients of x402's first version pay unchanged: they know the 402's body, X-PAYMENT and X-PAYMENT-RESPONSE only."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from eth_account.signers.local import LocalAccount
+from gateway.dev.simulator.process import Simulator
+
+from contracts.devnet import USDC, balance_of
+from gateway.dev.stack import Stack
+from tests.e2e.clients import ask, decoded, sse_text
+from tests.e2e.conftest import QUESTION
+
+HERE = Path(__file__).parent
+LOCK_FILE = HERE / "v1-requirements.lock"
+
+# The first run downloads the old client and all that it needs.
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="session")
+def v1_python() -> Path:
+    """The interpreter of an environment that has what the lock file names; made when that changed, by one process at a time."""
+    environment = Path(sys.prefix) / "x402-v1"
+    python, stamp = environment / "bin" / "python", environment / "lock-file.sha256"
+    wanted = f"{sys.version_info[:2]} {hashlib.sha256(LOCK_FILE.read_bytes()).hexdigest()}"
+    with (Path(sys.prefix) / "x402-v1.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not stamp.exists() or stamp.read_text() != wanted:
+            uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
+            assert uv is not None, "the test of x402 v1 clients needs uv, which scripts/test installs"
+            _run(uv, "venv", "--clear", "--python", sys.executable, str(environment))
+            _run(uv, "pip", "install", "--require-hashes", "--python", str(python), "-r", str(LOCK_FILE))
+            stamp.write_text(wanted)
+    return python
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("client", ["httpx", "requests"])
+def test_a_v1_client_pays_usdc(
+    stack: Stack,
+    http: httpx.Client,
+    wallet: LocalAccount,
+    simulator: Simulator,
+    v1_python: Path,
+    client: str,
+    stream: bool,
+) -> None:
+    before = balance_of(stack.rpc_url, USDC, wallet.address)
+    body = QUESTION | {"stream": True} if stream else QUESTION
+    done = subprocess.run(
+        [str(v1_python), str(HERE / "v1" / "pay.py"), client, f"{stack.gateway_url}/v1/chat/completions", json.dumps(body)],
+        env=os.environ | {"WALLET_KEY": wallet.key.hex()},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    assert answer["status"] == 200, answer["text"]
+    assert "payment-response" not in answer["headers"]
+
+    paid = answer["payment_response"]
+    assert paid["success"] is True
+    assert paid["network"] == "base-sepolia"
+    assert paid["payer"].lower() == wallet.address.lower()
+    receipt = http.get(f"/v1/receipts/{answer['headers']['x-farebox-receipt']}").json()
+    assert receipt["state"] == "captured"
+    assert receipt["transaction"]["hash"] == paid["transaction"]
+    assert before - balance_of(stack.rpc_url, USDC, wallet.address) == round(float(receipt["quoted_usd"]) * 10**6)
+    assert len(simulator.attempts()) == 1
+
+    if stream:
+        lines = [line for line in answer["text"].splitlines() if line]
+        assert lines[-1] == "data: [DONE]"
+        assert "sky" in sse_text(answer["text"])
+    else:
+        assert "sky" in json.loads(answer["text"])["choices"][0]["message"]["content"]
+
+
+def test_the_v1_body_and_the_v2_header_ask_for_the_same(http: httpx.Client) -> None:
+    answer = ask(http, QUESTION)
+    body, header = answer.json(), decoded(answer.headers["payment-required"])
+    assert body["x402Version"] == 1
+    assert isinstance(body["error"], str)
+    [v1] = body["accepts"]  # USDT moves through Permit2, which v1 does not know
+    [v2] = [offer for offer in header["accepts"] if offer["extra"]["assetTransferMethod"] == "eip3009"]
+    assert v1["network"] == "base-sepolia"
+    assert v1["resource"] == header["resource"]["url"]
+    assert (v1["maxAmountRequired"], v1["payTo"], v1["asset"], v1["extra"]) == (
+        v2["amount"],
+        v2["payTo"],
+        v2["asset"],
+        v2["extra"],
+    )
