@@ -146,7 +146,7 @@ def capture(tx: Transaction, id: str, amount: int) -> bool:
         TransferConflict: If there is no such hold, it is smaller, or it ended otherwise.
     """
     assert amount >= 0
-    row = tx.execute(_FINISH, ("posted", amount, _now_ms(), id, amount)).fetchone()
+    row = _finish(tx, id, "posted", amount)
     if row is None:
         found = find(tx, id)
         if found is not None and found.state == "posted" and found.posted_amount == amount:
@@ -167,7 +167,7 @@ def void(tx: Transaction, id: str) -> bool:
     Raises:
         TransferConflict: If there is no such hold, or it was captured.
     """
-    row = tx.execute(_FINISH, ("voided", None, _now_ms(), id, 0)).fetchone()
+    row = _finish(tx, id, "voided", None)
     if row is None:
         found = find(tx, id)
         if found is not None and found.state == "voided":
@@ -235,6 +235,12 @@ def _require_same(id: str, found: Transfer, debit: str, credit: str, amount: int
         reference,
     ):
         raise TransferConflict(f"the transfer {id} exists with other content: {found}")
+
+
+def _finish(tx: Transaction, id: str, to: State, posted_amount: int | None) -> tuple[str, str, int] | None:
+    assert to in TRANSITIONS["pending"]
+    row = tx.execute(_FINISH, (to, posted_amount, _now_ms(), id, posted_amount or 0)).fetchone()
+    return None if row is None else (row[0], row[1], row[2])
 
 
 def _apply(tx: Transaction, sql: str, parameters: tuple[Any, ...]) -> None:
