@@ -204,14 +204,6 @@ class Settlements:
             raise KeyError(settlement_id)
         return _outcome(entry)
 
-    def open_value(self, payer: str, token: str) -> int:
-        """Atomic units of a payer's transfers that are under way: not in its balance for long."""
-        return sum(
-            entry.value
-            for entry in self._entries.values()
-            if entry.payer == payer and entry.token == token and entry.kind == "payment"
-        )
-
     def take_queued(self, settlement_id: str) -> None:
         """Take up an order that a unit has written with `outbox.enqueue`, now that it is durable."""
         if self._running:
