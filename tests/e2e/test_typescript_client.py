@@ -13,10 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
+from eth_account import Account
 from eth_account.signers.local import LocalAccount
-from gateway.dev.simulator.process import Simulator
 
 from contracts.devnet import USDC, balance_of
+from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
 from tests.e2e.clients import sse_text
 from tests.e2e.conftest import QUESTION
@@ -111,13 +112,10 @@ def test_it_gets_a_stream_as_it_is_made(
     paid_once(event)
 
 
-def test_it_sees_what_it_may_not_pay_for(stack: Stack, simulator: Simulator) -> None:
-    """A wallet without money: the client gets the reason as a second 402, and pays nothing."""
-    from eth_account import Account
-
+def test_a_wallet_without_money_is_told_and_nothing_happens(stack: Stack, simulator: Simulator) -> None:
     with node(stack, Account.create(), QUESTION) as process:
         end = next_event(process)
     assert end["statuses"] == [402, 402]
-    assert json.loads(end["text"])["error"].startswith("insufficient_funds")
+    assert "insufficient_funds" in end["text"]
     assert end["paymentResponse"] is None
     assert simulator.attempts() == []

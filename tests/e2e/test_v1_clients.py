@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 from eth_account.signers.local import LocalAccount
-from gateway.dev.simulator.process import Simulator
 
 from contracts.devnet import USDC, balance_of
+from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
 from tests.e2e.clients import ask, decoded, sse_text
 from tests.e2e.conftest import QUESTION
@@ -66,7 +66,13 @@ def test_a_v1_client_pays_usdc(
     before = balance_of(stack.rpc_url, USDC, wallet.address)
     body = QUESTION | {"stream": True} if stream else QUESTION
     done = subprocess.run(
-        [str(v1_python), str(HERE / "v1" / "pay.py"), client, f"{stack.gateway_url}/v1/chat/completions", json.dumps(body)],
+        [
+            str(v1_python),
+            str(HERE / "v1" / "pay.py"),
+            client,
+            f"{stack.gateway_url}/v1/chat/completions",
+            json.dumps(body),
+        ],
         env=os.environ | {"WALLET_KEY": wallet.key.hex()},
         capture_output=True,
         text=True,

@@ -50,9 +50,7 @@ def main() -> None:
 
     client, url, body = sys.argv[1:]
     account = Account.from_key(os.environ["WALLET_KEY"])
-    result = (
-        asyncio.run(with_httpx(account, url, body)) if client == "httpx" else with_requests(account, url, body)
-    )
+    result = asyncio.run(with_httpx(account, url, body)) if client == "httpx" else with_requests(account, url, body)
     paid = result["headers"].get("x-payment-response")
     result["payment_response"] = None if paid is None else decode_x_payment_response(paid)
     print(json.dumps(result))
