@@ -129,7 +129,7 @@ async def test_one_transfer_does_not_pay_for_two_nonces_used_in_one_transaction(
     paid, cheated = pay(payer, usdc, 700), pay(payer, usdc, 700)
     # The second nonce is used too, in the same transaction, but for a transfer of the payer to itself.
     to_itself = pay(payer, usdc, 700, to=payer.address.lower(), nonce=cheated.authorization.nonce)
-    paid_id, cheated_id = await submit(settlements, paid, usdc), await submit(settlements, cheated, usdc)
+    cheated_id, paid_id = await submit(settlements, cheated, usdc), await submit(settlements, paid, usdc)
     submit_elsewhere(chain, [settle_call(to_itself, usdc), settle_call(paid, usdc)])
     let_ours_be_mined(chain, settlements)
     assert (await settlements.outcome(paid_id, SETTLED_S)).state == "superseded"
