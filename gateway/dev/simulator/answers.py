@@ -2,8 +2,8 @@
 
 How tokens are counted: a word, with the white space before it, is one token. The input is the words of all text in messages,
 system prompt, tool descriptions and results, one for each tool, and 100 for each picture, sound or file. Arguments of a tool
-call are one token per six characters of their JSON. Real tokenizers find more tokens in the same text, so what was priced by one
-of them covers what is reported here.
+call are one token per six characters of their JSON. Real tokenizers find more tokens in the same text, so what was priced by
+one of them covers what is reported here.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ class Behaviour(BaseModel):
     """What a simulated model does. The default is a prompt, complete, correct answer.
 
     Errors, resets and answers that are not streamed take `first_token_ms` too; a stream begins at once and only its tokens take
-    time. A fault "after tokens" comes before the next token, or after the last one before the stream's closing events; a shorter
-    answer does not reach it. Where the answer is not streamed, a cut or a stall leaves half of the body,
+    time. A fault "after tokens" comes before the next token, or after the last one before the stream's closing events; a
+    shorter answer does not reach it. Where the answer is not streamed, a cut or a stall leaves half of the body,
     `malformed_after_tokens` half of the JSON, `error_after_tokens` is a 500, and `missing_end` has no effect.
     """
 
@@ -110,7 +110,8 @@ class Behaviour(BaseModel):
     @model_validator(mode="after")
     def _one_fault_at_a_time(self) -> Self:
         for group in (_FAULTS_BEFORE, _FAULTS_WITHIN):
-            chosen = [name for name in group if getattr(self, name) not in (None, False)]
+            # By identity: cutting after 0 tokens is a fault as well.
+            chosen = [name for name in group if (value := getattr(self, name)) is not None and value is not False]
             if len(chosen) > 1:
                 raise ValueError(f"only one of these can happen: {', '.join(chosen)}")
         return self

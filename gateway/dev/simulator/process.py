@@ -107,8 +107,8 @@ class Simulator:
         Each has `number, time, duration_ms, dialect, path, model, stream, authentication, headers, header_names, body_sha256,
         body, status, outcome, tokens_sent, client_disconnected`. `outcome` is ``under_way`` until the end, then one of ``ok,
         error, reset, silence, cut, stall, malformed, error_event, missing_end, disconnected``; the last means that the client
-        left before the simulator had done what it was told. `header_names` are all that came, `headers` the values of harmless ones.
-        Only the newest 5,000 are kept.
+        left before the simulator had done what it was told. `header_names` are all that came, `headers` the values of harmless
+        ones. Only the newest 5,000 are kept.
         """
         attempts: list[dict[str, Any]] = self._call("GET", "/_/attempts")["attempts"]
         return [attempt for attempt in attempts if model is None or attempt["model"] == model]
