@@ -46,6 +46,12 @@ PAUSE_S_MAX = 8.0
 POLL_ROUND_S = 10.0
 """A pending payment is sent again after this long of polling, whatever the receipt says."""
 _TRANSIENT = frozenset({408, 425, 429})
+_CONFLICTS = {
+    "payment_already_credited": "credited",
+    "payment_already_used": "used",
+    "authorization_reused": "used",
+}
+"""What a 409 of the gateway says became of the payment; of ``payment_in_progress`` nothing is known yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +231,8 @@ class Exchange:
         if credited_in(body) is not None:
             return "credited"
         if status == 409:
-            return {"payment_already_credited": "credited", "payment_in_progress": None}.get(code, "used")
+            # Any other 409 is not the gateway's: something on the way made it, and the payment may not have been used at all.
+            return _CONFLICTS.get(code)
         if status in (202, 412) or status in _TRANSIENT or status >= 500:
             return None
         # What names a receipt was accepted; a plain 4xx was turned away at the door.

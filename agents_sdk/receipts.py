@@ -53,6 +53,7 @@ def document_of(headers: httpx.Headers, comment: dict[str, Any]) -> dict[str, An
         "model": headers.get("x-farebox-model"),
         "provider": headers.get("x-farebox-provider"),
         "attempts": headers.get("x-farebox-attempts"),
+        "quoted_usd": headers.get("x-farebox-quoted-usd"),
         "charged_usd": headers.get("x-farebox-cost-usd"),
         "transaction": _transaction(headers),
     }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -26,6 +29,9 @@ from gateway.offers import PaymentNeeded
 from gateway.services import Services
 from gateway.settings import Settings
 from payments import receipts
+
+KEEP_ALIVE_S = 75
+BACKLOG = 2048
 
 Handler = Callable[[Services, Call], Awaitable[None]]
 
@@ -163,21 +169,38 @@ async def _not_found(request: Request, error: Exception) -> Response:
 
 
 def serve(settings: Settings) -> None:
-    """Run the gateway until SIGTERM or Ctrl-C, then let the requests under way finish."""
+    """Run the gateway until SIGTERM or Ctrl-C, then let the requests under way finish.
+
+    Raises:
+        TokenMismatch, RpcUnavailable, RpcError: A chain is not what the configuration says, or cannot be asked.
+        StoreOwned, SchemaTooNew: The database belongs to another process, or to a newer Farebox.
+    """
     logs.configure()
-    uvicorn.Server(
+    # uvicorn raises the signal that ended it once more, for whoever listened before: nobody, the services close in order.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    app = create_app(settings)
+    server = uvicorn.Server(
         uvicorn.Config(
-            create_app(settings),
+            app,
             host=settings.host,
             port=settings.port,
-            loop="uvloop",
+            # Entered here, so that what keeps the services from starting is raised and not only logged.
+            lifespan="off",
             http=guarded_protocol(settings.limits.header_bytes),
             log_config=None,
             access_log=False,
             server_header=False,
             date_header=False,
             timeout_graceful_shutdown=settings.limits.drain_s,
-            timeout_keep_alive=75,
-            backlog=2048,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            backlog=BACKLOG,
         )
-    ).run()
+    )
+    async with app.router.lifespan_context(app):
+        await server.serve()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from gateway.access.limits import QuoteLimiter
 from gateway.api.errors import ApiError
 from gateway.api.http import Call, CallerGone, EventStream, read_json, send_body, send_json
 from gateway.dialects import openai_chat
+from gateway.execution.attempts import tried
 from gateway.execution.errors import CallerFault, ExecutionFailed
 from gateway.execution.failover import Executor
 from gateway.execution.streams import Running
@@ -57,11 +57,15 @@ class Job:
 
     def headers(self, running: Running | None = None) -> dict[str, str]:
         """What the response says about the route and the payment."""
-        headers = {"x-farebox-receipt": self.hold.receipt_id, "x-farebox-strategy": self.plan.strategy}
+        headers = {
+            "x-farebox-receipt": self.hold.receipt_id,
+            "x-farebox-strategy": self.plan.strategy,
+            "x-farebox-quoted-usd": nano_to_usd(self.plan.quote.maximum_nano_usd),
+        }
         if running is not None:
             headers["x-farebox-model"] = running.candidate.model
             headers["x-farebox-provider"] = running.candidate.provider
-            headers["x-farebox-attempts"] = str(len(running.attempts))
+            headers["x-farebox-attempts"] = str(tried(running.attempts))
         if self.paid is not None:
             response = self.hold.payment_response()
             if response is not None:
@@ -90,7 +94,6 @@ class Flow:
         limiter: QuoteLimiter,
         metrics: Metrics,
         credit_assets: tuple[str, ...],
-        credit_grew: Callable[[str, str], None],
         json_depth_max: int,
     ) -> None:
         self._planner = planner
@@ -103,7 +106,6 @@ class Flow:
         self._metrics = metrics
         self._credit_assets = credit_assets
         self._json_depth_max = json_depth_max
-        self._credit_grew = credit_grew
 
     # ------------------------------------------------------------------ the pipeline
 
@@ -143,8 +145,8 @@ class Flow:
         """Who pays, and how. A payment with the request comes before a key or session that is also there."""
         paid = self._offers.read(call, plan, int(time.time()))
         if paid is not None:
-            if paid.expired is not None and not await self._was_used(paid):
-                raise PaymentNeeded(plan, paid.expired.code, paid.expired.message)
+            if paid.refusal is not None and not await self._was_used(paid):
+                raise PaymentNeeded(plan, paid.refusal.code, paid.refusal.message)
             return paid.plan, paid.tender, paid
         caller = await self._access.caller(call.header(b"authorization"))
         if caller is None:
@@ -228,7 +230,6 @@ class Flow:
     async def _capture(self, job: Job, running: Running, amount_nano_usd: int, kept: KeptAnswer) -> Charge:
         charge = await job.hold.capture(amount_nano_usd, _outcome(running), also=job.seal(self._replays, kept))
         self._metrics.captured(running, charge)
-        self._credit_grew(job.hold.payer, job.hold.asset)
         return charge
 
     async def _release(self, job: Job, failure: ExecutionFailed | CallerFault) -> None:
@@ -238,7 +239,6 @@ class Flow:
             Outcome({"reason": error.code, "attempts": [attempt.as_json() for attempt in failure.attempts]})
         )
         self._metrics.released(failure)
-        self._credit_grew(job.hold.payer, job.hold.asset)
         receipt: dict[str, Any] = {
             "id": charge.receipt_id,
             "charged_usd": "0.00",
@@ -317,7 +317,7 @@ def _receipt_comment(job: Job, running: Running, charge: Charge) -> bytes:
         "id": charge.receipt_id,
         "model": running.candidate.model,
         "provider": running.candidate.provider,
-        "attempts": len(running.attempts),
+        "attempts": tried(running.attempts),
         "quoted_usd": nano_to_usd(job.plan.quote.maximum_nano_usd),
         "charged_usd": nano_to_usd(charge.charged_nano_usd),
         "credited_usd": nano_to_usd(charge.credited_nano_usd),
@@ -332,5 +332,5 @@ def _as_api_error(failure: ExecutionFailed | CallerFault) -> ApiError:
     return ApiError(
         502,
         "all_candidates_failed",
-        f"none of the {len(failure.attempts)} attempts at a provider succeeded; the last one failed with {failure.last}.",
+        f"none of the {tried(failure.attempts)} attempts at a provider succeeded; the last one failed with {failure.last}.",
     )

@@ -38,8 +38,8 @@ class PaidRequest:
     header: bytes
     services: ExactServices
     identity: str
-    expired: PaymentRefused | None
-    """Set if the quote or the authorization has run out: then only an earlier use of it may still be answered."""
+    refusal: PaymentRefused | None
+    """Set if it would no longer pay for the request, but would have once: then only an earlier use of it is answered."""
 
 
 class PaymentNeeded(Exception):
@@ -127,21 +127,22 @@ class Offers:
 
     def _check(self, payment: wire.Payment, header: bytes, fresh: Plan, now: int) -> PaidRequest:
         entry, token = self._paid_in(payment)
-        plan, expired = fresh, None
+        plan, refusal = fresh, None
         if payment.quote_token is not None and payment.accepted is not None:
-            plan, expired = self._honoured(payment.quote_token, payment.accepted.amount, token, fresh, now)
+            plan, refusal = self._honoured(payment.quote_token, payment.accepted.amount, token, fresh, now)
         requirement = wire.requirement_for(
             token, entry.network, plan.quote.maximum_nano_usd, entry.pay_to, self._timeout_s
         )
         try:
             checks.check_offline(payment, requirement, entry.network, token, now=now)
         except PaymentRefused as error:
-            if error.code != "expired":
+            # Times pass, and prices move under a v1 payment, which carries no quote. Whoever paid in time is not told so.
+            if error.code != "expired" and not (error.code == "wrong_amount" and payment.version == 1):
                 raise
-            expired = error
+            refusal = error
         tender = ExactTender(entry.services, payment, token, entry.network, requirement, plan.quote.request_digest)
         identity = payment.identity(token.chain_id, token)
-        return PaidRequest(plan, tender, payment, header, entry.services, identity, expired)
+        return PaidRequest(plan, tender, payment, header, entry.services, identity, refusal)
 
     def _paid_in(self, payment: wire.Payment) -> tuple[NetworkPayments, Token]:
         for entry in self._networks:
@@ -164,13 +165,13 @@ class Offers:
         """The plan that was quoted, and the refusal that its age deserves if nobody used it in time."""
         amount_nano_usd = atomic_to_nano_down(amount, token.decimals)
         digest = fresh.quote.request_digest
-        expired = None
+        refusal: PaymentRefused | None = None
         try:
             claim = self._sealer.open(quote_token, amount_nano_usd=amount_nano_usd, request_digest=digest, now=now)
         except QuoteInvalid as error:
             if error.code != "quote_expired":
                 raise
-            expired = error
+            refusal = error
             claim = self._sealer.open(quote_token, amount_nano_usd=amount_nano_usd, request_digest=digest, now=0)
         fee = min(fresh.quote.network_fee_nano_usd, amount_nano_usd)
         items = [QuoteItem("inference", amount_nano_usd - fee)]
@@ -179,12 +180,13 @@ class Offers:
         quote = Quote(claim.id, tuple(items), amount_nano_usd, (), fresh.quote.request_digest, claim.expires_at)
         plan = self._planner.honour(fresh, quote, claim.route_marks)
         if plan is None:
-            raise PaymentRefused(
+            plan = replace(fresh, quote=quote)
+            refusal = refusal or PaymentRefused(
                 "route_gone",
                 f"the models that were quoted at {nano_to_usd(amount_nano_usd)} USD are gone and none costs as little; "
                 "nothing was taken",
             )
-        return replace(plan, quote=replace(quote, route=tuple(candidate.id for candidate in plan.candidates))), expired
+        return replace(plan, quote=replace(quote, route=tuple(candidate.id for candidate in plan.candidates))), refusal
 
     def _offered(self, accept_payment: str | None) -> list[NetworkPayments]:
         """The first network, which works without any set-up, and those that the caller asks for by their CAIP-2 name."""

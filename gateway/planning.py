@@ -49,7 +49,11 @@ class Planner:
     """
 
     def __init__(
-        self, settings: Settings, catalog: Catalog, engine: Engine, count_input: Callable[[ChatRequest, TokenizerFamily], int]
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        engine: Engine,
+        count_input: Callable[[ChatRequest, TokenizerFamily], int],
     ) -> None:
         self._catalog = catalog
         self._engine = engine

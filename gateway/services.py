@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, dataclass
 from urllib.parse import urlsplit
 
@@ -33,6 +33,7 @@ from payments.doctor import verify_tokens
 from payments.migrate import upgrade
 from payments.money import nano_to_atomic_down, usd_to_nano
 from payments.quotes import QuoteSealer
+from payments.reconciliation import open_books
 from payments.settlement.alarms import Alarms
 from payments.settlement.engine import Settlements
 from payments.settlement.refunds import Refunds
@@ -93,7 +94,9 @@ class Services:
                 log.warning("FAREBOX_SECRET is not set: quotes and sessions end with this process")
 
             catalog = Catalog.from_settings(settings)
-            executor = Executor(settings, Registry.from_settings(settings), count_text=count_text, count_input=count_input)
+            executor = Executor(
+                settings, Registry.from_settings(settings), count_text=count_text, count_input=count_input
+            )
             cleanup.push_async_callback(executor.aclose)
             engine = Engine(catalog, settings, is_open=lambda candidate_id: executor.breakers.of(candidate_id).blocked)
             planner = Planner(settings, catalog, engine, count_input)
@@ -122,7 +125,6 @@ class Services:
                 limiter=limiter,
                 metrics=metrics,
                 credit_assets=assets,
-                credit_grew=_refund_considerer(chains),
                 json_depth_max=settings.limits.json_depth,
             )
             wallet = WalletApi(store, sign_in, access, assets, settings.limits.json_depth)
@@ -140,6 +142,7 @@ async def _open_chain(
     rpc = Rpc(own.rpc_urls)
     cleanup.push_async_callback(rpc.aclose)
     await verify_tokens(rpc, network)
+    await open_books(store, rpc, network, pay_to)
     settlements = Settlements(
         store,
         rpc,
@@ -173,6 +176,7 @@ async def _open_chain(
         chain_states=ChainStates(rpc, network),
         payer_exposure_nano_usd=usd_to_nano(settings.payments.payer_exposure_usd),
         settlement_wait_s=settings.payments.settlement_wait_s,
+        credited=None if refunds is None else refunds.consider,
     )
     return Chain(network, rpc, settlements, refunds, alarms), NetworkPayments(network, pay_to, services)
 
@@ -186,17 +190,6 @@ def _sign_in(settings: Settings, secret: bytes, chains: list[Chain]) -> SignIn:
         chain_id=chains[0].network.chain_id if chains else 1,
         session_ttl_s=settings.payments.session_ttl_s,
     )
-
-
-def _refund_considerer(chains: list[Chain]) -> Callable[[str, str], None]:
-    by_asset = {token.asset: chain.refunds for chain in chains if chain.refunds for token in chain.network.tokens}
-
-    def consider(payer: str, asset: str) -> None:
-        refunds = by_asset.get(asset)
-        if refunds is not None:
-            refunds.consider(payer, asset)
-
-    return consider
 
 
 async def _sweep(store: Store) -> None:

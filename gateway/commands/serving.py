@@ -29,10 +29,25 @@ def serve(
     changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update=changes)
     from gateway import app
+    from payments.chain.rpc import RpcError, RpcUnavailable
+    from payments.doctor import TokenMismatch
+    from payments.migrate import SchemaTooNew
+    from payments.store import StoreOwned
 
     if as_json:
         print_json({"host": settings.host, "port": settings.port, "database": str(settings.database_path)})
-    app.serve(settings)
+    try:
+        app.serve(settings)
+    except TokenMismatch as error:
+        raise Failed(f"a token is not what the configuration says: {error}", "Run: farebox doctor") from None
+    except (RpcUnavailable, RpcError) as error:
+        raise Failed(
+            f"a chain cannot be used: {error}", "Check networks.rpc_urls; farebox doctor looks closer"
+        ) from None
+    except StoreOwned as error:
+        raise Failed(str(error), "Stop the other gateway, or give this one another data_dir") from None
+    except SchemaTooNew as error:
+        raise Failed(str(error), "Use the newer farebox, or another data_dir") from None
 
 
 @reporting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +38,11 @@ class Attempt:
         }
 
 
+def tried(attempts: Sequence[Attempt]) -> int:
+    """How many of them reached for an upstream."""
+    return sum(attempt.status != "skipped" for attempt in attempts)
+
+
 class AttemptLog:
     """The attempts of one execution, in order. Times are the event loop's, in seconds."""
 
@@ -48,7 +54,7 @@ class AttemptLog:
     @property
     def tried(self) -> int:
         """How many attempts reached for an upstream."""
-        return sum(attempt.status != "skipped" for attempt in self.attempts)
+        return tried(self.attempts)
 
     def skipped(self, candidate_id: str, error_code: str) -> None:
         """A candidate was not tried."""
