@@ -101,15 +101,16 @@ async def reconcile(store: Store, rpc: Rpc, network: Network, pay_to: str, *, co
     """
     report = Report()
     head = int(await rpc.call("eth_blockNumber"), 16)
-    block_number = max(head - confirmations, 0)
     for token in network.tokens:
         cursor = await store.read(lambda tx, asset=token.asset: _cursor(tx, asset))  # type: ignore[misc]
-        if cursor is not None and cursor > block_number:
+        if cursor is not None and cursor > head:
             message = (
                 f"the books were read up to block {cursor}, the chain is at {head}: another chain, or a lagging node"
             )
             report.findings.append(Finding("chain_behind", token.asset, message))
             continue
+        # Never behind what was read before: just after the books were opened, that is the head of then.
+        block_number = max(head - confirmations, cursor or 0)
         chain = await _read_chain(rpc, token, pay_to.lower(), cursor, block_number)
         compared = await store.write(lambda tx, chain=chain, cursor=cursor: _compare(tx, chain, cursor))  # type: ignore[misc]
         if isinstance(compared, Finding):
