@@ -36,31 +36,41 @@ StrategyName = Literal["balanced", "cost-first", "latency-first", "availability-
 class Section(BaseModel):
     """A part of the configuration; unknown fields are mistakes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class TokenSettings(Section):
     """A token on a network. Known tokens need only their symbol."""
 
     symbol: str
+    """Such as USDC."""
     address: Address | None = None
+    """The contract."""
     decimals: int | None = Field(default=None, ge=0, le=36)
+    """Of the contract."""
     transfer_method: Literal["eip3009", "permit2"] | None = None
+    """eip3009 needs no set-up of the payer; permit2 needs one approval."""
     domain_name: str | None = None
+    """Of the token's own EIP-712 domain, for eip3009."""
     domain_version: str | None = None
+    """Of the token's own EIP-712 domain, for eip3009."""
 
 
 class NetworkSettings(Section):
     """A chain on which payments are taken."""
 
     chain_id: int = Field(gt=0)
+    """Such as 8453 (Base)."""
     rpc_urls: list[str] = Field(min_length=1)
+    """JSON-RPC nodes in order of preference."""
     tokens: list[TokenSettings] = Field(default_factory=list)
     """Empty: every token known on this chain."""
     pay_to: Address | None = None
     """The treasury on this chain; the default is the top-level `pay_to`."""
     confirmations: int = Field(default=2, ge=0)
+    """Blocks on top of a transfer after which it is final."""
     block_time_ms: int | None = Field(default=None, gt=0)
+    """How often the chain makes a block; known for known chains."""
 
     def resolve(self) -> Network:
         """The network that this describes: what is known about the chain and its tokens, with what is said here on top.
@@ -112,50 +122,74 @@ class ProviderSettings(Section):
     """How to reach an upstream that speaks one of the known dialects."""
 
     dialect: Dialect
+    """What the upstream speaks."""
     base_url: str
+    """Such as https://api.openai.com/v1."""
     api_key_env: str | None = None
     """The variable that holds the key; none for an upstream that needs none."""
     headers: dict[str, str] = Field(default_factory=dict)
+    """Sent with every request; no secrets."""
 
 
 class ModelSettings(Section):
     """A model that callers can name, at one provider. Prices are dollars per million tokens."""
 
     id: str
+    """What callers name."""
     provider: str
+    """One of `providers`."""
     upstream_model: str | None = None
+    """The provider's own name for it; the default is `id`."""
     input_usd: Usd
+    """Per million input tokens."""
     output_usd: Usd
+    """Per million output tokens, reasoning included."""
     cached_input_usd: Usd | None = None
+    """Per million input tokens read from the cache; the default is `input_usd`."""
     cache_write_usd: Usd | None = None
+    """Per million input tokens written to the cache; the default is `input_usd`."""
     request_usd: Usd = "0"
+    """Per request, on top."""
     context_tokens: int = Field(default=128_000, gt=0)
+    """Input and output together."""
     max_output_tokens: int = Field(default=16_384, gt=0)
+    """The most that it can write."""
     capabilities: list[Capability] = ["tools", "json_object"]
+    """What requests may ask of it."""
     tokenizer: TokenizerFamily = "o200k_base"
     """Whose margin widens the token count of a quote; see `gateway.routing.tokens.FAMILIES`."""
     quality: float = Field(default=0.5, ge=0, le=1)
+    """0 to 1: how good its answers are, for ranking."""
     first_token_ms: int = Field(default=800, ge=0)
+    """How long it usually takes to begin, for ranking."""
     tokens_per_second: int = Field(default=60, gt=0)
+    """How fast it usually writes, for ranking and for patience."""
     failure_rate: float = Field(default=0.01, ge=0, le=1)
+    """0 to 1: how often it usually fails, for ranking."""
 
 
 class TimeoutSettings(Section):
     """Limits of one attempt at an upstream, in milliseconds."""
 
     connect_ms: int = Field(default=3_000, gt=0)
+    """To connect."""
     first_token_ms: int = Field(default=30_000, gt=0)
+    """To the first token."""
     between_tokens_ms: int = Field(default=20_000, gt=0)
+    """Between two tokens."""
     total_ms: int = Field(default=600_000, gt=0)
+    """All attempts of one request together."""
 
 
 class RoutingSettings(Section):
     """How a model is chosen."""
 
     strategy: StrategyName = "balanced"
+    """Where the caller names none."""
     fallbacks: dict[str, list[str]] = Field(default_factory=dict)
     """Model id → models to try after it, in order."""
     attempts_max: int = Field(default=4, ge=1, le=10)
+    """Attempts at upstreams for one request."""
     auto_models: list[str] = Field(default_factory=list)
     """What `model: "auto"` chooses from; empty: all models."""
 
@@ -164,45 +198,63 @@ class PaymentSettings(Section):
     """Prices, quotes and settlement."""
 
     quote_ttl_s: int = Field(default=300, ge=10, le=3600)
+    """How long a quoted price is honoured."""
     default_max_output_tokens: int = Field(default=4_096, gt=0)
+    """Quoted, and sent upstream, where the caller gives no max_tokens."""
     markup_percent: int = Field(default=0, ge=0, le=1000)
+    """Added to the models' prices."""
     network_fee_usd: Usd = "0"
+    """What a quote passes on for settling the payment, as an item of its own."""
     minimum_charge_usd: Usd = "0"
+    """The least that an answer costs."""
     settlement_wait_s: int = Field(default=60, gt=0)
     """How long a paid request waits for its transfer before it answers 202."""
     payer_exposure_usd: Usd = "0.05"
     """Inference that one payer may have under way before its transfers are mined; above it the transfer comes first."""
     replay_ttl_s: int = Field(default=600, ge=0)
+    """How long an answer is kept, encrypted, for the same payment sent again; 0 keeps none."""
     refund_threshold_usd: Usd = "1"
     """Credit at or above this is sent back on chain by itself; needs the treasury key."""
     gas_alarm_native: Usd = "0.005"
     """A signer below this balance of the chain's own coin raises an alarm."""
     treasury_alarm_usd: Usd = "0"
+    """A treasury with less of a token raises an alarm; 0 for never."""
     session_ttl_s: int = Field(default=3600, gt=0)
+    """How long a wallet's sign-in lasts."""
 
 
 class LimitSettings(Section):
     """What one caller can ask of the gateway."""
 
     header_bytes: int = Field(default=32_768, gt=1024)
+    """Of a request; more is 431."""
     body_bytes: int = Field(default=4_194_304, gt=1024)
+    """Of a request; more is 413."""
     json_depth: int = Field(default=64, gt=4)
+    """Of a request body."""
     quotes_per_minute: int = Field(default=600, gt=0)
     """Unpaid quotes per client address."""
     concurrency: int = Field(default=1_000, gt=0)
+    """Requests under way; more get 503."""
     drain_s: int = Field(default=30, ge=0)
+    """How long requests under way may take after SIGTERM."""
 
 
 class Settings(BaseSettings):
     """The whole configuration of a gateway."""
 
-    model_config = SettingsConfigDict(env_prefix="FAREBOX_", env_nested_delimiter="__", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="FAREBOX_", env_nested_delimiter="__", extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
     host: str = "127.0.0.1"
+    """The address to listen on."""
     port: int = Field(default=8402, ge=0, le=65535)
+    """The port to listen on; 0 takes a free one."""
     public_url: str | None = None
     """How clients reach the gateway; appears as the resource in a 402."""
     data_dir: Path = Path(".farebox")
+    """Where the database is, unless `database_url` says otherwise."""
     database_url: str | None = None
     """Default: SQLite in `data_dir`."""
     secret: str | None = Field(default=None, min_length=32, repr=False)
@@ -212,9 +264,13 @@ class Settings(BaseSettings):
     treasury_key: str | None = Field(default=None, repr=False)
     """FAREBOX_TREASURY_KEY: sends refunds; its address must be `pay_to`."""
     pay_to: Address | None = None
+    """The treasury: who is paid."""
     networks: list[NetworkSettings] = Field(default_factory=list)
+    """Where payments are taken, the first choice first; none: API keys only."""
     providers: dict[str, ProviderSettings] = Field(default_factory=dict)
+    """Upstreams by name."""
     models: list[ModelSettings] = Field(default_factory=list)
+    """What can be called."""
     routing: RoutingSettings = RoutingSettings()
     timeouts: TimeoutSettings = TimeoutSettings()
     payments: PaymentSettings = PaymentSettings()

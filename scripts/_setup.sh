@@ -48,6 +48,7 @@ setup_node() {
   major=$(node -p 'process.versions.node.split(".")[0]')
   [ "$major" -ge 20 ] || stop "Farebox needs Node.js 20 or newer; this is $(node --version)."
   say "Installing the local chain and the contract tools that package-lock.json names …"
-  npm ci --silent --ignore-scripts --no-fund --no-audit
+  npm ci --loglevel=error --ignore-scripts --no-fund --no-audit >&2 ||
+    stop "npm could not install them; its message above says why. An \`anvil\` from getfoundry.sh on PATH is enough for the demo."
   echo "$wanted" > node_modules/farebox-stamp
 }

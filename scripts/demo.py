@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 from openai import OpenAI
+from rich import box
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -29,6 +30,7 @@ from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import GatewayProcess, Stack, running
 
 QUESTION = "Why is the sky blue?"
+TABLE_WIDTH = 140
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +271,7 @@ def show(console: Console, steps: list[Step], before: Balances, after: Balances)
             "" if step.transaction is None else f"{step.transaction[:10]}…",
         )
     console.print(table)
-    money = Table(title="Where the money is ($)", title_justify="left")
+    money = Table(title="Where the money is ($)", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", "USDC before", "USDC after", "USDT before", "USDT after"):
         money.add_column(column, justify="right" if column else "left")
     for name, label, decimals in (
@@ -332,7 +334,8 @@ def main() -> int:
         }
         print(json.dumps(outcome, indent=2))
     else:
-        show(Console(), steps, before, after)
+        terminal = Console()
+        show(terminal if terminal.is_terminal else Console(width=TABLE_WIDTH), steps, before, after)
     return 0
 
 

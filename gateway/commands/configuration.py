@@ -78,3 +78,11 @@ def example(as_json: JsonOption = False) -> None:
         print_json({"ok": True, "file": "farebox.toml", "text": config.example()})
     else:
         typer.echo(config.example(), nl=False)
+
+
+@app.command()
+def reference() -> None:
+    """Print every setting with its type, default and meaning, as a Markdown table."""
+    from gateway.config_reference import markdown
+
+    typer.echo(markdown(), nl=False)
