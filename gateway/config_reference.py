@@ -60,9 +60,7 @@ def _kind(annotation: Any) -> str:
         return f"list of {_kind(arguments[0])}"
     if origin is dict:
         return f"table of {_kind(arguments[1])}"
-    return {"str": "text", "int": "integer", "float": "number", "Path": "path"}.get(
-        annotation.__name__, annotation.__name__
-    )
+    return KINDS[annotation]
 
 
 def _default(field: FieldInfo) -> str:

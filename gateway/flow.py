@@ -30,6 +30,7 @@ from gateway.offers import Offers, PaidRequest, PaymentNeeded, payment_headers
 from gateway.planning import Plan, Planner
 from gateway.replays import KeptAnswer, Replays
 from gateway.routing.preferences import STRATEGY_HEADER, parse_preferences
+from payments.errors import PaymentRefused
 from payments.money import nano_to_usd
 from payments.quotes import request_digest
 from payments.store import Store
@@ -111,12 +112,21 @@ class Flow:
 
     async def serve(self, call: Call) -> None:
         """Answer `POST /v1/chat/completions`."""
-        plan = self.plan(call)
+        fresh = self.plan(call)
         try:
-            plan, tender, paid = await self._tender(call, plan)
+            plan, tender, paid = await self._tender(call, fresh)
         except PaymentNeeded as needed:
             await self.ask_for_payment(call, needed)
             return
+        try:
+            await self._pay_and_perform(call, plan, tender, paid)
+        except PaymentRefused as refused:
+            # A pool cannot be paid for with a quote; everybody else gets a fresh one that says why.
+            if isinstance(tender, AccountTender):
+                raise
+            await self.ask_for_payment(call, PaymentNeeded(fresh, refused.code, refused.message))
+
+    async def _pay_and_perform(self, call: Call, plan: Plan, tender: Tender, paid: PaidRequest | None) -> None:
         for _ in range(RESUMES_MAX):
             try:
                 hold = await tender.authorize(plan.quote, plan.details())
@@ -126,11 +136,7 @@ class Flow:
                 continue
             await self._perform(Job(call, plan, hold, paid))
             return
-        raise ApiError(
-            409,
-            "payment_in_progress",
-            "this payment's first use is still under way; send it again later",
-        )
+        raise ApiError(409, "payment_in_progress", "this payment's first use is still under way; send it again later")
 
     def plan(self, call: Call) -> Plan:
         """Route and price a request: no database, no chain."""

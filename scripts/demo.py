@@ -247,7 +247,7 @@ def check_ledger(gateway: GatewayProcess) -> dict[str, Any]:
 
 def show(console: Console, steps: list[Step], before: Balances, after: Balances) -> None:
     """The tables for people."""
-    table = Table(title="What the agent did", title_justify="left")
+    table = Table(title="What the agent did", title_justify="left", box=box.SIMPLE_HEAD)
     for column in (
         "asked",
         "paid with",

@@ -13,10 +13,10 @@ import orjson
 import pytest
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
-from gateway.dev.simulator.process import Simulator
 
 from contracts.devnet import USDC, balance_of
 from contracts.jsonrpc import rpc
+from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import GatewayProcess, Stack, running
 from tests.e2e.clients import JSON, ask, ask_and_sign, decoded
 from tests.e2e.conftest import QUESTION

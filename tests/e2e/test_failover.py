@@ -11,8 +11,8 @@ import pytest
 from eth_account import Account
 from eth_account.messages import encode_defunct
 from eth_account.signers.local import LocalAccount
-from gateway.dev.simulator.process import Simulator
 
+from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
 from tests.e2e.clients import JSON, ask, ask_and_sign
 from tests.e2e.conftest import QUESTION

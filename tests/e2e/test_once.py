@@ -8,9 +8,9 @@ from collections import Counter
 import httpx
 import orjson
 from eth_account.signers.local import LocalAccount
-from gateway.dev.simulator.process import Simulator
 
 from contracts.devnet import USDC, balance_of
+from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
 from tests.e2e.clients import JSON, ask, ask_and_sign, decoded, encoded, sign
 from tests.e2e.conftest import QUESTION

@@ -9,10 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
+from eth_account import Account
 from eth_account.signers.local import LocalAccount
-from gateway.dev.simulator.process import Simulator
 
 from contracts.devnet import USDC, USDT, balance_of
+from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
 from tests.e2e.clients import JSON, ask, ask_and_sign, decoded, encoded
 from tests.e2e.conftest import QUESTION
@@ -212,3 +213,15 @@ def test_a_key_that_is_not_known_is_401(http: httpx.Client) -> None:
     answer = ask(http, QUESTION, {"Authorization": "Bearer fbk_unknown"})
     assert answer.status_code == 401
     assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_a_payer_without_money_is_402_with_a_fresh_quote(
+    stack: Stack, http: httpx.Client, simulator: Simulator
+) -> None:
+    answer = ask(http, QUESTION, ask_and_sign(http, Account.create(), QUESTION))
+    assert answer.status_code == 402, answer.text
+    required = decoded(answer.headers["payment-required"])
+    assert required["error"].startswith("insufficient_funds")
+    assert required["accepts"]
+    assert answer.json()["accepts"]
+    assert simulator.attempts() == []

@@ -6,13 +6,13 @@ import httpx
 import openai
 import orjson
 from eth_account.signers.local import LocalAccount
-from gateway.dev.simulator.process import Simulator
 from x402 import x402Client
 from x402.http.clients import x402_httpx_transport
 from x402.mechanisms.evm.exact.register import register_exact_evm_client
 from x402.mechanisms.evm.signers import EthAccountSigner
 
 from contracts.devnet import USDC, USDT, balance_of
+from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
 from tests.e2e.clients import JSON, ask, ask_and_sign, decoded
 from tests.e2e.conftest import QUESTION
