@@ -58,7 +58,8 @@ ConfigOption = Annotated[
     ),
 ]
 
-out = Console(highlight=False, soft_wrap=True)
+# Into a pipe or a file, tables are as wide as they need; rich would fold them to 80 columns.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
