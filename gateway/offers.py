@@ -140,7 +140,9 @@ class Offers:
             if error.code != "expired" and not (error.code == "wrong_amount" and payment.version == 1):
                 raise
             refusal = error
-        tender = ExactTender(entry.services, payment, token, entry.network, requirement, plan.quote.request_digest)
+        tender = ExactTender(
+            entry.services, payment, token, entry.network, requirement, plan.quote.request_digest, refusal
+        )
         identity = payment.identity(token.chain_id, token)
         return PaidRequest(plan, tender, payment, header, entry.services, identity, refusal)
 

@@ -102,6 +102,7 @@ def reserve(
     quoted_nano_usd: int,
     value_nano_usd: int,
     details: dict[str, Any],
+    refusal: PaymentRefused | None = None,
 ) -> Reservation | AlreadyUsed:
     """Bind an authorization to a payload and a request, or take its interrupted use up again.
 
@@ -114,6 +115,7 @@ def reserve(
         quoted_nano_usd: What the request may cost.
         value_nano_usd: What the signed value is worth, at least the quoted amount.
         details: What the receipt is opened with.
+        refusal: Why it does not do for a first use, if it does not: then only an earlier use is found.
 
     Returns:
         The reservation; or, if the first use has ended or is under way, what it came to. That is returned and not raised
@@ -121,8 +123,13 @@ def reserve(
 
     Raises:
         PaymentConflict: ``authorization_reused``: it is bound to another payload or another request.
-        PaymentRefused: ``settlement_failed``: its transfer has failed for good.
+        PaymentRefused: ``settlement_failed``: its transfer has failed for good; or `refusal`.
     """
+    if refusal is not None:
+        # Decided in the unit that would reserve: an earlier use may be forgotten between a look and a reservation.
+        if not is_known(tx, identity):
+            raise refusal
+        return _find_first_use(tx, identity, digest, details)
     receipt_id = receipts.new_receipt_id()
     # The receipt first, for the reservation's reference to it; repeated payments are rare and pay for taking it back.
     receipts.open_receipt(

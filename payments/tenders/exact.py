@@ -55,6 +55,7 @@ class ExactTender:
         network: Where it is.
         requirement: What it pays for.
         request_digest: Of the request, see `payments.quotes.request_digest`: the first use binds the payment to it.
+        refusal: Why the checks refused it, if they did: then only an earlier use of it is found, and none is begun.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class ExactTender:
         network: Network,
         requirement: Requirement,
         request_digest: bytes,
+        refusal: PaymentRefused | None = None,
     ) -> None:
         assert token.chain_id == network.chain_id
-        assert payment.authorization.recipient == requirement.pay_to.lower()
+        assert refusal is not None or payment.authorization.recipient == requirement.pay_to.lower()
         self._services = services
         self._payment = payment
+        self._refusal = refusal
         self._token = token
         self._pay_to = requirement.pay_to.lower()
         self._value_nano_usd = atomic_to_nano_down(payment.authorization.value, token.decimals)
@@ -81,7 +84,8 @@ class ExactTender:
         Raises:
             AlreadyUsed: It was sent before for the same request; its `state` says what became of it.
             PaymentConflict: ``authorization_reused``: it is bound to another request or payload.
-            PaymentRefused: The chain says that it cannot be settled, or its transfer has failed; nothing was taken.
+            PaymentRefused: The chain says that it cannot be settled, or its transfer has failed, or the checks refused it and
+                it was not used before; nothing was taken.
             AllowanceRequired: Permit2 is not approved yet.
             SettlementUnavailable: The chain cannot be asked now; nothing was taken.
         """
@@ -106,6 +110,7 @@ class ExactTender:
             quoted_nano_usd=quote.maximum_nano_usd,
             value_nano_usd=self._value_nano_usd,
             details=details,
+            refusal=self._refusal,
         )
 
     async def _settle(self, hold: ExactHold) -> None:
