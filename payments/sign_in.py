@@ -87,7 +87,7 @@ class SignIn:
         random = secrets.token_hex(12)
         expires_at = now + CHALLENGE_TTL_S
         nonce = random + self._nonce_mac(random, address, expires_at)
-        message = self._message(signatures.checksum_address(address), nonce, expires_at)
+        message = self._message(address, nonce, expires_at)
         return Challenge(message=message, nonce=nonce, expires_at=expires_at)
 
     def verify(self, message: str, signature: str, now: int) -> tuple[str, str, int]:
@@ -108,7 +108,7 @@ class SignIn:
         expires_at = _parse_timestamp(parts["expires"])
         # The nonce's HMAC covers the address and the times; the rest is ours to say, so the message is compared as a whole.
         genuine = hmac.compare_digest(nonce[24:], self._nonce_mac(nonce[:24], address, expires_at))
-        if not genuine or message != self._message(parts["address"], nonce, expires_at):
+        if not genuine or message != self._message(address, nonce, expires_at):
             raise SignInRefused("invalid_message", "the message was changed after it was made; ask for a new challenge")
         if now >= expires_at:
             raise SignInRefused("challenge_expired", "the challenge has expired; ask for a new one")
@@ -145,7 +145,8 @@ class SignIn:
     def _message(self, address: str, nonce: str, expires_at: int) -> str:
         # EIP-4361 wants the checksummed spelling of the address; wallets refuse or warn otherwise.
         return (
-            f"{self._domain} wants you to sign in with your Ethereum account:\n{address}\n\n"
+            f"{self._domain} wants you to sign in with your Ethereum account:\n"
+            f"{signatures.checksum_address(address)}\n\n"
             f"{STATEMENT}\n\nURI: {self._uri}\nVersion: 1\nChain ID: {self._chain_id}\nNonce: {nonce}\n"
             f"Issued At: {_timestamp(expires_at - CHALLENGE_TTL_S)}\nExpiration Time: {_timestamp(expires_at)}"
         )
