@@ -26,12 +26,20 @@ QUEUE_MAX = 10_000
 GROUP_MAX = 256
 READERS = 2
 BUSY_TIMEOUT_S = 30
+_OUTAGES = frozenset({
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL,
+})  # fmt: skip
+SURELY_RETRY_S = 0.5
+SURELY_WAIT_S = 10.0
+"""How long a caller waits for a change that must not be lost, before it is left to the background."""
 
 log = logging.getLogger(__name__)
 
 
 class StoreBusy(Exception):
-    """The write queue is full or the database closed; the caller should answer 503 and the client try again."""
+    """The database takes nothing now (queue or disk full, locked, closed); nothing was changed. The caller should answer 503
+    and the client try again."""
 
 
 class StoreOwned(Exception):
@@ -60,6 +68,10 @@ class Transaction(Protocol):
 
 
 Unit = Callable[[Transaction], T]
+
+
+def _nothing(_: object) -> None:
+    return
 
 
 @dataclass(slots=True)
@@ -95,6 +107,7 @@ class Store:
         self._reading: list[sqlite3.Connection] = []
         self._owner_lock: int | None = None
         self._closed = False
+        self._sure: set[asyncio.Task[Any]] = set()
         self._writer.start()
 
     async def write(self, unit: Unit[T], *, if_abandoned: Callable[[Transaction, T], object] | None = None) -> T:
@@ -106,7 +119,7 @@ class Store:
                 when the caller is cancelled while they are being written and so never learns of them.
 
         Raises:
-            StoreBusy: If too many writes are waiting.
+            StoreBusy: If too many writes are waiting, or the database cannot be written to.
             Exception: Whatever the unit raised; its changes are then undone.
         """
         future = self._submit(unit)
@@ -118,9 +131,53 @@ class Store:
                 future.add_done_callback(lambda written: self._undo(written, if_abandoned))
             raise
 
+    async def write_surely(self, unit: Unit[T], done: Callable[[T], object] = _nothing) -> T:
+        """Run a `unit` that ends something and so must not be lost: while the database takes nothing, it is tried again, for
+        as long as this process lives, whether or not anybody waits for it any more.
+
+        Args:
+            unit: Makes the change, and changes nothing if it was made before.
+            done: Called with the result once it is durable, also if the caller is cancelled or told to come back.
+
+        Raises:
+            StoreBusy: It is not durable after `SURELY_WAIT_S`, but goes on being tried; or the database is closed.
+            Exception: Whatever the unit raised; `done` is not called.
+        """
+        task = asyncio.ensure_future(self._until_written(unit, done))
+        self._sure.add(task)
+        task.add_done_callback(self._sure_ended)
+        try:
+            async with asyncio.timeout(SURELY_WAIT_S):
+                return await asyncio.shield(task)
+        except TimeoutError:
+            raise StoreBusy("the database cannot be written to now") from None
+
+    async def _until_written(self, unit: Unit[T], done: Callable[[T], object]) -> T:
+        while True:
+            try:
+                result = await self.write(unit)
+            except StoreBusy as error:
+                if self._closed:
+                    raise
+                log.warning("a change that must not be lost is tried again: %s", error)
+                await asyncio.sleep(SURELY_RETRY_S)
+            else:
+                done(result)
+                return result
+
+    def _sure_ended(self, task: asyncio.Task[Any]) -> None:
+        self._sure.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits for it is told; if nobody does any more, nobody can be
+
     async def read(self, query: Unit[T]) -> T:
         """Run a read-only `query` on a reader thread, on one snapshot of the database, and return its result."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, query)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, query)
+        except sqlite3.OperationalError as error:
+            if _is_outage(error):
+                raise _unusable(error) from error
+            raise
 
     def own(self) -> None:
         """Become the one process that serves from this database, until `close`. Owning it again changes nothing.
@@ -236,18 +293,32 @@ class Store:
                 try:
                     entry.result = entry.unit(connection)
                 except Exception as error:  # noqa: BLE001 - handed to the unit's own caller
-                    entry.error = error
+                    entry.error = _unusable(error) if _is_outage(error) else error
                     connection.execute("ROLLBACK TO unit")
                 connection.execute("RELEASE unit")
             connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - handed to every caller: nothing of the group is durable
+            told = _unusable(error) if isinstance(error, sqlite3.Error) else error
             for entry in group:
-                entry.error = entry.error or error
+                entry.error = entry.error or told
             if connection is not None:
                 # Closing rolls back, whatever state the connection is in; the next group opens a fresh one.
                 connection.close()
                 connection = None
         return connection
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether the database failed and not the statement: a full disk, another process's lock, a device that fails."""
+    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in _OUTAGES
+
+
+def _unusable(error: Exception) -> StoreBusy:
+    """What callers are told of it; the operator finds the cause in the log."""
+    log.error("the database failed: %s", error)
+    busy = StoreBusy("the database cannot be used now")
+    busy.__cause__ = error
+    return busy
 
 
 def _tell(group: list[_Pending]) -> None:

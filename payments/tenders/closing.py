@@ -7,6 +7,7 @@ variance is what the operator lost. The payer never pays more than was quoted.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from payments import receipts
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id
 from payments.money import nano_to_usd
-from payments.store import Store, Transaction
+from payments.store import Store, StoreBusy, Transaction
 from payments.tenders.base import Also, Charge, HoldEnded, Outcome
 
 
@@ -156,15 +157,22 @@ class LedgerHold:
 
     async def capture(self, amount_nano_usd: int, outcome: Outcome, also: Also | None = None) -> Charge:
         """See `payments.tenders.base.Hold`."""
-        return await self._store.write(lambda tx: _with(tx, also, capture(tx, self._use, amount_nano_usd, outcome)))
+        return await self._store.write_surely(
+            lambda tx: _with(tx, also, capture(tx, self._use, amount_nano_usd, outcome)), self._over
+        )
 
     async def release(self, outcome: Outcome, also: Also | None = None) -> Charge:
         """See `payments.tenders.base.Hold`."""
-        return await self._store.write(lambda tx: _with(tx, also, release(tx, self._use, outcome)))
+        return await self._store.write_surely(lambda tx: _with(tx, also, release(tx, self._use, outcome)), self._over)
 
     async def interrupt(self, outcome: Outcome) -> None:
         """Release it: the caller has nothing that could be sent again."""
-        await self._store.write(lambda tx: release_if_open(tx, self._use, outcome))
+        # The background goes on if the database cannot be written to now; nobody waits for the result.
+        with contextlib.suppress(StoreBusy):
+            await self._store.write_surely(lambda tx: release_if_open(tx, self._use, outcome))
+
+    def _over(self, charge: Charge) -> None:
+        """The hold has ended, durably."""
 
     def payment_response(self) -> dict[str, Any] | None:
         """None: this is not x402."""

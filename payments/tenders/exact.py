@@ -23,7 +23,7 @@ from payments.settlement.orders import SettlementOrder
 from payments.store import StoreBusy, Transaction
 from payments.tenders import authorizations, closing
 from payments.tenders.authorizations import AlreadyUsed, Reservation
-from payments.tenders.base import Also, Charge, Outcome
+from payments.tenders.base import Charge, Outcome
 from payments.tenders.closing import LedgerHold, Use
 from payments.tenders.evidence import on_failed, on_mined
 from payments.tenders.exact_services import ExactServices, Settled
@@ -176,10 +176,7 @@ class ExactHold(LedgerHold):
 
     async def give_up(self, end: Callable[[Transaction, Use, str], None]) -> None:
         """End this use before anybody was told of it, by `authorizations.forget` or `authorizations.interrupt`."""
-        try:
-            await self._store.write(lambda tx: end(tx, self._use, "not_started"))
-        finally:
-            self._end()
+        await self._give_up(lambda tx: end(tx, self._use, "not_started"))
 
     async def ready(self) -> None:
         """Wait until the transfer is mined and held in the ledger.
@@ -210,20 +207,19 @@ class ExactHold(LedgerHold):
             )
         self._certain = True
 
-    async def capture(self, amount_nano_usd: int, outcome: Outcome, also: Also | None = None) -> Charge:
-        """See `payments.tenders.base.Hold`."""
-        return self._ended(await super().capture(amount_nano_usd, outcome, also))
-
-    async def release(self, outcome: Outcome, also: Also | None = None) -> Charge:
-        """See `payments.tenders.base.Hold`."""
-        return self._ended(await super().release(outcome, also))
-
     async def interrupt(self, outcome: Outcome) -> None:
         """See `payments.tenders.base.Hold`: the same payment sent again goes on from here."""
+        await self._give_up(lambda tx: closing.interrupt(tx, self._use, outcome))
+
+    async def _give_up(self, unit: Callable[[Transaction], object]) -> None:
+        """Until it is durable, the same payment sent again waits: it would find a use that nobody works on."""
         try:
-            await self._store.write(lambda tx: closing.interrupt(tx, self._use, outcome))
-        finally:
+            await self._store.write_surely(unit, lambda _: self._end())
+        except StoreBusy:
+            return  # the background goes on
+        except Exception:
             self._end()
+            raise
 
     def payment_response(self) -> dict[str, Any] | None:
         """What `payments.x402.wire.payment_response` takes; None while the transfer's fate is unknown."""
@@ -241,11 +237,10 @@ class ExactHold(LedgerHold):
             return response | {"amount": self._payment.authorization.value}
         return response | {"error_reason": "settlement_failed"}
 
-    def _ended(self, charge: Charge) -> Charge:
+    def _over(self, charge: Charge) -> None:
         self._end()
         if charge.credited_nano_usd and self._services.credited is not None:
             self._services.credited(self.payer, self.asset)
-        return charge
 
     def _end(self) -> None:
         self._cover()

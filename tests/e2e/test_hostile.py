@@ -13,9 +13,9 @@ import orjson
 import pytest
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
-from gateway.dev.simulator.process import Simulator
 
 from contracts.devnet import USDC, mint
+from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
 from tests.e2e.clients import JSON, ask, encoded
 from tests.e2e.conftest import QUESTION

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import payments.store
 from payments.store import Store, StoreBusy, StoreOwned, Transaction, Unit
 
 
@@ -95,10 +96,54 @@ async def test_failed_commit_fails_the_whole_group_and_the_next_one_works(store:
         tx.execute("INSERT INTO word (text) VALUES ('a')")
         tx.execute("ROLLBACK")
 
-    with pytest.raises(sqlite3.Error):
+    with pytest.raises(StoreBusy):
         await store.write(end_the_transaction)
     await store.write(adding("b"))
     assert stored(store.path) == ["b"]
+
+
+def fill_the_disk(tx: Transaction) -> None:
+    """From here on the database may not grow, as on a full disk."""
+    tx.execute("PRAGMA max_page_count = 1")
+
+
+def free_the_disk(tx: Transaction) -> None:
+    tx.execute("PRAGMA max_page_count = 1073741823")
+
+
+async def test_full_disk_is_busy_and_no_error_of_the_unit(store: Store) -> None:
+    await store.write(fill_the_disk)
+    with pytest.raises(StoreBusy):
+        await store.write(adding("a" * 100_000))
+    await store.write(free_the_disk)
+    await store.write(adding("b"))
+    assert stored(store.path) == ["b"]
+
+
+async def test_change_that_must_not_be_lost_waits_for_room_on_the_disk(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(payments.store, "SURELY_WAIT_S", 0.01)
+    monkeypatch.setattr(payments.store, "SURELY_RETRY_S", 0.01)
+    done = asyncio.Event()
+    await store.write(fill_the_disk)
+    with pytest.raises(StoreBusy):
+        await store.write_surely(adding("a" * 100_000), lambda _: done.set())
+    assert not done.is_set()
+    await store.write(free_the_disk)
+    await asyncio.wait_for(done.wait(), 10)
+    assert stored(store.path) == ["a" * 100_000]
+
+
+async def test_change_that_must_not_be_lost_outlives_its_caller(store: Store) -> None:
+    done = asyncio.Event()
+    writing = asyncio.ensure_future(store.write_surely(adding("a"), lambda _: done.set()))
+    await asyncio.sleep(0)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    await asyncio.wait_for(done.wait(), 10)
+    assert stored(store.path) == ["a"]
 
 
 async def test_reader_sees_one_snapshot_and_cannot_write(store: Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +11,23 @@ from typing import Any
 
 import pytest
 
+import payments.store
 from payments import receipts
 from payments.chain.networks import Token
 from payments.errors import AllowanceRequired, PaymentConflict, PaymentRefused, SettlementPending, SettlementUnavailable
 from payments.ledger import transfers
 from payments.ledger.transfers import Balance
 from payments.money import nano_to_usd
-from payments.store import Store
+from payments.store import Store, StoreBusy
 from payments.tenders.base import HoldEnded, Outcome
-from payments.tenders.exact import AlreadyUsed, ExactHold, settlement_id
+from payments.tenders.exact import AlreadyUsed, ExactHold, ExactTender, settlement_id
 from payments.tenders.prepaid import PrepaidTender
-from payments.x402.wire import Payment
+from payments.x402.wire import Payment, Requirement
 from tests.payments.exact_samples import (
     ASSET,
     DETAILS,
     NETWORK,
+    PAY_TO,
     PAYER,
     QUOTED,
     Desk,
@@ -110,6 +113,59 @@ async def test_paid_request_charges_what_was_used_and_credits_the_rest(desk: Des
         "amount": QUOTED // 1000,
     }
     await assert_books_balance(desk.store)
+
+
+@pytest.mark.parametrize("ending", ["capture", "release", "interrupt"])
+async def test_hold_ends_when_the_database_takes_it_again(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """A full disk while the request ends: nobody is charged twice, and the same payment sent again waits for the end."""
+    monkeypatch.setattr(payments.store, "SURELY_WAIT_S", 0.01)
+    monkeypatch.setattr(payments.store, "SURELY_RETRY_S", 0.01)
+    payment = payment_of()
+    hold = await desk.tender(payment).authorize(quote_of(), DETAILS)
+    await hold.ready()
+    refuse = (
+        "CREATE TRIGGER full BEFORE UPDATE ON receipt BEGIN INSERT INTO replay VALUES ('', zeroblob(1000000), 0); END"
+    )
+    await desk.store.write(lambda tx: (tx.execute(refuse), tx.execute("PRAGMA max_page_count = 1")))
+    outcome = Outcome({"model": "m", "provider": "p"})
+    if ending == "interrupt":
+        await hold.interrupt(outcome)
+    else:
+        with pytest.raises(StoreBusy):
+            await (hold.capture(7_000_000, outcome) if ending == "capture" else hold.release(outcome))
+    assert not await desk.services.use_ended(hold.receipt_id, 0.05)
+    assert (await shown(desk, hold.receipt_id))["state"] == "open"
+    await desk.store.write(
+        lambda tx: (tx.execute("PRAGMA max_page_count = 1073741823"), tx.execute("DROP TRIGGER full"))
+    )
+    assert await desk.services.use_ended(hold.receipt_id, 10)
+    states = {"capture": "captured", "release": "released", "interrupt": "interrupted"}
+    assert (await shown(desk, hold.receipt_id))["state"] == states[ending]
+    charged = 7_000_000 if ending == "capture" else 0
+    assert await credit_of(desk.store) == Balance(QUOTED - charged, 0)
+    await assert_books_balance(desk.store)
+
+
+async def test_refused_payment_finds_its_first_use_and_begins_none(desk: Desk) -> None:
+    refusal = PaymentRefused("quote_expired", "too late")
+    payment = payment_of()
+
+    def late() -> ExactTender:
+        requirement = Requirement("exact", NETWORK.caip2, NETWORK.tokens[0].address, QUOTED // 1000, PAY_TO, 300, {})
+        digest = hashlib.sha256(b"request").digest()
+        return ExactTender(desk.services, payment, NETWORK.tokens[0], NETWORK, requirement, digest, refusal)
+
+    with pytest.raises(PaymentRefused) as raised:
+        await late().authorize(quote_of(), DETAILS)
+    assert raised.value is refusal
+    assert (await rows(desk, "receipt"), await rows(desk, "payment_authorization")) == (0, 0)
+    hold = await desk.tender(payment).authorize(quote_of(), DETAILS)
+    with pytest.raises(AlreadyUsed) as used:
+        await late().authorize(quote_of(), DETAILS)
+    assert used.value.receipt_id == hold.receipt_id
+    assert await rows(desk, "receipt") == 1
 
 
 async def test_order_carries_the_payment_to_the_engine(desk: Desk) -> None:
