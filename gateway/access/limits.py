@@ -28,50 +28,49 @@ def guarded_protocol(header_bytes_max: int) -> type[HttpToolsProtocol]:
     )
 
     class GuardedProtocol(HttpToolsProtocol):
-        """Counts the bytes of the head that is arriving; they reach no buffer of ours beyond the limit."""
+        """Counts what arrives and is no body (heads, trailers, chunk extensions); beyond the limit it reaches no buffer."""
 
-        _head_bytes = 0
-        _in_body = False
+        _bytes_beside_bodies = 0
         _refused = False
 
-        def on_message_begin(self) -> None:
-            self._in_body = False
-            super().on_message_begin()
-
         def on_headers_complete(self) -> None:
-            self._in_body = True
-            self._head_bytes = 0
+            self._bytes_beside_bodies = 0
+            if self._refused:
+                # Pipelined behind what was refused: nobody would get its answer.
+                return
             if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > header_bytes_max:
                 self._refuse()
                 return
             super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
+            self._bytes_beside_bodies = 0
             if not self._refused:
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
-            self._in_body = False
-            self._head_bytes = 0
+            self._bytes_beside_bodies = 0
             if not self._refused:
                 super().on_message_complete()
 
         def data_received(self, data: bytes) -> None:
             if self._refused:
                 return
-            if not self._in_body:
-                # Whole reads are counted until the head is complete, so a body that came along in the same read is too.
-                if self._head_bytes > header_bytes_max:
-                    self._refuse()
-                    return
-                self._head_bytes += len(data)
+            # Whole reads are counted until a head, a piece of a body or a request is complete, and then none of them.
+            if self._bytes_beside_bodies > header_bytes_max:
+                self._refuse()
+                return
+            self._bytes_beside_bodies += len(data)
             super().data_received(data)
 
         def _refuse(self) -> None:
             self._refused = True
-            if not self.transport.is_closing():
+            if self.transport.is_closing():
+                return
+            # While a request is under way the refusal would be taken for its answer.
+            if self.cycle is None or self.cycle.response_complete:
                 self.transport.write(refusal)
-                self.transport.close()
+            self.transport.close()
 
     return GuardedProtocol
 
