@@ -228,6 +228,24 @@ async def test_trailers_within_the_limit_are_let_through(application: Applicatio
         assert await connection.answer() == (200, b"/small 0")
 
 
+async def test_heads_trailers_and_chunk_extensions_are_not_added_up(application: Application) -> None:
+    padding = b"a" * (LIMIT - 100)
+    async with connected(application) as connection:
+        for part in (
+            CHUNKED[:-2] + b"x: " + padding + b"\r\n\r\n",
+            b"5;x=" + padding,
+            b"\r\nhello\r\n0\r\n",
+            b"x: " + padding,
+            b"\r\n\r\n",
+            b"GET /next HTTP/1.1\r\nx: " + padding,
+            b"\r\n\r\n",
+        ):
+            await connection.send(part)
+            await asyncio.sleep(0.02)  # so that each is read by itself
+        assert await connection.answer() == (200, b"/chunked 5")
+        assert await connection.answer() == (200, b"/next 0")
+
+
 class Clock:
     """Seconds, moved by hand."""
 
