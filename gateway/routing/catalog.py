@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gateway.settings import ModelSettings, Settings, TokenizerFamily
+from gateway.settings import Dialect, ModelSettings, Settings, TokenizerFamily
 from payments.money import Price, divide_up, usd_to_nano
 from payments.quotes import route_mark
 
@@ -32,7 +32,7 @@ class Candidate:
     context_tokens: int
     max_output_tokens: int
     capabilities: frozenset[str]
-    """Of: tools, json_object, json_schema, vision, audio, reasoning, prefill."""
+    """Of: tools, json_object, json_schema, vision, audio, reasoning, prefill, and choices (several answers at once)."""
     tokenizer: TokenizerFamily = "o200k_base"
     quality: float = 0.5
     """0..1, static prior."""
@@ -64,7 +64,10 @@ class Catalog:
     @classmethod
     def from_settings(cls, settings: Settings) -> Catalog:
         """Compile the configured models; prices get the markup here and nowhere else."""
-        return cls(_candidate(model, settings.payments.markup_percent) for model in settings.models)
+        markup_percent = settings.payments.markup_percent
+        return cls(
+            _candidate(model, markup_percent, settings.providers[model.provider].dialect) for model in settings.models
+        )
 
     def all(self) -> tuple[Candidate, ...]:
         """Every candidate, in the operator's order."""
@@ -129,11 +132,19 @@ def _unambiguous(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {key: next(iter(values)) for key, values in found.items() if len(values) == 1}
 
 
-def _candidate(model: ModelSettings, markup_percent: int) -> Candidate:
+_LACKING_IN_DIALECT: dict[Dialect, frozenset[str]] = {
+    "openai_chat": frozenset(),
+    "anthropic_messages": frozenset({"json_object", "json_schema", "choices"}),
+    "gemini": frozenset({"choices"}),
+}
+"""What a dialect has no words for, whatever the model could do."""
+
+
+def _candidate(model: ModelSettings, markup_percent: int, dialect: Dialect) -> Candidate:
     def nano(usd: str) -> int:
         return divide_up(usd_to_nano(usd) * (100 + markup_percent), 100)
 
-    capabilities = set[str](model.capabilities)
+    capabilities = {*model.capabilities, "choices"}
     if "json_schema" in capabilities:
         capabilities.add("json_object")
     return Candidate(
@@ -150,7 +161,7 @@ def _candidate(model: ModelSettings, markup_percent: int) -> Candidate:
         ),
         context_tokens=model.context_tokens,
         max_output_tokens=model.max_output_tokens,
-        capabilities=frozenset(capabilities),
+        capabilities=frozenset(capabilities - _LACKING_IN_DIALECT[dialect]),
         tokenizer=model.tokenizer,
         quality=model.quality,
         first_token_ms=model.first_token_ms,

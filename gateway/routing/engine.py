@@ -35,6 +35,7 @@ _REASONS = {
     "no_json_schema": "it cannot follow a JSON schema",
     "no_vision": "it cannot see images",
     "no_audio": "it cannot hear audio",
+    "no_choices": "it gives one answer at a time",
 }
 
 

@@ -36,6 +36,8 @@ def features_of(request: ChatRequest, input_tokens: int, max_output_tokens: int)
         needs.add("tools")
     if request.response_format != "text":
         needs.add(request.response_format)
+    if request.choices > 1:
+        needs.add("choices")
     for message in request.messages:
         for block in message.blocks:
             if isinstance(block, MediaBlock):

@@ -16,7 +16,7 @@ from gateway.routing.engine import Engine, NoRoute, Preferences, Route
 from gateway.routing.estimates import Estimate
 from gateway.routing.features import Features
 from gateway.routing.preferences import MaxPrice, parse_preferences
-from gateway.settings import ModelSettings, PaymentSettings, RoutingSettings, Settings
+from gateway.settings import ModelSettings, PaymentSettings, ProviderSettings, RoutingSettings, Settings
 from payments.money import NANO_PER_USD, Usage
 from payments.quotes import route_mark
 
@@ -31,8 +31,20 @@ FAST = model("fast", input_usd="2", output_usd="9", quality=0.6, first_token_ms=
 STEADY = model("steady", input_usd="4", output_usd="20", quality=0.7, first_token_ms=1500, failure_rate=0.0)
 
 
+def settings_of(models: list[ModelSettings], dialects: dict[str, str] | None = None, **fields: Any) -> Settings:
+    """Settings with a provider for each model, OpenAI's dialect unless said otherwise."""
+    providers = {
+        entry.provider: ProviderSettings(
+            dialect=(dialects or {}).get(entry.provider, "openai_chat"),  # type: ignore[arg-type]
+            base_url="https://upstream.example/v1",
+        )
+        for entry in models
+    }
+    return Settings(models=models, providers=providers, **fields)
+
+
 def engine_of(*models: ModelSettings, is_open: set[str] | None = None, **routing: Any) -> Engine:
-    settings = Settings(models=list(models), routing=RoutingSettings(**routing))
+    settings = settings_of(models=list(models), routing=RoutingSettings(**routing))
     return Engine(Catalog.from_settings(settings), settings, is_open=lambda candidate: candidate in (is_open or set()))
 
 
@@ -63,13 +75,13 @@ def route(
 
 
 def test_price_is_the_providers_own_per_million_tokens() -> None:
-    (candidate,) = Catalog.from_settings(Settings(models=[model("m", input_usd="0.15", output_usd="0.6")])).all()
+    (candidate,) = Catalog.from_settings(settings_of(models=[model("m", input_usd="0.15", output_usd="0.6")])).all()
     assert candidate.price.cost(Usage(1_000_000, output_tokens=1_000_000)) == 750_000_000
     assert candidate.price.cached_input is None
 
 
 def test_markup_is_exact_and_rounds_up() -> None:
-    settings = Settings(
+    settings = settings_of(
         models=[model("m", input_usd="0.000000003", output_usd="1", cached_input_usd="0", request_usd="0.5")],
         payments=PaymentSettings(markup_percent=15),
     )
@@ -79,7 +91,7 @@ def test_markup_is_exact_and_rounds_up() -> None:
 
 
 def test_candidate_is_found_by_the_mark_that_a_quote_carries() -> None:
-    catalog = Catalog.from_settings(Settings(models=[DEAR, CHEAP]))
+    catalog = Catalog.from_settings(settings_of(models=[DEAR, CHEAP]))
     assert catalog.by_mark(route_mark("cheap@p")) is catalog.candidates("cheap")[0]
     assert catalog.by_mark(b"gone!!") is None
 
@@ -89,7 +101,7 @@ NAMES = ["gpt-5.4", "gpt-5.4-mini", "claude-opus-4.7", "qwen3.7-flash", "meta/ll
 
 @given(st.sampled_from(NAMES), st.data())
 def test_spelling_variants_name_the_same_model(name: str, data: st.DataObject) -> None:
-    catalog = Catalog.from_settings(Settings(models=[model(entry) for entry in NAMES]))
+    catalog = Catalog.from_settings(settings_of(models=[model(entry) for entry in NAMES]))
     separators = data.draw(st.lists(st.sampled_from(".-_ "), min_size=len(name), max_size=len(name)))
     varied = "".join(other if char in ".-_" else char for char, other in zip(name, separators, strict=True))
     varied = data.draw(st.sampled_from([varied, varied.upper(), varied.title(), f" {varied} "]))
@@ -99,23 +111,23 @@ def test_spelling_variants_name_the_same_model(name: str, data: st.DataObject) -
 
 
 def test_a_vendors_prefix_may_be_left_out() -> None:
-    assert Catalog.from_settings(Settings(models=[model("meta/llama-3")])).resolve("Llama_3") == "meta/llama-3"
+    assert Catalog.from_settings(settings_of(models=[model("meta/llama-3")])).resolve("Llama_3") == "meta/llama-3"
 
 
 def test_ambiguous_spelling_means_no_model_and_the_exact_one_still_does() -> None:
-    catalog = Catalog.from_settings(Settings(models=[model("m-4.7"), model("m-4-7")]))
+    catalog = Catalog.from_settings(settings_of(models=[model("m-4.7"), model("m-4-7")]))
     assert catalog.resolve("m-4.7") == "m-4.7"
     assert catalog.resolve("m-4-7") == "m-4-7"
     assert catalog.resolve("M-4_7") is None
 
 
 def test_different_versions_are_different_models() -> None:
-    assert Catalog.from_settings(Settings(models=[model("m-4.7")])).resolve("m-47") is None
+    assert Catalog.from_settings(settings_of(models=[model("m-4.7")])).resolve("m-47") is None
 
 
 @given(st.text(max_size=300))
 def test_any_text_can_be_looked_up(name: str) -> None:
-    catalog = Catalog.from_settings(Settings(models=[model(entry) for entry in NAMES]))
+    catalog = Catalog.from_settings(settings_of(models=[model(entry) for entry in NAMES]))
     assert catalog.resolve(name) in (None, *NAMES)
     assert set(catalog.closest(name)) <= set(NAMES)
     assert normal_name(normal_name(name)) == normal_name(name)
@@ -170,7 +182,7 @@ def test_estimates_can_come_from_elsewhere() -> None:
         def estimates(self, features: Features, candidates: Sequence[Candidate]) -> Sequence[Estimate]:
             return [Estimate(1.0 if c.model == "cheap" else 0.0, 100, 100.0, 10.0, 0.0) for c in candidates]
 
-    settings = Settings(models=[DEAR, CHEAP, FAST])
+    settings = settings_of(models=[DEAR, CHEAP, FAST])
     catalog = Catalog.from_settings(settings)
     assert (
         ids(Engine(catalog, settings, signals=Learned()).route(asking("auto"), Preferences(), 10, 10))[0] == "cheap@p"
@@ -406,3 +418,19 @@ def test_a_wrong_preference_is_refused_by_name(body: Any, headers: dict[str, str
     assert caught.value.status == 400
     assert caught.value.param == param
     assert says in caught.value.message
+
+
+def test_a_dialect_without_words_for_something_is_not_asked_for_it() -> None:
+    everything = ["tools", "json_object", "json_schema"]
+    models = [model("m", provider, capabilities=everything) for provider in ("claude", "google", "open")]
+    dialects = {"claude": "anthropic_messages", "google": "gemini"}
+    settings = settings_of(models=models, dialects=dialects)
+    engine = Engine(Catalog.from_settings(settings), settings)
+
+    def providers(**asked: Any) -> set[str]:
+        route = engine.route(asking("m", **asked), Preferences(), 10, 10)
+        return {candidate.provider for candidate in route.candidates}
+
+    assert providers() == {"claude", "google", "open"}
+    assert providers(response_format="json_object") == {"google", "open"}
+    assert providers(choices=2) == {"open"}
