@@ -127,10 +127,12 @@ class Rpc:
     async def _fly(self, waiting: list[tuple[Request, asyncio.Future[Any]]]) -> None:
         try:
             replies = await self.batch([request for request, _ in waiting])
-        except (RpcUnavailable, asyncio.CancelledError) as error:
-            failure = (
-                RpcUnavailable("the connection was closed") if isinstance(error, asyncio.CancelledError) else error
-            )
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever it is, nobody may wait for ever
+            failure = error
+            if isinstance(error, asyncio.CancelledError):
+                failure = RpcUnavailable("the connection was closed")
+            elif not isinstance(error, RpcUnavailable):
+                failure = RpcUnavailable(f"the calls could not be made: {error!r}")
             for _, future in waiting:
                 if not future.done():
                     future.set_exception(failure)
@@ -189,10 +191,10 @@ def _read_replies(content: bytes, count: int) -> list[Reply]:
         raise ValueError("the batch was answered in part")
     replies: dict[int, Reply] = {}
     for answer in answers:
-        if not isinstance(answer, dict):
-            raise ValueError("an answer is not an object")
+        if not isinstance(answer, dict) or type(answer.get("id")) is not int:
+            raise ValueError("an answer is not an object with the id of its call")
         error = answer.get("error")
-        replies[answer.get("id", -1)] = answer.get("result") if error is None else _error(error)
+        replies[answer["id"]] = answer.get("result") if error is None else _error(error)
     if len(replies) != count or not all(index in replies for index in range(count)):
         raise ValueError("the answers do not belong to the calls")
     return [replies[index] for index in range(count)]

@@ -73,11 +73,14 @@ class FeeEstimate:
         return self.fees is None or time.monotonic() - self._read_at > self._ttl_s
 
     def read(self, reply: Any) -> None:
-        """Take the chain's answer to `REQUEST`. An error leaves the last estimate in place."""
+        """Take the chain's answer to `REQUEST`. An error or nonsense leaves the last estimate in place."""
         if isinstance(reply, RpcError) or not isinstance(reply, dict):
             return
-        base_fee = int(reply["baseFeePerGas"][-1], 16)
-        rewards = [int(reward[0], 16) for reward in reply.get("reward") or () if reward]
+        try:
+            base_fee = int(reply["baseFeePerGas"][-1], 16)
+            rewards = [int(reward[0], 16) for reward in reply.get("reward") or () if reward]
+        except (IndexError, KeyError, TypeError, ValueError):
+            return
         priority_fee = max([PRIORITY_FEE_MIN, *rewards])
         # Twice the base fee stays valid while it rises by an eighth for six full blocks.
         self.fees = Fees(2 * base_fee + priority_fee, priority_fee)

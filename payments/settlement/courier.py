@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
@@ -27,6 +27,8 @@ POLLS_PER_BLOCK = 40
 POLL_MIN_S, POLL_MAX_S = 0.005, 0.05
 RETRY_S = 1.0
 """Between broadcasts of a transaction that a node refuses, and between turns while no node answers."""
+BLOCK_MAX = 2**53
+"""Beyond it is nonsense, which would not even fit the database."""
 SENDS_MAX = 64
 """Transactions in one turn: Anvil's automine stalls with more at once."""
 
@@ -129,10 +131,15 @@ class Courier:
         requests += [("eth_getTransactionReceipt", (transaction_hash,)) for _, transaction_hash in polls]
         try:
             replies = await self._rpc.batch(requests)
-        except RpcUnavailable:
+            self._take(replies, sends, polls, first_send)
+        except Exception:
             # They may have arrived or not: the same bytes again do no harm.
-            self._outgoing = {entry.id: entry for entry in sends} | self._outgoing
+            self._outgoing = {entry.id: entry for entry in sends if entry.id in self.carried} | self._outgoing
             raise
+
+    def _take(
+        self, replies: Sequence[Any], sends: list[Entry], polls: list[tuple[Entry, str]], first_send: int
+    ) -> None:
         self.turns += 1
         if first_send == 2:
             self._fees.read(replies[1])
@@ -149,6 +156,8 @@ class Courier:
         if isinstance(reply, RpcError):
             return
         head = int(reply, 16)
+        if head > BLOCK_MAX:
+            raise ValueError(f"a node says that its head is block {reply[:40]}")
         if head != self.head:
             self.head = head
             self._on_head(head)
@@ -156,6 +165,8 @@ class Courier:
     def _sent(self, entry: Entry, reply: Any, now: float) -> None:
         self.broadcasts += 1
         entry.last_sent = now
+        # Looked at after each broadcast, whatever the head does: a node may know a block before the receipts in it.
+        entry.polled_at_head = -1
         trouble = _trouble(reply) if isinstance(reply, RpcError) else None
         entry.next_poll = now if trouble is None else now + self._poll_s
         if trouble is None:
@@ -169,10 +180,17 @@ class Courier:
 
     def _polled(self, entry: Entry, reply: Any, now: float, polled_head: int) -> None:
         if isinstance(reply, dict) and reply.get("blockNumber"):
-            if self.carried.pop(entry.id, None) is not None:
-                self._outgoing.pop(entry.id, None)
-                self._eager = now - entry.first_sent < EAGER_PATIENCE_S if entry.first_sent else self._eager
+            if entry.id not in self.carried:
+                return
+            try:
                 self._on_receipt(entry, reply)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                # Not what a receipt looks like: it is asked for again.
+                log.exception("a node sent a receipt of %s that cannot be read", entry.transaction_hash)
+                entry.polled_at_head, entry.next_poll = polled_head, now + RETRY_S
+                return
+            self.drop(entry)
+            self._eager = now - entry.first_sent < EAGER_PATIENCE_S if entry.first_sent else self._eager
             return
         if isinstance(reply, RpcError):
             entry.polled_at_head = -1

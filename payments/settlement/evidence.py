@@ -101,8 +101,9 @@ async def search(rpc: Rpc, entry: Entry, head: int) -> Evidence | NoEvidence:
 
 async def explain_failure(rpc: Rpc, entry: Entry) -> str:
     """Why the entry's call fails now, in the contract's own words."""
-    assert entry.signer is not None
-    call = {"from": entry.signer.address, "to": entry.call_to, "data": "0x" + entry.call_data.hex()}
+    call = {"to": entry.call_to, "data": "0x" + entry.call_data.hex()}
+    if entry.signer is not None:  # its key may have been taken out of the configuration
+        call["from"] = entry.signer.address
     try:
         await rpc.call("eth_call", [call, "latest"])
     except RpcError as error:

@@ -74,13 +74,15 @@ class Judge:
                     if await self._record_one(entry, found):
                         return
                     found = NoEvidence(nonce_consumed=True)
-                reason = await self._reason(entry, found, reverted)
+                await self._fail(entry, await self._reason(entry, found, reverted))
             except (RpcUnavailable, RpcError) as error:
                 log.warning("cannot look for evidence of %s: %s", entry.id, error)
-                await asyncio.sleep(RETRY_S)
-                continue
-            await self._fail(entry, reason)
-            return
+            except Exception:
+                # Nonsense from a node, a database that takes nothing: nobody else decides this entry, so it is tried again.
+                log.exception("deciding settlement %s failed", entry.id)
+            else:
+                return
+            await asyncio.sleep(RETRY_S)
 
     async def _reason(self, entry: Entry, found: NoEvidence, reverted: bool) -> str:
         if found.nonce_consumed:
@@ -157,6 +159,6 @@ class Judge:
         self._closed(entry)
 
     async def _record_filler(self, entry: Entry) -> None:
-        await self._store.write(lambda tx: states.move(tx, entry.id, "mined"))
+        await self._store.write_surely(lambda tx: states.move(tx, entry.id, "mined"))
         entry.state = "mined"
         self._closed(entry)

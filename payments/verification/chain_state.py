@@ -122,15 +122,11 @@ class ChainStates:
             if len(checks) > 1:
                 await asyncio.gather(*(self._run([check]) for check in checks))
                 return
-            unavailable = SettlementUnavailable(
-                "chain_unavailable", "the chain cannot be asked; send the same payment again"
-            )
-            unavailable.__cause__ = error
-            checks[0].conclude(unavailable)
+            checks[0].conclude(_unavailable(error))
         except BaseException:
-            # Nobody may wait for ever for a verdict that cannot come.
+            # Nobody may wait for ever for a verdict that cannot come, nor be cancelled for what is not its own fault.
             for check in checks:
-                check.verdict.cancel()
+                check.conclude(_unavailable())
             raise
 
     async def _ask(self, checks: Sequence[_Check]) -> None:
@@ -140,6 +136,8 @@ class ChainStates:
         requests: list[Request] = [("eth_call", ({"to": MULTICALL3_ADDRESS, "data": data}, "latest"))]
         requests += [("eth_getCode", (check.payment.payer, "latest")) for check in checks]
         reply, *codes = await self._rpc.ask(requests)
+        if not all(isinstance(answer, str) and answer.startswith("0x") for answer in (reply, *codes)):
+            raise ValueError("a node answered with something that is not bytes")
         results = iter(decode_aggregate3(bytes.fromhex(reply[2:]), len(flat)))
         again = []
         for index, check in enumerate(checks):
@@ -175,11 +173,7 @@ class ChainStates:
         except RpcError as error:
             check.conclude(_would_fail(error.message))
         except RpcUnavailable as error:
-            unavailable = SettlementUnavailable(
-                "chain_unavailable", "the chain cannot be asked; send the same payment again"
-            )
-            unavailable.__cause__ = error
-            check.conclude(unavailable)
+            check.conclude(_unavailable(error))
         else:
             check.conclude(None)
 
@@ -207,6 +201,12 @@ def _judge(check: _Check, results: Sequence[CallResult], in_use: int) -> Payment
         )
     succeeded, returned = results[-1]
     return None if succeeded else _would_fail(decode_revert(returned))
+
+
+def _unavailable(cause: Exception | None = None) -> SettlementUnavailable:
+    unavailable = SettlementUnavailable("chain_unavailable", "the chain cannot be asked; send the same payment again")
+    unavailable.__cause__ = cause
+    return unavailable
 
 
 def _would_fail(reason: str) -> PaymentRefused:
