@@ -24,6 +24,11 @@ STOPS_MAX: Final = 16
 CHOICES_MAX: Final = 16
 OUTPUT_TOKENS_MAX: Final = 10_000_000
 MODEL_NAME_MAX: Final = 256
+_PRICED: Final = frozenset({
+    "model", "models", "messages", "tools", "max_tokens", "max_completion_tokens", "n", "stream", "stream_options",
+    "response_format", "service_tier", "modalities", "audio", "prediction", "best_of", "plugins", "web_search_options",
+    "functions",
+})  # fmt: skip
 
 
 def parse_request(body: object, raw: bytes = b"") -> ChatRequest:
@@ -39,6 +44,7 @@ def parse_request(body: object, raw: bytes = b"") -> ChatRequest:
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_type", "The body must be a JSON object with at least `model` and `messages`.")
     _refuse_retired(body)
+    _refuse_unpriced(body)
     models = _models(body)
     tools = _tools(body.get("tools"))
     stream = _flag(body, "stream")
@@ -68,6 +74,27 @@ def _refuse_retired(body: dict[str, Any]) -> None:
     for name, instead in (("functions", "tools"), ("function_call", "tool_choice")):
         if body.get(name) is not None:
             fail(name, "unsupported_parameter", f"is the retired form; use `{instead}`.")
+
+
+def _refuse_unpriced(body: dict[str, Any]) -> None:
+    """What would cost more upstream than the quote says: the route's price is the one for plain text."""
+    for name in body:
+        # Servers written in Go match names whatever their case: the last spelling would win over the one that was priced.
+        if name not in _PRICED and name.casefold() in _PRICED:
+            fail(name[:64], "unsupported_parameter", f"must be written `{name.casefold()}`.")
+    for name in ("web_search_options", "plugins", "best_of", "audio", "prediction"):
+        if body.get(name) is not None:
+            fail(name, "unsupported_parameter", "has a price of its own, which is not quoted here; leave it out.")
+    tier = body.get("service_tier")
+    if tier is not None and tier not in ("auto", "default", "flex"):
+        fail(
+            "service_tier",
+            "unsupported_parameter",
+            "must be `auto`, `default` or `flex`: others have prices of their own.",
+        )
+    modalities = body.get("modalities")
+    if modalities is not None and modalities != ["text"]:
+        fail("modalities", "unsupported_parameter", 'must be `["text"]`: others have prices of their own.')
 
 
 def _model(value: object, param: str) -> str:

@@ -65,9 +65,8 @@ def build(request: ChatRequest, candidate: Candidate, max_output_tokens: int, ba
         removed |= {other_limit}
     if not request.stream and "stream_options" in body:
         removed |= {"stream_options"}
-    raw = request.extra.get("raw")
-    if raw and not removed and all(body.get(name) == value for name, value in changed.items()):
-        return UpstreamCall(url, raw)
+    # Written anew even where nothing changes: of a member that occurs twice, another parser may take the first one, and what
+    # was priced is what we read.
     rewritten = {name: value for name, value in body.items() if name not in removed} if removed else dict(body)
     rewritten.update(changed)
     return UpstreamCall(url, orjson.dumps(rewritten))

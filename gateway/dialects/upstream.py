@@ -6,7 +6,7 @@ A dialect is a module with these functions; `DIALECTS` in `gateway.providers.reg
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import orjson
 
@@ -107,10 +107,14 @@ def read_object(data: bytes) -> dict[str, Any]:
     return value
 
 
+USAGE_TOKENS_MAX: Final = 1_000_000_000
+"""Of one answer. More is nonsense, whose price would not fit the ledger."""
+
+
 def count_in(record: dict[str, Any], name: str) -> int:
     """A token count of a usage record; 0 where it is missing, null or nonsense (a usage record must never break an answer)."""
     value = record.get(name)
-    return value if type(value) is int and value > 0 else 0
+    return value if type(value) is int and 0 < value <= USAGE_TOKENS_MAX else 0
 
 
 def usage_of(

@@ -168,6 +168,7 @@ def measure_input(request: ChatRequest) -> InputCount:
                 case MediaBlock():
                     media_tokens += _media_tokens(block)
     texts.extend(_schema_texts(request))
+    texts.extend(_unread_texts(request.raw_body))
     # One call instead of one a block: the newlines stand for the framing between blocks.
     joined = "\n".join(texts)
     encoded = joined.encode("utf-8", "replace")
@@ -212,6 +213,47 @@ def _schema_texts(request: ChatRequest) -> Iterator[str]:
         yield _json(tool.parameters)
     if request.response_schema is not None:
         yield _json(request.response_schema)
+
+
+def _unread_texts(body: dict[str, Any]) -> Iterator[str]:
+    """What passes through to an upstream of the caller's dialect and was read by nobody here.
+
+    It may well become input there (earlier reasoning, documents, a prediction), and what is not counted would not be paid.
+    """
+    yield from _others(body, _READ_IN_BODY)
+    for message in _objects(body.get("messages")):
+        yield from _others(message, _READ_IN_MESSAGE)
+        for part in _objects(message.get("content")):
+            yield from _others(part, _READ_IN_PART)
+        for call in _objects(message.get("tool_calls")):
+            yield from _others(call, _READ_IN_CALL)
+    for tool in _objects(body.get("tools")):
+        yield from _others(tool, _READ_IN_CALL)
+        function = tool.get("function")
+        if isinstance(function, dict):
+            yield from _others(function, _READ_IN_FUNCTION)
+
+
+_READ_IN_BODY = frozenset({
+    "model", "models", "provider", "strategy", "route", "farebox", "messages", "tools", "tool_choice", "response_format",
+    "stop", "stream_options", "user", "metadata", "safety_identifier", "prompt_cache_key",
+})  # fmt: skip
+_READ_IN_MESSAGE = frozenset({"role", "content", "tool_calls", "tool_call_id"})
+_READ_IN_PART = frozenset({"type", "text", "refusal", "image_url", "input_audio", "file"})
+_READ_IN_CALL = frozenset({"id", "type", "function", "index"})
+_READ_IN_FUNCTION = frozenset({"name", "description", "parameters", "strict"})
+
+
+def _others(owner: dict[str, Any], read: frozenset[str]) -> Iterator[str]:
+    for name in owner.keys() - read:
+        value = owner[name]
+        if isinstance(value, str | list | dict):
+            yield value if isinstance(value, str) else _json(value)
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, list):
+        yield from (item for item in value if isinstance(item, dict))
 
 
 def _json(value: Any) -> str:
