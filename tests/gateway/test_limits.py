@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
 
 from gateway.access import limits
 from gateway.access.limits import QuoteLimiter, guarded_protocol
@@ -48,19 +48,17 @@ class Application:
 @pytest.fixture
 async def application() -> AsyncIterator[Application]:
     application = Application()
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        application.port = listening.getsockname()[1]
-        config = uvicorn.Config(
-            application, http=guarded_protocol(LIMIT), ws="none", lifespan="off", log_config=None, access_log=False
-        )
-        server = uvicorn.Server(config)
-        serving = asyncio.create_task(server.serve([listening]))
-        while not server.started:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        yield application
-        server.should_exit = True
-        await serving
+    protocol, state = guarded_protocol(LIMIT), ServerState()
+    config = uvicorn.Config(application, ws="none", lifespan="off", log_config=None, access_log=False)
+    config.load()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: protocol(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+    )
+    application.port = server.sockets[0].getsockname()[1]
+    yield application
+    for connection in list(state.connections):
+        connection.shutdown()
+    server.close()
 
 
 class Connection:
