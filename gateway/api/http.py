@@ -6,6 +6,7 @@ Written by hand because it is on every request's path: Starlette's `StreamingRes
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api.errors import ApiError
 
+BODY_TIMEOUT_S = 60
+"""A request under way takes one of a limited number of places, from its head on: no body may hold it for ever."""
 SEND_TIMEOUT_S = 60
 """A reader that takes nothing for this long has hung up, whatever its socket says."""
 
@@ -64,7 +67,7 @@ async def read_call(scope: Scope, receive: Receive, send: Send, body_bytes_max: 
     """Read a request's body.
 
     Raises:
-        ApiError: 413 if it is longer than `body_bytes_max`.
+        ApiError: 413 if it is longer than `body_bytes_max`, 408 if it does not arrive in `BODY_TIMEOUT_S`.
         CallerGone: If the caller hung up before its end.
     """
     headers: dict[bytes, bytes] = {}
@@ -80,16 +83,20 @@ async def read_call(scope: Scope, receive: Receive, send: Send, body_bytes_max: 
     chunks: list[bytes] = []
     size = 0
     more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise CallerGone
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > body_bytes_max:
-            raise too_large
-        chunks.append(chunk)
-        more = message.get("more_body", False)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise CallerGone
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                if size > body_bytes_max:
+                    raise too_large
+                chunks.append(chunk)
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise ApiError(408, "body_too_slow", f"the body did not arrive within {BODY_TIMEOUT_S} s") from None
     return Call(scope, receive, send, chunks[0] if len(chunks) == 1 else b"".join(chunks), headers)
 
 
@@ -177,5 +184,7 @@ class EventStream:
             raise CallerGone from None
 
     async def finish(self, data: bytes = b"") -> None:
-        """Send the last bytes and end the response."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        """Send the last bytes and end the response; a reader that does not take them is not waited for."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await self._send({"type": "http.response.body", "body": data, "more_body": False})
