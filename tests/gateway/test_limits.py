@@ -315,3 +315,5 @@ def test_remembered_addresses_are_bounded_and_the_longest_silent_is_forgotten(mo
         assert taken(limiter, f"10.0.{number}", 1) == 1
         assert taken(limiter, "busy", 1) == 0
     assert len(limiter._buckets) <= 100
+    assert taken(limiter, "10.0.999", 1) == 0
+    assert taken(limiter, "10.0.0", 1) == 1
