@@ -37,8 +37,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gateway.dev.stack import NETWORK, running
 
 CONCURRENCY = 16
-ROUNDS = 5
-REQUESTS = 800
+ROUNDS = 4
+REQUESTS = 480
 QUICK_REQUESTS = 160
 QUOTES_PER_REQUEST = 5
 WARM_UP = 32
