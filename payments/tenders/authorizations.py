@@ -30,6 +30,9 @@ TRANSITIONS: dict[str, frozenset[str]] = {
     "failed": frozenset({"paid"}),
 }
 
+USES_MAX = 16
+"""Uses of one payment. Each may cost the operator an inference that is not charged if the caller hangs up before its end."""
+
 _INSERT = (
     "INSERT INTO payment_authorization (identity, digest, receipt_id, state, value_nano_usd, created_ms)"
     " VALUES (?, ?, ?, 'reserved', ?, ?) ON CONFLICT (identity) DO NOTHING RETURNING identity"
@@ -207,6 +210,9 @@ def _find_first_use(
     use = Use(receipt_id, asset, details, number)
     if state == "reserved":
         return Reservation(use, "settling" if written else "new", quoted)
+    if number > USES_MAX:
+        receipts.release_unsettled(tx, receipt_id, "interrupted_too_often")
+        return AlreadyUsed(receipt_id, "released")
     amount = min(quoted, paid)
     try:
         closing.place(tx, use, payer_account(payer, asset), amount)

@@ -160,7 +160,10 @@ class ExactHold(LedgerHold):
         # Credit of a payment that was mined before is certain, whatever its old transaction does now.
         self._certain = reservation.stage == "held"
         self._unmined = not self._certain
-        self._exposed = self._unmined and services.expose(self.payer, self.maximum_nano_usd)
+        # A payment that is sent again while its transfer is under way has had its early start: a slow chain would make each
+        # resend another inference that nobody sees.
+        first = reservation.use.number == 1
+        self._exposed = self._unmined and first and services.expose(self.payer, self.maximum_nano_usd)
         self.may_start_early = self._certain or self._exposed
         services.begin_use(self.receipt_id)
         if self._unmined:

@@ -19,6 +19,7 @@ from payments.ledger import transfers
 from payments.ledger.transfers import Balance
 from payments.money import nano_to_usd
 from payments.store import Store, StoreBusy
+from payments.tenders.authorizations import USES_MAX
 from payments.tenders.base import HoldEnded, Outcome
 from payments.tenders.exact import AlreadyUsed, ExactHold, ExactTender, settlement_id
 from payments.tenders.prepaid import PrepaidTender
@@ -166,6 +167,36 @@ async def test_refused_payment_finds_its_first_use_and_begins_none(desk: Desk) -
         await late().authorize(quote_of(), DETAILS)
     assert used.value.receipt_id == hold.receipt_id
     assert await rows(desk, "receipt") == 1
+
+
+async def test_payment_that_is_interrupted_again_and_again_becomes_credit(desk: Desk) -> None:
+    payment = payment_of()
+    for number in range(USES_MAX):
+        hold = await again(desk, payment)
+        assert isinstance(hold, ExactHold)
+        assert hold.may_start_early
+        await hold.ready()
+        await hold.interrupt(Outcome({"reason": f"hung up {number}"}))
+    used = await again(desk, payment)
+    assert isinstance(used, AlreadyUsed)
+    assert used.state == "released"
+    assert (await shown(desk, used.receipt_id))["credited_usd"] == nano_to_usd(QUOTED)
+    assert await credit_of(desk.store) == Balance(QUOTED, 0)
+    await assert_books_balance(desk.store)
+
+
+async def test_payment_sent_again_while_it_settles_starts_no_second_inference_early(desk: Desk) -> None:
+    payment = payment_of()
+    first = await again(desk, payment)
+    assert isinstance(first, ExactHold)
+    assert first.may_start_early
+    await first.interrupt(Outcome({"reason": "settlement_pending"}))
+    second = await again(desk, payment)
+    assert isinstance(second, ExactHold)
+    assert not second.may_start_early
+    await second.ready()
+    await second.capture(QUOTED, ANSWERED)
+    await assert_books_balance(desk.store)
 
 
 async def test_order_carries_the_payment_to_the_engine(desk: Desk) -> None:
