@@ -141,6 +141,7 @@ def test_a_second_gateway_on_the_same_database_does_not_start(gateway: GatewayPr
     ended = serve(gateway.environment | {"FAREBOX_PORT": "0"})
     assert ended.returncode not in (0, None)
     assert "another gateway serves from" in ended.stderr
+    assert "give this one another data_dir" in ended.stderr
     assert "Traceback" not in ended.stderr + ended.stdout
     assert http.get("/healthz").status_code == 200
 

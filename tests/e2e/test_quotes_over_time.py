@@ -70,7 +70,6 @@ def one_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture
 def world(one_world: World) -> World:
-    one_world.offer(dev_models())
     one_world.simulator.clear()
     return one_world
 
@@ -134,6 +133,7 @@ def refused_with(answer: httpx.Response) -> str:
 
 
 def test_a_quote_that_has_expired_does_not_pay(world: World) -> None:
+    world.offer(dev_models())
     wallet = next(world.wallets)
     before = world.usdc(wallet)
     payment = signed_payment(world, wallet)
@@ -147,6 +147,7 @@ def test_a_quote_that_has_expired_does_not_pay(world: World) -> None:
 
 
 def test_a_quote_sealed_with_another_secret_does_not_pay(world: World) -> None:
+    world.offer(dev_models())
     wallet = next(world.wallets)
     before = world.usdc(wallet)
     real = world.gateway.environment["FAREBOX_SECRET"]
@@ -162,6 +163,7 @@ def test_a_quote_sealed_with_another_secret_does_not_pay(world: World) -> None:
 
 def test_a_payment_sent_again_after_its_time_gets_its_first_answer(world: World) -> None:
     """Once with an expired quote, once with an expired authorization, and once with one that nobody used in time."""
+    world.offer(dev_models())
     by_quote, by_authorization, unused = next(world.wallets), next(world.wallets), next(world.wallets)
     before = {wallet.address: world.usdc(wallet) for wallet in (by_quote, by_authorization, unused)}
     signed = [signed_payment(world, wallet) for wallet in (by_quote, by_authorization, unused)]
@@ -189,6 +191,7 @@ def test_a_payment_sent_again_after_its_time_gets_its_first_answer(world: World)
 
 
 def test_a_quoted_price_is_honoured_after_prices_have_risen(world: World) -> None:
+    world.offer(dev_models())
     wallet = next(world.wallets)
     before = world.usdc(wallet)
     headers = ask_and_sign(world.http, wallet, QUESTION)
