@@ -386,10 +386,10 @@ def start_dev(data_dir: Path) -> tuple[subprocess.Popen[str], dict[str, Any]]:
     )
     assert process.stdout is not None
     line = process.stdout.readline()
-    if not line:
-        process.kill()
-        raise AssertionError(process.communicate()[1])
-    return process, json.loads(line)
+    try:
+        return process, json.loads(line)
+    except ValueError:
+        raise AssertionError(f"not what was promised: {line!r} {end(process)}") from None
 
 
 def children(pid: int) -> dict[int, str]:
