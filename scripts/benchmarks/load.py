@@ -167,9 +167,12 @@ async def _read(reader: asyncio.StreamReader, began: float) -> Answer:
 
 def main() -> int:
     """Serve batches from standard input."""
-    for line in sys.stdin:
-        content: dict[str, Any] = json.loads(line)
-        print(json.dumps(asdict(uvloop.run(run(Batch(**content))))), flush=True)
+    # Not `print`: where PYTHONUNBUFFERED is set, it drops what a pipe does not take at once.
+    with open(sys.stdout.fileno(), "wb", closefd=False) as answers:
+        for line in sys.stdin:
+            content: dict[str, Any] = json.loads(line)
+            answers.write(json.dumps(asdict(uvloop.run(run(Batch(**content))))).encode() + b"\n")
+            answers.flush()
     return 0
 
 
