@@ -101,7 +101,7 @@ async def quote(services: Services, call: Call) -> None:
     services.limiter.take(call.client)
     # The quote is for the request that will be sent, not for the one that asks.
     call.scope["path"] = "/v1/chat/completions"
-    answer = services.offers.required(call, PaymentNeeded(services.flow.plan(call)))
+    answer = services.offers.required(call, PaymentNeeded(await services.flow.plan(call)))
     body = {"quote": answer.body["quote"], "payment_required": answer.header, "accepts": answer.body["accepts"]}
     await send_json(call.send, 200, body, {"cache-control": "no-store"})
 
@@ -193,6 +193,7 @@ async def _serve(settings: Settings) -> None:
             # Entered here, so that what keeps the services from starting is raised and not only logged.
             lifespan="off",
             http=guarded_protocol(settings.limits.header_bytes),
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

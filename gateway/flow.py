@@ -16,7 +16,7 @@ import orjson
 
 from gateway import replays as replaying
 from gateway.access.hangup import until_gone
-from gateway.access.keys import Access, KeyCaller
+from gateway.access.keys import Access, Caller, KeyCaller
 from gateway.access.limits import QuoteLimiter
 from gateway.api.errors import ApiError
 from gateway.api.http import Call, CallerGone, EventStream, read_json, send_body, send_json
@@ -26,15 +26,14 @@ from gateway.execution.errors import CallerFault, ExecutionFailed
 from gateway.execution.failover import Executor
 from gateway.execution.streams import Running
 from gateway.metrics import Metrics
-from gateway.offers import Offers, PaidRequest, PaymentNeeded, payment_headers
+from gateway.offers import PAYMENT_HEADERS, Offers, PaidRequest, PaymentNeeded, payment_headers
 from gateway.planning import Plan, Planner
 from gateway.replays import KeptAnswer, Replays
 from gateway.routing.preferences import STRATEGY_HEADER, parse_preferences
-from payments.errors import PaymentRefused
+from payments.errors import PaymentMalformed, PaymentRefused
 from payments.money import nano_to_usd
 from payments.quotes import request_digest
-from payments.store import Store
-from payments.tenders import authorizations
+from payments.store import Store, StoreBusy
 from payments.tenders.account import AccountTender
 from payments.tenders.base import Charge, Hold, Outcome, Tender
 from payments.tenders.closing import because
@@ -45,6 +44,13 @@ ANOTHER_USE_WAIT_S = 30.0
 """How long the same payment sent again waits for its first use before it is told to come back."""
 RESUMES_MAX = 3
 DONE = b"data: [DONE]\n\n"
+CUT_SHORT = (
+    b'data: {"error":{"message":"The connection was closed during this answer: it is incomplete and was charged as far as it '
+    b'came.","type":"api_error","code":"caller_hung_up","param":null}}\n\n'
+)
+"""How the kept answer of a caller that hung up ends: sent again, it must not look complete."""
+LARGE_BODY_BYTES = 65_536
+"""From here on a request is measured in a thread: four megabytes take the tokenizer up to a third of a second."""
 
 
 @dataclass(slots=True)
@@ -112,12 +118,21 @@ class Flow:
 
     async def serve(self, call: Call) -> None:
         """Answer `POST /v1/chat/completions`."""
-        fresh = self.plan(call)
+        paying = not PAYMENT_HEADERS.keys().isdisjoint(call.headers)
+        caller = None if paying else await self._access.caller(call.header(b"authorization"))
+        if caller is None:
+            self._limiter.check(call.client)
         try:
-            plan, tender, paid = await self._tender(call, fresh)
+            fresh = await self.plan(call)
+            plan, tender, paid = self._tender(call, fresh, caller)
         except PaymentNeeded as needed:
             await self.ask_for_payment(call, needed)
             return
+        except (ApiError, PaymentMalformed):
+            # What is asked wrongly costs work too.
+            if caller is None:
+                self._limiter.count(call.client)
+            raise
         try:
             await self._pay_and_perform(call, plan, tender, paid)
         except PaymentRefused as refused:
@@ -138,8 +153,13 @@ class Flow:
             return
         raise ApiError(409, "payment_in_progress", "this payment's first use is still under way; send it again later")
 
-    def plan(self, call: Call) -> Plan:
+    async def plan(self, call: Call) -> Plan:
         """Route and price a request: no database, no chain."""
+        if len(call.body) > LARGE_BODY_BYTES:
+            return await asyncio.to_thread(self._plan, call)
+        return self._plan(call)
+
+    def _plan(self, call: Call) -> Plan:
         body = read_json(call.body, self._json_depth_max)
         request = openai_chat.parse_request(body, call.body)
         strategy = call.header(STRATEGY_HEADER.encode())
@@ -147,14 +167,11 @@ class Flow:
         digest = request_digest(call.method, call.path, call.body)
         return self._planner.plan(request, preferences, digest, int(time.time()))
 
-    async def _tender(self, call: Call, plan: Plan) -> tuple[Plan, Tender, PaidRequest | None]:
+    def _tender(self, call: Call, plan: Plan, caller: Caller | None) -> tuple[Plan, Tender, PaidRequest | None]:
         """Who pays, and how. A payment with the request comes before a key or session that is also there."""
         paid = self._offers.read(call, plan, int(time.time()))
         if paid is not None:
-            if paid.refusal is not None and not await self._was_used(paid):
-                raise PaymentNeeded(plan, paid.refusal.code, paid.refusal.message)
             return paid.plan, paid.tender, paid
-        caller = await self._access.caller(call.header(b"authorization"))
         if caller is None:
             raise PaymentNeeded(plan)
         if isinstance(caller, KeyCaller):
@@ -163,7 +180,7 @@ class Flow:
 
     async def ask_for_payment(self, call: Call, needed: PaymentNeeded) -> None:
         """Answer 402 with a quote, in the header for x402 v2 and in the body for v1 and for people."""
-        self._limiter.take(call.client)
+        self._limiter.count(call.client)
         self._metrics.payments_required.labels(needed.code).inc()
         answer = self._offers.required(call, needed)
         await send_json(call.send, 402, answer.body, {"PAYMENT-REQUIRED": answer.header, "cache-control": "no-store"})
@@ -181,8 +198,15 @@ class Flow:
             await job.hold.interrupt(because("the request was stopped before the answer"))
             raise
         else:
-            async with contextlib.aclosing(running):
-                await (self._stream(job, running) if job.plan.request.stream else self._whole(job, running))
+            try:
+                async with contextlib.aclosing(running):
+                    await (self._stream(job, running) if job.plan.request.stream else self._whole(job, running))
+            except StoreBusy:
+                raise  # the capture goes on being tried by itself; to interrupt would race it
+            except BaseException:
+                # Does nothing after a capture; before one, whatever went wrong, nobody may find the hold open for ever.
+                await job.hold.interrupt(because("the answer could not be finished"))
+                raise
 
     async def _begin(self, job: Job) -> Running:
         """Start the inference; return once there is something to show and the money for it is certain."""
@@ -207,7 +231,8 @@ class Flow:
 
     async def _whole(self, job: Job, running: Running) -> None:
         amount = self._charge(job, running)
-        headers = job.headers(running) | {"x-farebox-cost-usd": nano_to_usd(amount)}
+        cost = nano_to_usd(min(amount, job.hold.maximum_nano_usd))
+        headers = job.headers(running) | {"x-farebox-cost-usd": cost}
         kept = KeptAnswer(200, headers, "application/json", running.body)
         await self._capture(job, running, amount, kept)
         await send_body(job.call.send, 200, running.body, headers, kept.content_type)
@@ -217,6 +242,7 @@ class Flow:
         stream = EventStream(job.call.send)
         delivered = bytearray()
         gone = False
+        stopped: asyncio.CancelledError | None = None
         try:
             async with until_gone(job.call):
                 await stream.start(headers)
@@ -225,11 +251,16 @@ class Flow:
                     await stream.write(frame)
         except CallerGone:
             gone = True
+        except asyncio.CancelledError as error:
+            # The server stops: what was delivered is charged all the same.
+            gone, stopped = True, error
         finally:
             await running.aclose()
-        ending = b"" if running.failure or gone else DONE
+        ending = CUT_SHORT if gone else b"" if running.failure else DONE
         kept = KeptAnswer(200, headers, "text/event-stream; charset=utf-8", bytes(delivered) + ending)
         charge = await self._capture(job, running, self._charge(job, running), kept)
+        if stopped is not None:
+            raise stopped
         if not gone:
             await stream.finish(_receipt_comment(job, running, charge) + ending)
 
@@ -279,10 +310,6 @@ class Flow:
         headers = kept.headers | {"x-farebox-replayed": "true"}
         await send_body(call.send, kept.status, kept.body, headers, kept.content_type)
         return True
-
-    async def _was_used(self, paid: PaidRequest) -> bool:
-        """Whether the payment was sent before: then it gets its first outcome, however old its quote is by now."""
-        return await self._store.read(lambda tx: authorizations.is_known(tx, paid.identity))
 
     def _charge(self, job: Job, running: Running) -> int:
         return self._planner.charge(job.plan, running.candidate.price.cost(running.usage))

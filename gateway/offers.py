@@ -37,9 +37,6 @@ class PaidRequest:
     payment: wire.Payment
     header: bytes
     services: ExactServices
-    identity: str
-    refusal: PaymentRefused | None
-    """Set if it would no longer pay for the request, but would have once: then only an earlier use of it is answered."""
 
 
 class PaymentNeeded(Exception):
@@ -143,8 +140,7 @@ class Offers:
         tender = ExactTender(
             entry.services, payment, token, entry.network, requirement, plan.quote.request_digest, refusal
         )
-        identity = payment.identity(token.chain_id, token)
-        return PaidRequest(plan, tender, payment, header, entry.services, identity, refusal)
+        return PaidRequest(plan, tender, payment, header, entry.services)
 
     def _paid_in(self, payment: wire.Payment) -> tuple[NetworkPayments, Token]:
         for entry in self._networks:

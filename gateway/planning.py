@@ -11,7 +11,7 @@ from gateway.dialects.canonical import ChatRequest
 from gateway.routing.catalog import Candidate, Catalog
 from gateway.routing.engine import Engine, NoRoute, Preferences
 from gateway.settings import Settings, TokenizerFamily
-from payments.money import usd_to_nano
+from payments.money import divide_up, usd_to_nano
 from payments.quotes import Quote, make_quote
 from payments.x402.answers import describe_quote
 
@@ -28,6 +28,8 @@ class Plan:
     candidates: tuple[Candidate, ...]
     max_output_tokens: int
     quote: Quote
+    scale: tuple[int, int] = (1, 1)
+    """What an answer's cost is multiplied and divided by: a quote from before a rise in prices is honoured in its rates too."""
 
     def quote_json(self) -> dict[str, Any]:
         """The quote for people and programs: itemised, in dollars, with the route by name."""
@@ -110,21 +112,24 @@ class Planner:
             A plan with the candidates that were quoted, or if they are gone, those of `fresh` that cost no more than was
             quoted; None if there are none of either.
         """
+
+        def maximum(candidate: Candidate) -> int:
+            return self._maximum_cost(fresh.request, candidate, fresh.max_output_tokens)
+
+        room = quote.maximum_nano_usd - quote.network_fee_nano_usd
         quoted = tuple(candidate for mark in marks if (candidate := self._catalog.by_mark(mark)) is not None)
         if not quoted:
-            room = quote.maximum_nano_usd - self._network_fee_nano_usd
-            quoted = tuple(
-                candidate
-                for candidate in fresh.candidates
-                if self._maximum_cost(fresh.request, candidate, fresh.max_output_tokens) <= room
-            )
+            quoted = tuple(candidate for candidate in fresh.candidates if maximum(candidate) <= room)
         if not quoted:
             return None
-        return Plan(fresh.request, fresh.strategy, quoted, fresh.max_output_tokens, quote)
+        today = max(maximum(candidate) for candidate in quoted)
+        scale = (room, today) if today > room else (1, 1)
+        return Plan(fresh.request, fresh.strategy, quoted, fresh.max_output_tokens, quote, scale)
 
     def charge(self, plan: Plan, inference_nano_usd: int) -> int:
         """What an answer costs in all, in nano-USD: the inference, the fee that was quoted, at least the minimum."""
-        return max(inference_nano_usd + plan.quote.network_fee_nano_usd, self.minimum_nano_usd)
+        scaled = divide_up(inference_nano_usd * plan.scale[0], plan.scale[1])
+        return max(scaled + plan.quote.network_fee_nano_usd, self.minimum_nano_usd)
 
     def _max_output_tokens(self, request: ChatRequest) -> int:
         return request.max_output_tokens or self._default_max_output_tokens

@@ -95,14 +95,19 @@ class QuoteLimiter:
         Raises:
             ApiError: 429 with `Retry-After`, if the address has asked for too many.
         """
-        now = self._clock()
-        level, since = self._buckets.pop(address, (self._capacity, now))
-        level = min(self._capacity, level + (now - since) * self._per_second)
-        allowed = level >= 1
-        self._buckets[address] = (level - 1 if allowed else level, now)
-        if len(self._buckets) > ADDRESSES_MAX:
-            self._buckets.popitem(last=False)
-        if not allowed:
+        self.check(address)
+        self.count(address)
+
+    def check(self, address: str) -> None:
+        """See whether the address may ask for another quote, before any work is done for it.
+
+        Raises:
+            ApiError: 429 with `Retry-After`, if it has asked for too many.
+        """
+        level = self._level(address, self._clock())
+        if level < 1:
+            # Whoever goes on asking is not the one to forget.
+            self._buckets.move_to_end(address)
             wait_s = int((1 - level) / self._per_second) + 1
             raise ApiError(
                 429,
@@ -110,3 +115,15 @@ class QuoteLimiter:
                 f"this address asked for too many unpaid quotes; wait {wait_s} s, or use an API key or a balance",
                 headers={"retry-after": str(wait_s)},
             )
+
+    def count(self, address: str) -> None:
+        """Count one quote, or anything else that was asked without being paid."""
+        now = self._clock()
+        self._buckets[address] = (max(self._level(address, now) - 1, 0.0), now)
+        self._buckets.move_to_end(address)
+        if len(self._buckets) > ADDRESSES_MAX:
+            self._buckets.popitem(last=False)
+
+    def _level(self, address: str, now: float) -> float:
+        level, since = self._buckets.get(address, (self._capacity, now))
+        return min(self._capacity, level + (now - since) * self._per_second)
