@@ -1,8 +1,8 @@
 """The reference stack: the official `x402` package's FastAPI middleware before a canned answer, and its facilitator.
 
 Each is a uvicorn process of its own, with uvloop and httptools like ours. The facilitator is the asynchronous one, as its
-documentation shows it, whose signer blocks the event loop while it waits; or the synchronous one in a thread pool, which settles
-some more payments a second and costs more CPU time.
+documentation shows it, whose signer blocks the event loop while it waits; or the synchronous one in a thread pool, which
+settles some more payments a second and costs more CPU time.
 """
 
 from __future__ import annotations
