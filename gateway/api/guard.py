@@ -82,7 +82,9 @@ class Guard:
             route = scope.get("farebox.route", "other")
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(seconds)
-            log.info(
+            # Anybody can ask for a price, as often as the limit lets them; the metrics count those.
+            write = log.debug if status == 402 else log.info
+            write(
                 "request",
                 id=request_id.decode(),
                 method=scope["method"],

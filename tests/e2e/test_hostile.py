@@ -61,7 +61,9 @@ def pay_v1(
 
 
 @pytest.mark.parametrize(
-    ("value", "to"), [(1, None), (1, STRANGER), (2**256 - 1, None), (0, STRANGER)], ids=["value", "both", "huge", "none"]
+    ("value", "to"),
+    [(1, None), (1, STRANGER), (2**256 - 1, None), (0, STRANGER)],
+    ids=["value", "both", "huge", "none"],
 )
 def test_a_used_nonce_with_another_amount_is_a_conflict_and_a_new_one_is_refused(
     http: httpx.Client, wallet: LocalAccount, simulator: Simulator, value: int, to: str | None
