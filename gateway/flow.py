@@ -247,7 +247,8 @@ class Flow:
             async with until_gone(job.call):
                 await stream.start(headers)
                 async for frame in running.frames():
-                    delivered += frame
+                    if job.paid is not None:
+                        delivered += frame
                     await stream.write(frame)
         except CallerGone:
             gone = True

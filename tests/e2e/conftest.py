@@ -10,8 +10,8 @@ import httpx
 import pytest
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
-from gateway.dev.simulator.process import Simulator
 
+from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack, running
 
 QUESTION: dict[str, Any] = {
