@@ -26,7 +26,7 @@ from gateway.execution.errors import CallerFault, ExecutionFailed
 from gateway.execution.failover import Executor
 from gateway.execution.streams import Running
 from gateway.metrics import Metrics
-from gateway.offers import PAYMENT_HEADERS, Offers, PaidRequest, PaymentNeeded, payment_headers
+from gateway.offers import PAYMENT_HEADERS, Offers, PaidRequest, PaymentNeeded, SentPayment, payment_headers
 from gateway.planning import Plan, Planner
 from gateway.replays import KeptAnswer, Replays
 from gateway.routing.preferences import STRATEGY_HEADER, parse_preferences
@@ -34,10 +34,11 @@ from payments.errors import PaymentMalformed, PaymentRefused
 from payments.money import nano_to_usd
 from payments.quotes import request_digest
 from payments.store import Store, StoreBusy
+from payments.tenders import authorizations
 from payments.tenders.account import AccountTender
 from payments.tenders.base import Charge, Hold, Outcome, Tender
 from payments.tenders.closing import because
-from payments.tenders.exact import AlreadyUsed
+from payments.tenders.exact import AlreadyUsed, use_digest
 from payments.tenders.prepaid import PrepaidTender
 
 ANOTHER_USE_WAIT_S = 30.0
@@ -76,14 +77,16 @@ class Job:
         if self.paid is not None:
             response = self.hold.payment_response()
             if response is not None:
-                headers |= payment_headers(self.paid.payment, response)
+                headers |= payment_headers(self.paid.sent.payment, response)
         return headers
 
     def seal(self, replays: Replays, answer: KeptAnswer) -> replaying.Sealed | None:
         """The answer, kept for the same payment sent again; other tenders have nothing to send again."""
         if self.paid is None:
             return None
-        return replays.sealed(self.hold.receipt_id, replaying.replay_secret(self.paid.header, self.call.body), answer)
+        return replays.sealed(
+            self.hold.receipt_id, replaying.replay_secret(self.paid.sent.header, self.call.body), answer
+        )
 
 
 class Flow:
@@ -129,6 +132,9 @@ class Flow:
             await self.ask_for_payment(call, needed)
             return
         except (ApiError, PaymentMalformed):
+            # What paid when it could still be served has its answer, whatever the catalog and the breakers say by now.
+            if paying and await self._answered_before(call):
+                return
             # What is asked wrongly costs work too.
             if caller is None:
                 self._limiter.count(call.client)
@@ -146,7 +152,8 @@ class Flow:
             try:
                 hold = await tender.authorize(plan.quote, plan.details())
             except AlreadyUsed as used:
-                if await self._answer_again(call, paid, used):
+                assert paid is not None
+                if await self._answer_again(call, paid.sent, used):
                     return
                 continue
             await self._perform(Job(call, plan, hold, paid))
@@ -293,12 +300,22 @@ class Flow:
 
     # ------------------------------------------------------------------ the same payment again
 
-    async def _answer_again(self, call: Call, paid: PaidRequest | None, used: AlreadyUsed) -> bool:
-        """Answer a payment that was sent before with its first outcome; False if it may be tried again."""
-        assert paid is not None
-        if used.state == "in_progress" and await paid.services.use_ended(used.receipt_id, ANOTHER_USE_WAIT_S):
+    async def _answered_before(self, call: Call) -> bool:
+        """Answer a payment that was used before for this very request, if it was; for requests that cannot be planned."""
+        try:
+            sent = self._offers.sent(call)
+        except (PaymentMalformed, PaymentRefused):
             return False
-        kept = await self._replays.find(used.receipt_id, replaying.replay_secret(paid.header, call.body))
+        assert sent is not None
+        digest = use_digest(sent.payment, request_digest(call.method, call.path, call.body))
+        used = await self._store.read(lambda tx: authorizations.outcome_of(tx, sent.identity, digest))
+        return used is not None and await self._answer_again(call, sent, used)
+
+    async def _answer_again(self, call: Call, sent: SentPayment, used: AlreadyUsed) -> bool:
+        """Answer a payment that was sent before with its first outcome; False if it may be tried again."""
+        if used.state == "in_progress" and await sent.entry.services.use_ended(used.receipt_id, ANOTHER_USE_WAIT_S):
+            return False
+        kept = await self._replays.find(used.receipt_id, replaying.replay_secret(sent.header, call.body))
         if kept is None:
             raise ApiError(
                 409,

@@ -29,14 +29,27 @@ class NetworkPayments:
 
 
 @dataclass(frozen=True, slots=True)
+class SentPayment:
+    """A payment as it came with a request, nothing of it checked but its form."""
+
+    payment: wire.Payment
+    header: bytes
+    entry: NetworkPayments
+    token: Token
+
+    @property
+    def identity(self) -> str:
+        """The name under which its authorization can be used once."""
+        return self.payment.identity(self.token.chain_id, self.token)
+
+
+@dataclass(frozen=True, slots=True)
 class PaidRequest:
     """A request that carries a payment which pays for it, as far as can be known without the chain."""
 
     plan: Plan
     tender: ExactTender
-    payment: wire.Payment
-    header: bytes
-    services: ExactServices
+    sent: SentPayment
 
 
 class PaymentNeeded(Exception):
@@ -96,6 +109,23 @@ class Offers:
         answer.body["quote"] = needed.plan.quote_json()
         return answer
 
+    def sent(self, call: Call) -> SentPayment | None:
+        """The payment that a request carries; None if it carries none.
+
+        Raises:
+            PaymentMalformed: The header is no payment.
+            PaymentRefused: It is on a network or in a token that is not taken here.
+        """
+        present = [name for name in PAYMENT_HEADERS if name in call.headers]
+        if not present:
+            return None
+        if len(present) > 1:
+            raise PaymentMalformed("two_payments", "send either PAYMENT-SIGNATURE or X-PAYMENT, not both")
+        header = call.headers[present[0]]
+        payment = wire.decode_payment(header.decode("latin-1"), PAYMENT_HEADERS[present[0]])
+        entry, token = self._paid_in(payment)
+        return SentPayment(payment, header, entry, token)
+
     def read(self, call: Call, fresh: Plan, now: int) -> PaidRequest | None:
         """The payment that a request carries, checked as far as that needs no chain; None if it carries none.
 
@@ -108,22 +138,14 @@ class Offers:
             PaymentMalformed: The header is no payment.
             PaymentNeeded: The payment does not pay for this request; says why, with a fresh quote.
         """
-        present = [name for name in PAYMENT_HEADERS if name in call.headers]
-        if not present:
-            return None
-        if len(present) > 1:
-            raise PaymentMalformed("two_payments", "send either PAYMENT-SIGNATURE or X-PAYMENT, not both")
-        header = call.headers[present[0]]
-        payment = wire.decode_payment(header.decode("latin-1"), PAYMENT_HEADERS[present[0]])
         try:
-            return self._check(payment, header, fresh, now)
+            sent = self.sent(call)
+            return None if sent is None else self._check(sent, fresh, now)
         except PaymentRefused as error:
             raise PaymentNeeded(fresh, error.code, error.message) from None
-        except QuoteInvalid as error:
-            raise PaymentNeeded(fresh, error.code, error.message) from None
 
-    def _check(self, payment: wire.Payment, header: bytes, fresh: Plan, now: int) -> PaidRequest:
-        entry, token = self._paid_in(payment)
+    def _check(self, sent: SentPayment, fresh: Plan, now: int) -> PaidRequest:
+        payment, entry, token = sent.payment, sent.entry, sent.token
         plan, refusal = fresh, None
         if payment.quote_token is not None and payment.accepted is not None:
             plan, refusal = self._honoured(payment.quote_token, payment.accepted.amount, token, fresh, now)
@@ -140,7 +162,7 @@ class Offers:
         tender = ExactTender(
             entry.services, payment, token, entry.network, requirement, plan.quote.request_digest, refusal
         )
-        return PaidRequest(plan, tender, payment, header, entry.services)
+        return PaidRequest(plan, tender, sent)
 
     def _paid_in(self, payment: wire.Payment) -> tuple[NetworkPayments, Token]:
         for entry in self._networks:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.errors import ApiError
+from payments.x402.fields import is_deeper_than
 
 BODY_TIMEOUT_S = 60
 """A request under way takes one of a limited number of places, from its head on: no body may hold it for ever."""
@@ -116,22 +117,9 @@ def read_json(body: bytes, depth_max: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError(400, "invalid_json", "the body must be a JSON object")
     # Fewer brackets than levels allowed cannot nest too deeply, which settles nearly every request without a walk.
-    if body.count(b"[") + body.count(b"{") > depth_max and _deeper_than(value, depth_max):
+    if body.count(b"[") + body.count(b"{") > depth_max and is_deeper_than(value, depth_max):
         raise ApiError(400, "json_too_deep", f"the body may be nested at most {depth_max} levels deep")
     return value
-
-
-def _deeper_than(value: Any, depth_max: int) -> bool:
-    level: list[Any] = [value]
-    for _ in range(depth_max):
-        below: list[Any] = []
-        for item in level:
-            children: Iterable[Any] = item.values() if isinstance(item, dict) else item
-            below.extend(child for child in children if isinstance(child, dict | list))
-        if not below:
-            return False
-        level = below
-    return True
 
 
 def encode_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:

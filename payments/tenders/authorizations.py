@@ -144,6 +144,19 @@ def reserve(
     return _find_first_use(tx, identity, digest, details)
 
 
+def outcome_of(tx: Transaction, identity: str, digest: bytes) -> AlreadyUsed | None:
+    """What became of an authorization that was used before for this very payload and request; changes nothing.
+
+    Returns:
+        None if it was not, or was interrupted and could be taken up again.
+    """
+    row = tx.execute(_FIND, (identity,)).fetchone()
+    if row is None or bytes(row[0]) != digest or row[1] == "failed" or row[3] == "interrupted":
+        return None
+    states: dict[str, UseState] = {"open": "in_progress", "captured": "captured", "released": "released"}
+    return AlreadyUsed(row[2], states[row[3]])
+
+
 def is_known(tx: Transaction, identity: str) -> bool:
     """Whether an authorization of this identity was reserved before."""
     return tx.execute("SELECT 1 FROM payment_authorization WHERE identity = ?", (identity,)).fetchone() is not None

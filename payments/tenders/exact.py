@@ -45,6 +45,11 @@ def settlement_id(receipt_id: str) -> str:
     return f"pay:{receipt_id}"
 
 
+def use_digest(payment: Payment, request_digest: bytes) -> bytes:
+    """What an authorization is bound to by its first use: the whole payment, and the request that it came with."""
+    return hashlib.sha256(payment.digest + request_digest).digest()
+
+
 class ExactTender:
     """One signed payment for one request.
 
@@ -76,7 +81,7 @@ class ExactTender:
         self._token = token
         self._pay_to = requirement.pay_to.lower()
         self._value_nano_usd = atomic_to_nano_down(payment.authorization.value, token.decimals)
-        self._digest = hashlib.sha256(payment.digest + request_digest).digest()
+        self._digest = use_digest(payment, request_digest)
 
     async def authorize(self, quote: Quote, details: dict[str, Any]) -> ExactHold:
         """Reserve the payment and put its transfer on the way, or take an interrupted use of it up again.

@@ -88,3 +88,14 @@ def read_seconds(value: object, field: str) -> int:
     if type(value) is not int or not 0 <= value <= SECONDS_MAX:
         malformed(field, f"an integer from 0 to {SECONDS_MAX}")
     return value
+
+
+def is_deeper_than(document: object, levels: int) -> bool:
+    """Whether containers nest deeper than `levels`. Level by level rather than recursive: the depth is the sender's."""
+    layer: list[Any] = [document]
+    for _ in range(levels + 1):
+        layer = [node for node in layer if isinstance(node, (dict, list))]
+        if not layer:
+            return False
+        layer = [inner for node in layer for inner in (node.values() if isinstance(node, dict) else node)]
+    return True

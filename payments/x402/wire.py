@@ -19,6 +19,7 @@ from payments.chain.networks import PERMIT2_ADDRESS, Token, TransferMethod
 from payments.errors import PaymentMalformed
 from payments.x402.answers import QUOTE_EXTENSION, PaymentRequiredAnswer, payment_required, payment_response
 from payments.x402.fields import (
+    is_deeper_than,
     read_address,
     read_bytes32,
     read_members,
@@ -213,22 +214,11 @@ def _read_document(header: str, header_name: HeaderName) -> dict[str, Any]:
         document = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise PaymentMalformed("malformed_json", f"{header_name.upper()} must be base64 of UTF-8 JSON") from error
-    if _is_deeper_than(document, JSON_DEPTH_MAX):
+    if is_deeper_than(document, JSON_DEPTH_MAX):
         raise PaymentMalformed(
             "malformed_json", f"{header_name.upper()} must not nest deeper than {JSON_DEPTH_MAX} levels"
         )
     return read_object(document, header_name.upper())
-
-
-def _is_deeper_than(document: object, levels: int) -> bool:
-    """Whether containers nest deeper than `levels`. Level by level rather than recursive: the depth is the sender's."""
-    layer: list[Any] = [document]
-    for _ in range(levels + 1):
-        layer = [node for node in layer if isinstance(node, (dict, list))]
-        if not layer:
-            return False
-        layer = [inner for node in layer for inner in (node.values() if isinstance(node, dict) else node)]
-    return True
 
 
 def _read_requirement(value: object) -> Requirement:

@@ -238,3 +238,21 @@ def test_a_route_that_is_gone_is_replaced_by_one_that_costs_no_more_or_nothing_i
     assert (again.status_code, again.content) == (200, first.content)
     assert world.simulator.attempts() == []
     check_books(world.gateway)
+
+
+def test_an_answer_that_was_paid_for_is_given_again_though_its_model_is_gone(world: World) -> None:
+    world.offer(dev_models())
+    wallet = next(world.wallets)
+    before = world.usdc(wallet)
+    headers = ask_and_sign(world.http, wallet, QUESTION)
+    first = ask(world.http, QUESTION, headers)
+    assert first.status_code == 200, first.text
+
+    world.offer(models("claude-opus-4.7"))
+    assert ask(world.http, QUESTION).status_code == 404
+    again = ask(world.http, QUESTION, headers)
+    assert again.status_code == 200, again.text
+    assert again.content == first.content
+    other = ask(world.http, QUESTION | {"max_tokens": 63}, headers)
+    assert other.status_code == 404, other.text
+    assert before - world.usdc(wallet) == amount_of(headers)
