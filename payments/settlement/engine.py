@@ -342,7 +342,6 @@ class Settlements:
 
     async def _send_again(self, entry: Entry) -> None:
         """A reorganisation took the evidence away: the same bytes go out once more, and the evidence is found anew."""
-        self.reorganised += 1
         log.warning("settlement %s was reorganised out of block %s", entry.id, entry.block_number)
         moved = await self._store.write(
             lambda tx: states.move(tx, entry.id, "submitted", transfer_log_index=None, block_number=None)
@@ -352,6 +351,8 @@ class Settlements:
         entry.state, entry.block_number, entry.block_hash = "submitted", None, None
         entry.first_sent = entry.last_sent = 0.0
         self._outcomes.pop(entry.id, None)
+        # Counted once nobody is told the old outcome any more.
+        self.reorganised += 1
         self._resume(entry)
 
     async def _housekeeping(self) -> None:
