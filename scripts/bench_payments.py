@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bench_verification
 import httpx
-from benchmarks import reference
+from benchmarks import constant, reference
 from benchmarks.load import Answer, Batch, LoadGenerator, Outcome
 from benchmarks.payers import JSON, Payers, transaction_of, transfers_to, with_ether
 from rich.console import Console
@@ -162,9 +162,13 @@ def measure_throughput(
         ours = Side("ours", ours_url, (gateway.pid,), stack.pay_to, lambda: _round_trips(stack.gateway_url))
         theirs = Side("reference", other.url, (other.resource_pid, other.facilitator_pid), pay_to, lambda: 0.0)
         sides = (ours, theirs)
+        asked = httpx.post(ours_url, content=body, headers=JSON)
+        kept = {name: asked.headers[name] for name in ("payment-required", "content-type", "content-length")}
+        same = cleanup.enter_context(constant.running(asked.status_code, kept, asked.content))
+        limit = Side("limit", same.url, (same.pid,), "", lambda: 0.0)
 
         paid: dict[str, list[Turn]] = {side.name: [] for side in sides}
-        quoted: dict[str, list[Turn]] = {side.name: [] for side in sides}
+        quoted: dict[str, list[Turn]] = {side.name: [] for side in (*sides, limit)}
         transactions: dict[str, list[str]] = {side.name: [] for side in sides}
         for side in sides:
             step(f"warming up {side.name}", 0, 1)
@@ -182,6 +186,7 @@ def measure_throughput(
                 step(f"{side.name}: quotes", done, 2 * rounds)
                 quoted[side.name].append(_quote_turn(load, side, body, each * QUOTES_PER_REQUEST))
                 done += 1
+            quoted[limit.name].append(_quote_turn(load, limit, body, each * QUOTES_PER_REQUEST))
         step("comparing with the chain", done, 2 * rounds)
         for side in sides:
             _compare_with_chain(stack.rpc_url, side, transactions[side.name])

@@ -10,18 +10,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import httpx
 import uvicorn
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
@@ -32,11 +30,12 @@ from x402.http.types import PaymentOption, RouteConfig
 from x402.mechanisms.evm.exact import register_exact_evm_facilitator, register_exact_evm_server
 from x402.mechanisms.evm.signers import FacilitatorWeb3Signer
 
+from benchmarks.serving import free_port, wait_until_answering
 from contracts.anvil import end_with_parent
 
 PATH = "/v1/chat/completions"
 PRICE = "$0.001"
-READY_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 30.0
 PAYMENT_TIMEOUT_S = 900
 
 
@@ -141,18 +140,18 @@ def running(
         RuntimeError: If a process does not start; standard error says why.
     """
     with contextlib.ExitStack() as cleanup:
-        facilitator_port, resource_port = _free_port(), _free_port()
+        facilitator_port, resource_port = free_port(), free_port()
         facilitator_url = f"http://127.0.0.1:{facilitator_port}"
         parts = {"network": network, "threads": threads}
         facilitator = _start({"rpc_url": rpc_url, "private_key": private_key, **parts}, facilitator_port, cleanup)
-        _wait(facilitator, f"{facilitator_url}/supported")
+        wait_until_answering(facilitator, f"{facilitator_url}/supported")
         resource = _start(
             {"facilitator_url": facilitator_url, "pay_to": pay_to, "answer": answer.decode(), **parts},
             resource_port,
             cleanup,
         )
         url = f"http://127.0.0.1:{resource_port}"
-        _wait(resource, f"{url}/docs")
+        wait_until_answering(resource, f"{url}/docs")
         yield Reference(url + PATH, resource.pid, facilitator.pid)
 
 
@@ -164,28 +163,12 @@ def _start(parts: dict[str, Any], port: int, cleanup: contextlib.ExitStack) -> s
         preexec_fn=end_with_parent(),
     )
     assert process.stdin is not None
-    cleanup.callback(process.wait, READY_TIMEOUT_S)
+    cleanup.callback(process.wait, STOP_TIMEOUT_S)
     cleanup.callback(process.terminate)
     # Keys go through the pipe, so that they do not show in a list of processes.
     process.stdin.write(json.dumps(parts))
     process.stdin.close()
     return process
-
-
-def _wait(process: subprocess.Popen[str], url: str) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            httpx.get(url, timeout=5)
-            return
-        time.sleep(0.05)
-    raise RuntimeError("a process of the reference stack did not start; standard error says why")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> int:
