@@ -121,7 +121,7 @@ class Anvil:
         assert self._process is None, "already started"
         program = find_anvil()
         for attempt in range(1, _START_ATTEMPTS + 1):
-            self.port = self._fixed_port or _free_port()
+            self.port = self._fixed_port or free_port()
             try:
                 self._launch(program)
             except AnvilFailed:
@@ -198,7 +198,8 @@ class Anvil:
         return self._errors.read().decode(errors="replace").strip()[-2000:]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

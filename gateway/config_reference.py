@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from gateway.config import SECRETS
 from gateway.settings import Settings
 
-SECRETS = ("secret", "signer_keys", "treasury_key")
 KINDS: dict[Any, str] = {str: "text", int: "integer", float: "number", Path: "path"}
 
 

@@ -192,6 +192,7 @@ class Offers:
             if error.code != "quote_expired":
                 raise
             refusal = error
+            # Its age is all that is wrong with it: read it as of when it was good.
             claim = self._sealer.open(quote_token, amount_nano_usd=amount_nano_usd, request_digest=digest, now=0)
         fee = min(fresh.quote.network_fee_nano_usd, amount_nano_usd)
         items = [QuoteItem("inference", amount_nano_usd - fee)]

@@ -28,6 +28,7 @@ from agents_sdk import Agent, SpendingPolicy, Token
 from contracts.devnet import USDC, USDT, DevToken, balance_of
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import GatewayProcess, Stack, running
+from payments.money import usd_to_nano
 
 QUESTION = "Why is the sky blue?"
 TABLE_WIDTH = 140
@@ -125,8 +126,8 @@ class Demo:
             wallet_usdt=on_chain(USDT, self._wallet["address"]),
             treasury_usdc=on_chain(USDC, self._stack.pay_to),
             treasury_usdt=on_chain(USDT, self._stack.pay_to),
-            credit_usdc=nano(credit.get("USDC", "0")),
-            credit_usdt=nano(credit.get("USDT", "0")),
+            credit_usdc=usd_to_nano(credit.get("USDC", "0")),
+            credit_usdt=usd_to_nano(credit.get("USDT", "0")),
         )
 
     def run(self) -> Iterator[Step]:
@@ -191,8 +192,10 @@ class Demo:
         expect(receipt["state"] == "captured", f"{receipt_id} is {receipt['state']}")
         transaction = (receipt.get("transaction") or {}).get("hash")
         if receipt["tender"] == "exact":
-            parts = nano(receipt["charged_usd"]) + nano(receipt["credited_usd"])
-            expect(parts == nano(receipt["paid_usd"]), f"{receipt_id}: charged and credited are not what was paid")
+            parts = usd_to_nano(receipt["charged_usd"]) + usd_to_nano(receipt["credited_usd"])
+            expect(
+                parts == usd_to_nano(receipt["paid_usd"]), f"{receipt_id}: charged and credited are not what was paid"
+            )
             expect(transaction is not None, f"{receipt_id} names no transaction")
         return Step(
             what=what,
@@ -209,12 +212,6 @@ class Demo:
         )
 
 
-def nano(usd: str) -> int:
-    """A dollar text as nano-dollars."""
-    whole, _, fraction = usd.partition(".")
-    return int(whole) * 10**9 + int(fraction.ljust(9, "0")[:9])
-
-
 def check_sums(steps: list[Step], before: Balances, after: Balances) -> None:
     """What left the wallet arrived in the treasury, and is what was charged plus what is credit now."""
     for token in ("usdc", "usdt"):
@@ -222,7 +219,7 @@ def check_sums(steps: list[Step], before: Balances, after: Balances) -> None:
         arrived = getattr(after, f"treasury_{token}") - getattr(before, f"treasury_{token}")
         credited = getattr(after, f"credit_{token}") - getattr(before, f"credit_{token}")
         paid = [step for step in steps if step.paid_with.lower().startswith(token)]
-        charged = sum(nano(step.charged_usd) for step in paid)
+        charged = sum(usd_to_nano(step.charged_usd) for step in paid)
         expect(left == arrived > 0, f"{token}: {left} left the wallet, {arrived} arrived in the treasury")
         expect(
             left * 1000 == charged + credited,

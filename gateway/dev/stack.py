@@ -13,7 +13,6 @@ import os
 import secrets
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +24,7 @@ from typing import Any
 
 import httpx
 
-from contracts.anvil import Anvil, AnvilFailed, AnvilMissing, end_with_parent
+from contracts.anvil import Anvil, AnvilFailed, AnvilMissing, end_with_parent, free_port
 from contracts.devnet import Devnet, load
 from contracts.jsonrpc import rpc
 from gateway import config
@@ -146,12 +145,6 @@ class GatewayProcess:
         self._process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def running(
     data_dir: Path,
@@ -190,7 +183,7 @@ def running(
         keys = _secrets(data_dir)
         for key in (keys.signer_key, keys.treasury_key):
             rpc(anvil.rpc_url, "anvil_setBalance", _address(key), hex(OPERATOR_ETHER * 10**18))
-        gateway_port = port or _free_port()
+        gateway_port = port or free_port()
         variables = _environment(data_dir, config_file, gateway_port, anvil.rpc_url, devnet, simulator.url, keys)
         url = f"http://127.0.0.1:{gateway_port}"
         gateway = GatewayProcess(url, config_file, {**variables, **(environment or {})}, data_dir / "gateway.log")

@@ -287,7 +287,6 @@ class Running:
         self._pieces: list[str] = stream.pieces if stream is not None else []
         self._delivered = False
         self._ended = False
-        self._counted: int | None = None
 
     def complete(self, pieces: list[str], finish: FinishReason, reported: Usage | None) -> None:
         """The whole answer is here; the executor sets `body` next."""
@@ -297,15 +296,6 @@ class Running:
         self._settle_usage(reported, whole=True)
         self._ended = True
         self._breaker.succeeded()
-
-    @property
-    def counted_output_tokens(self) -> int:
-        """Our own count of the output so far; of the whole output once ended. Costs a tokenization the first time."""
-        if not self._ended:
-            return self._count_output(self._pieces)
-        if self._counted is None:
-            self._counted = self._count_output(self._pieces)
-        return self._counted
 
     def frames(self) -> AsyncIterator[bytes]:
         """The caller's SSE frames, several of them at a time where they arrived together, without the final `[DONE]`.

@@ -30,7 +30,6 @@ class Signer:
     """Lower-case hex."""
     nonce_floor: int | None = None
     """The lowest nonce that the chain still accepts, pending transactions counted; None until the chain was asked."""
-    balance_wei: int | None = None
     in_flight: int = 0
 
     @classmethod

@@ -105,7 +105,7 @@ class Alarms:
         requests += [("eth_call", ({"to": token.address, "data": data}, "latest")) for token in self._tokens]
         replies = [int(reply, 16) for reply in await self._rpc.ask(requests)]
         for account, wei in zip(self._accounts, replies, strict=False):
-            account.balance_wei = self.gas_wei[account.address] = wei
+            self.gas_wei[account.address] = wei
         for token, atomic in zip(self._tokens, replies[len(self._accounts) :], strict=True):
             self.treasury_nano_usd[token.asset] = atomic_to_nano_down(atomic, token.decimals)
 

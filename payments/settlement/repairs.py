@@ -53,8 +53,6 @@ class Repairs:
         adopt: Callable[[Entry], None],
         expire: Expire,
     ) -> None:
-        self.fee_bumps = 0
-        self.gaps_filled = 0
         self._store, self._rpc, self._chain_id = store, rpc, chain_id
         self._patience_s = patience_s
         self._fees, self._courier = fees, courier
@@ -180,7 +178,6 @@ class Repairs:
                 outbox.fill_gap, chain_id=self._chain_id, signer=signer, nonce=nonce, fees=fees, head=self._courier.head
             )
             self._adopt(await self._store.write(unit))
-            self.gaps_filled += 1
 
     async def _bump(self, entry: Entry) -> None:
         fees = entry.fees.raised()
@@ -189,7 +186,6 @@ class Repairs:
         if entry.state not in states.OPEN and entry.id not in self._holding:
             return
         await self._store.write(lambda tx: outbox.replace(tx, entry, fees))
-        self.fee_bumps += 1
         log.warning("transaction of %s stalls; sent again for %d wei a unit of gas", entry.id, fees.max_fee)
         self._courier.carry(entry)
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import uvicorn
 
-from benchmarks.serving import free_port, wait_until_answering
-from contracts.anvil import end_with_parent
+from benchmarks.serving import wait_until_answering
+from contracts.anvil import end_with_parent, free_port
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,8 @@ from x402.http.types import PaymentOption, RouteConfig
 from x402.mechanisms.evm.exact import register_exact_evm_facilitator, register_exact_evm_server
 from x402.mechanisms.evm.signers import FacilitatorWeb3Signer
 
-from benchmarks.serving import free_port, wait_until_answering
-from contracts.anvil import end_with_parent
+from benchmarks.serving import wait_until_answering
+from contracts.anvil import end_with_parent, free_port
 
 PATH = "/v1/chat/completions"
 PRICE = "$0.001"

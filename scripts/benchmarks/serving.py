@@ -1,22 +1,14 @@
-"""Starting servers for a measurement: a free port, and waiting until it answers."""
+"""Starting servers for a measurement: waiting until they answer."""
 
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import time
 
 import httpx
 
 READY_TIMEOUT_S = 30.0
-
-
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until_answering(process: subprocess.Popen[str], url: str) -> None:
