@@ -34,11 +34,10 @@ from payments.errors import PaymentMalformed, PaymentRefused
 from payments.money import nano_to_usd
 from payments.quotes import request_digest
 from payments.store import Store, StoreBusy
-from payments.tenders import authorizations
 from payments.tenders.account import AccountTender
+from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.base import Charge, Hold, Outcome, Tender
 from payments.tenders.closing import because
-from payments.tenders.exact import AlreadyUsed, use_digest
 from payments.tenders.prepaid import PrepaidTender
 
 ANOTHER_USE_WAIT_S = 30.0
@@ -307,13 +306,13 @@ class Flow:
         except (PaymentMalformed, PaymentRefused):
             return False
         assert sent is not None
-        digest = use_digest(sent.payment, request_digest(call.method, call.path, call.body))
-        used = await self._store.read(lambda tx: authorizations.outcome_of(tx, sent.identity, digest))
+        digest = request_digest(call.method, call.path, call.body)
+        used = await sent.scheme.first_outcome(sent.payment, sent.token, digest)
         return used is not None and await self._answer_again(call, sent, used)
 
     async def _answer_again(self, call: Call, sent: SentPayment, used: AlreadyUsed) -> bool:
         """Answer a payment that was sent before with its first outcome; False if it may be tried again."""
-        if used.state == "in_progress" and await sent.entry.services.use_ended(used.receipt_id, ANOTHER_USE_WAIT_S):
+        if used.state == "in_progress" and await sent.scheme.use_ended(used.receipt_id, ANOTHER_USE_WAIT_S):
             return False
         kept = await self._replays.find(used.receipt_id, replaying.replay_secret(sent.header, call.body))
         if kept is None:

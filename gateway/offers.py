@@ -11,9 +11,9 @@ from gateway.planning import Plan, Planner
 from payments.chain.networks import Network, Token
 from payments.errors import PaymentError, PaymentMalformed, PaymentRefused
 from payments.money import atomic_to_nano_down, nano_to_usd
-from payments.quotes import Quote, QuoteInvalid, QuoteItem, QuoteSealer
-from payments.tenders.exact import ExactServices, ExactTender
-from payments.verification import checks
+from payments.quotes import Quote, QuoteClaim, QuoteInvalid, QuoteItem, QuoteSealer
+from payments.tenders.base import Tender
+from payments.tenders.schemes import Scheme
 from payments.x402 import wire
 
 PAYMENT_HEADERS: dict[bytes, wire.HeaderName] = {b"payment-signature": "payment-signature", b"x-payment": "x-payment"}
@@ -21,26 +21,24 @@ PAYMENT_HEADERS: dict[bytes, wire.HeaderName] = {b"payment-signature": "payment-
 
 @dataclass(frozen=True, slots=True)
 class NetworkPayments:
-    """A network with what is needed to be paid on it."""
+    """A network and the schemes by which payments are taken on it, the operator's first choice first."""
 
     network: Network
-    pay_to: str
-    services: ExactServices
+    schemes: tuple[Scheme, ...]
+
+    def scheme(self, name: str) -> Scheme | None:
+        """The scheme of this name, if it is taken here."""
+        return next((scheme for scheme in self.schemes if scheme.name == name), None)
 
 
 @dataclass(frozen=True, slots=True)
 class SentPayment:
     """A payment as it came with a request, nothing of it checked but its form."""
 
-    payment: wire.Payment
+    payment: wire.PaymentHeader
     header: bytes
-    entry: NetworkPayments
+    scheme: Scheme
     token: Token
-
-    @property
-    def identity(self) -> str:
-        """The name under which its authorization can be used once."""
-        return self.payment.identity(self.token.chain_id, self.token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class PaidRequest:
     """A request that carries a payment which pays for it, as far as can be known without the chain."""
 
     plan: Plan
-    tender: ExactTender
+    tender: Tender
     sent: SentPayment
 
 
@@ -73,6 +71,7 @@ class Offers:
         planner: Prices requests.
         public_url: How clients reach this gateway, or None to take it from each request.
         timeout_s: How long a payment must be good for, in seconds.
+        default_schemes: Offered to whoever asks for none.
     """
 
     def __init__(
@@ -82,39 +81,46 @@ class Offers:
         planner: Planner,
         public_url: str | None,
         timeout_s: int,
+        default_schemes: tuple[str, ...] = ("exact",),
     ) -> None:
         self._networks = networks
         self._sealer = sealer
         self._planner = planner
         self._public_url = public_url
         self._timeout_s = timeout_s
+        self._default_schemes = default_schemes
 
     def required(self, call: Call, needed: PaymentNeeded) -> wire.PaymentRequiredAnswer:
         """The 402 for a request."""
-        quote = needed.plan.quote
-        networks = self._offered(call.header(b"accept-payment"))
+        answer = self.required_for(call, needed.plan.quote, f"{needed.code}: {needed.message}")
+        answer.body["quote"] = needed.plan.quote_json()
+        return answer
+
+    def required_for(self, call: Call, quote: Quote, error: str) -> wire.PaymentRequiredAnswer:
+        """The 402 for anything that has a quote; `error` says why there is one."""
+        networks, schemes = self._offered(call.header(b"accept-payment"))
         requirements = [
-            wire.requirement_for(token, entry.network, quote.maximum_nano_usd, entry.pay_to, self._timeout_s)
+            scheme.requirement(token, quote.maximum_nano_usd, self._timeout_s)
             for entry in networks
-            for token in entry.network.tokens
+            for name in schemes
+            if (scheme := entry.scheme(name)) is not None
+            for token in scheme.tokens
         ]
-        answer = wire.payment_required(
+        return wire.payment_required(
             requirements,
             quote,
             self._sealer.seal(quote),
             self._resource(call),
-            f"{needed.code}: {needed.message}",
+            error,
             [entry.network for entry in networks],
         )
-        answer.body["quote"] = needed.plan.quote_json()
-        return answer
 
     def sent(self, call: Call) -> SentPayment | None:
         """The payment that a request carries; None if it carries none.
 
         Raises:
             PaymentMalformed: The header is no payment.
-            PaymentRefused: It is on a network or in a token that is not taken here.
+            PaymentRefused: It is on a network, by a scheme or in a token that is not taken here.
         """
         present = [name for name in PAYMENT_HEADERS if name in call.headers]
         if not present:
@@ -123,8 +129,8 @@ class Offers:
             raise PaymentMalformed("two_payments", "send either PAYMENT-SIGNATURE or X-PAYMENT, not both")
         header = call.headers[present[0]]
         payment = wire.decode_payment(header.decode("latin-1"), PAYMENT_HEADERS[present[0]])
-        entry, token = self._paid_in(payment)
-        return SentPayment(payment, header, entry, token)
+        scheme, token = self._paid_in(payment)
+        return SentPayment(payment, header, scheme, token)
 
     def read(self, call: Call, fresh: Plan, now: int) -> PaidRequest | None:
         """The payment that a request carries, checked as far as that needs no chain; None if it carries none.
@@ -144,27 +150,44 @@ class Offers:
         except PaymentRefused as error:
             raise PaymentNeeded(fresh, error.code, error.message) from None
 
-    def _check(self, sent: SentPayment, fresh: Plan, now: int) -> PaidRequest:
-        payment, entry, token = sent.payment, sent.entry, sent.token
-        plan, refusal = fresh, None
-        if payment.quote_token is not None and payment.accepted is not None:
-            plan, refusal = self._honoured(payment.quote_token, payment.accepted.amount, token, fresh, now)
-        requirement = wire.requirement_for(
-            token, entry.network, plan.quote.maximum_nano_usd, entry.pay_to, self._timeout_s
-        )
-        try:
-            checks.check_offline(payment, requirement, entry.network, token, now=now)
-        except PaymentRefused as error:
-            # Times pass, and prices move under a v1 payment, which carries no quote. Whoever paid in time is not told so.
-            if error.code != "expired" and not (error.code == "wrong_amount" and payment.version == 1):
-                raise
-            refusal = error
-        tender = ExactTender(
-            entry.services, payment, token, entry.network, requirement, plan.quote.request_digest, refusal
-        )
-        return PaidRequest(plan, tender, sent)
+    def tender(self, sent: SentPayment, quote: Quote, now: int, refusal: PaymentRefused | None = None) -> Tender:
+        """What a payment is worth for what `quote` is of; errors and `refusal` as for `Scheme.tender`."""
+        requirement = sent.scheme.requirement(sent.token, quote.maximum_nano_usd, self._timeout_s)
+        return sent.scheme.tender(sent.payment, sent.token, requirement, quote.request_digest, now, refusal)
 
-    def _paid_in(self, payment: wire.Payment) -> tuple[NetworkPayments, Token]:
+    def claim(self, sent: SentPayment, digest: bytes, now: int) -> tuple[QuoteClaim | None, int, PaymentRefused | None]:
+        """The quote that came back with a payment, what it was for in nano-USD, and the refusal that its age deserves if nobody
+        used it in time. No claim for v1, which carries none, and for whoever left it out.
+
+        Raises:
+            QuoteInvalid: It is not ours, or was made for another request (`digest`) or amount.
+        """
+        payment = sent.payment
+        if payment.quote_token is None or payment.accepted is None:
+            return None, 0, None
+        amount_nano_usd = atomic_to_nano_down(payment.accepted.amount, sent.token.decimals)
+        try:
+            claim = self._sealer.open(
+                payment.quote_token, amount_nano_usd=amount_nano_usd, request_digest=digest, now=now
+            )
+        except QuoteInvalid as error:
+            if error.code != "quote_expired":
+                raise
+            # Its age is all that is wrong with it: read it as of when it was good.
+            claim = self._sealer.open(
+                payment.quote_token, amount_nano_usd=amount_nano_usd, request_digest=digest, now=0
+            )
+            return claim, amount_nano_usd, error
+        return claim, amount_nano_usd, None
+
+    def _check(self, sent: SentPayment, fresh: Plan, now: int) -> PaidRequest:
+        claim, amount_nano_usd, refusal = self.claim(sent, fresh.quote.request_digest, now)
+        plan = fresh
+        if claim is not None:
+            plan, refusal = self._honoured(claim, amount_nano_usd, refusal, fresh)
+        return PaidRequest(plan, self.tender(sent, plan.quote, now, refusal), sent)
+
+    def _paid_in(self, payment: wire.PaymentHeader) -> tuple[Scheme, Token]:
         for entry in self._networks:
             if payment.network in (entry.network.caip2, entry.network.v1_name):
                 break
@@ -173,27 +196,20 @@ class Offers:
             raise PaymentRefused(
                 "wrong_network", f"payments on {payment.network!r} are not taken here, only on {known}"
             )
+        scheme = entry.scheme(payment.scheme)
+        if scheme is None:
+            taken = ", ".join(scheme.name for scheme in entry.schemes)
+            raise PaymentRefused("wrong_scheme", f"on {entry.network.caip2} these schemes are taken: {taken}")
         address = payment.token_address or entry.network.tokens[0].address
-        token = entry.network.token_at(address)
+        token = next((token for token in scheme.tokens if token.address == address), None)
         if token is None:
             raise PaymentRefused("wrong_token", f"the token {address} is not taken on {entry.network.caip2}")
-        return entry, token
+        return scheme, token
 
     def _honoured(
-        self, quote_token: str, amount: int, token: Token, fresh: Plan, now: int
+        self, claim: QuoteClaim, amount_nano_usd: int, refusal: PaymentRefused | None, fresh: Plan
     ) -> tuple[Plan, PaymentRefused | None]:
-        """The plan that was quoted, and the refusal that its age deserves if nobody used it in time."""
-        amount_nano_usd = atomic_to_nano_down(amount, token.decimals)
-        digest = fresh.quote.request_digest
-        refusal: PaymentRefused | None = None
-        try:
-            claim = self._sealer.open(quote_token, amount_nano_usd=amount_nano_usd, request_digest=digest, now=now)
-        except QuoteInvalid as error:
-            if error.code != "quote_expired":
-                raise
-            refusal = error
-            # Its age is all that is wrong with it: read it as of when it was good.
-            claim = self._sealer.open(quote_token, amount_nano_usd=amount_nano_usd, request_digest=digest, now=0)
+        """The plan that was quoted, and why it cannot be begun any more, if so."""
         fee = min(fresh.quote.network_fee_nano_usd, amount_nano_usd)
         items = [QuoteItem("inference", amount_nano_usd - fee)]
         if fee:
@@ -209,17 +225,19 @@ class Offers:
             )
         return replace(plan, quote=replace(quote, route=tuple(candidate.id for candidate in plan.candidates))), refusal
 
-    def _offered(self, accept_payment: str | None) -> list[NetworkPayments]:
-        """The first network, which works without any set-up, and those that the caller asks for by their CAIP-2 name."""
+    def _offered(self, accept_payment: str | None) -> tuple[list[NetworkPayments], list[str]]:
+        """The networks and the schemes to offer: those that the caller names, by CAIP-2 and by scheme; by default the first
+        network, which works without any set-up. The default schemes follow those asked for: they work where those do not."""
         if not self._networks:
             raise ApiError(
                 503,
                 "payments_not_configured",
                 "this gateway takes no payments on a chain; use an API key, or ask its operator",
             )
-        asked = {item.strip() for item in (accept_payment or "").split(",")}
-        named = [entry for entry in self._networks if entry.network.caip2 in asked]
-        return named or self._networks[:1]
+        asked = list(dict.fromkeys(item.strip() for item in (accept_payment or "").split(",")))
+        networks = [entry for entry in self._networks if entry.network.caip2 in asked] or self._networks[:1]
+        known = [name for name in asked if any(entry.scheme(name) is not None for entry in networks)]
+        return networks, list(dict.fromkeys([*known, *self._default_schemes]))
 
     def _resource(self, call: Call) -> str:
         if self._public_url is not None:
@@ -228,7 +246,7 @@ class Offers:
         return f"{call.scope.get('scheme', 'http')}://{host}{call.path}"
 
 
-def payment_headers(payment: wire.Payment, response: dict[str, Any]) -> dict[str, str]:
+def payment_headers(payment: wire.PaymentHeader, response: dict[str, Any]) -> dict[str, str]:
     """The header that tells an x402 client how its payment went."""
     name = "X-PAYMENT-RESPONSE" if payment.version == 1 else "PAYMENT-RESPONSE"
     return {name: wire.payment_response(**response, v1=payment.version == 1)}

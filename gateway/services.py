@@ -39,9 +39,10 @@ from payments.settlement.engine import Settlements
 from payments.settlement.refunds import Refunds
 from payments.sign_in import SignIn
 from payments.store import Store
-from payments.tenders.exact import ExactServices
 from payments.tenders.exact import on_failed as payment_failed
 from payments.tenders.exact import on_mined as payment_mined
+from payments.tenders.exact_scheme import ExactScheme
+from payments.tenders.exact_services import ExactServices
 from payments.verification.chain_state import ChainStates
 
 SWEEP_INTERVAL_S = 60.0
@@ -114,7 +115,14 @@ class Services:
             access = Access(store, sign_in)
             limiter = QuoteLimiter(settings.limits.quotes_per_minute)
             timeout_s = settings.payments.quote_ttl_s + QUOTE_MARGIN_S
-            offers = Offers(payable, QuoteSealer(secret), planner, settings.public_url, timeout_s)
+            offers = Offers(
+                payable,
+                QuoteSealer(secret),
+                planner,
+                settings.public_url,
+                timeout_s,
+                tuple(settings.payments.schemes),
+            )
             flow = Flow(
                 planner=planner,
                 offers=offers,
@@ -178,7 +186,8 @@ async def _open_chain(
         settlement_wait_s=settings.payments.settlement_wait_s,
         credited=None if refunds is None else refunds.consider,
     )
-    return Chain(network, rpc, settlements, refunds, alarms), NetworkPayments(network, pay_to, services)
+    schemes = (ExactScheme(network, pay_to, services),)
+    return Chain(network, rpc, settlements, refunds, alarms), NetworkPayments(network, schemes)
 
 
 def _sign_in(settings: Settings, secret: bytes, chains: list[Chain]) -> SignIn:

@@ -30,6 +30,7 @@ Dialect = Literal["openai_chat", "anthropic_messages", "gemini"]
 TokenizerFamily = Literal[
     "o200k_base", "cl100k_base", "llama3", "deepseek", "qwen", "mistral", "gemini", "claude", "other"
 ]
+Scheme = Literal["exact"]
 StrategyName = Literal["balanced", "cost-first", "latency-first", "availability-first"]
 
 
@@ -203,6 +204,8 @@ class PaymentSettings(Section):
     """Quoted, and sent upstream, where the caller gives no max_tokens."""
     markup_percent: int = Field(default=0, ge=0, le=1000)
     """Added to the models' prices."""
+    schemes: list[Scheme] = ["exact"]
+    """x402 schemes that a 402 offers to whoever asks for none (by `Accept-Payment`), the first choice first."""
     network_fee_usd: Usd = "0"
     """What a quote passes on for settling the payment, as an item of its own."""
     minimum_charge_usd: Usd = "0"

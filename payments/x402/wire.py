@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import binascii
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ __all__ = [
     "Eip3009Authorization",
     "HeaderName",
     "Payment",
+    "PaymentHeader",
     "PaymentRequiredAnswer",
     "Permit2Authorization",
     "Requirement",
@@ -49,7 +51,6 @@ HeaderName = Literal["payment-signature", "x-payment"]
 HEADER_CHARACTERS_MAX = 16_384
 JSON_DEPTH_MAX = 16
 """The deepest part that stock clients send, a schema echoed within `extensions`, is about half of it."""
-SCHEMES = frozenset({"exact"})
 QUOTE_TOKEN_CHARACTERS_MAX = 512
 
 _INT64_MAX = 2**63 - 1
@@ -118,8 +119,8 @@ class Permit2Authorization:
 
 
 @dataclass(frozen=True, slots=True)
-class Payment:
-    """A decoded payment header."""
+class PaymentHeader:
+    """What every decoded payment header says, whatever its scheme."""
 
     version: int
     """1 or 2."""
@@ -128,12 +129,23 @@ class Payment:
     """As the payer wrote it: CAIP-2 in v2, a name such as ``base-sepolia`` in v1."""
     accepted: Requirement | None
     """The offer that the payer chose; v1 does not send it."""
-    authorization: Eip3009Authorization | Permit2Authorization
-    signature: bytes
     quote_token: str | None
     """Our quote as the payer echoed it; v1 cannot carry it."""
     digest: bytes
     """SHA-256 over the whole payment in canonical JSON: the same payment sent again has the same digest, any other has not."""
+
+    @property
+    def token_address(self) -> str | None:
+        """The token that the payer says it pays in, lower-case hex; None if it does not say."""
+        return None if self.accepted is None else self.accepted.asset
+
+
+@dataclass(frozen=True, slots=True)
+class Payment(PaymentHeader):
+    """A payment that is one signed transfer."""
+
+    authorization: Eip3009Authorization | Permit2Authorization
+    signature: bytes
 
     @property
     def payer(self) -> str:
@@ -147,7 +159,7 @@ class Payment:
 
     @property
     def token_address(self) -> str | None:
-        """The token that the payer says it pays in, lower-case hex; None for EIP-3009 over v1, which does not name it."""
+        """As for any payment; a Permit2 authorization names the token by itself, EIP-3009 over v1 does not."""
         if self.accepted is not None:
             return self.accepted.asset
         return self.authorization.token if isinstance(self.authorization, Permit2Authorization) else None
@@ -161,7 +173,11 @@ class Payment:
         return f"{chain_id}|{contract}|{self.authorization.payer}|{self.authorization.nonce}"
 
 
-def decode_payment(header: str, header_name: HeaderName) -> Payment:
+Decode = Callable[[PaymentHeader, dict[str, Any]], PaymentHeader]
+"""Reads the scheme's own part, `payload`, into the scheme's own kind of payment."""
+
+
+def decode_payment(header: str, header_name: HeaderName) -> PaymentHeader:
     """Read the value of a payment header.
 
     Args:
@@ -184,19 +200,19 @@ def decode_payment(header: str, header_name: HeaderName) -> Payment:
     accepted = None if version == 1 else _read_requirement(document.get("accepted"))
     scheme = read_text(document.get("scheme"), "scheme") if accepted is None else accepted.scheme
     network = read_text(document.get("network"), "network") if accepted is None else accepted.network
-    if scheme not in SCHEMES:
-        raise PaymentMalformed("unsupported_scheme", f"the scheme must be one of: {', '.join(sorted(SCHEMES))}")
-    authorization, signature = _read_payload(document.get("payload"))
-    return Payment(
+    decode = SCHEMES.get(scheme)
+    if decode is None or (version == 1 and scheme != "exact"):
+        known = sorted(SCHEMES) if version == 2 else ["exact"]
+        raise PaymentMalformed("unsupported_scheme", f"the scheme must be one of: {', '.join(known)}")
+    envelope = PaymentHeader(
         version=version,
         scheme=scheme,
         network=network,
         accepted=accepted,
-        authorization=authorization,
-        signature=signature,
         quote_token=None if version == 1 else _read_quote_token(document.get("extensions")),
         digest=hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).digest(),
     )
+    return decode(envelope, read_object(document.get("payload"), "payload"))
 
 
 def _read_document(header: str, header_name: HeaderName) -> dict[str, Any]:
@@ -235,8 +251,7 @@ def _read_requirement(value: object) -> Requirement:
     )
 
 
-def _read_payload(value: object) -> tuple[Eip3009Authorization | Permit2Authorization, bytes]:
-    payload = read_object(value, "payload")
+def _decode_exact(header: PaymentHeader, payload: dict[str, Any]) -> Payment:
     authorization: Eip3009Authorization | Permit2Authorization
     if "permit2Authorization" in payload:
         payload = read_members(payload, "payload", _PERMIT2_PAYLOAD)
@@ -244,7 +259,20 @@ def _read_payload(value: object) -> tuple[Eip3009Authorization | Permit2Authoriz
     else:
         payload = read_members(payload, "payload", _EIP3009_PAYLOAD)
         authorization = _read_eip3009(payload["authorization"], "payload.authorization")
-    return authorization, read_signature(payload["signature"], "payload.signature")
+    return Payment(
+        version=header.version,
+        scheme=header.scheme,
+        network=header.network,
+        accepted=header.accepted,
+        quote_token=header.quote_token,
+        digest=header.digest,
+        authorization=authorization,
+        signature=read_signature(payload["signature"], "payload.signature"),
+    )
+
+
+SCHEMES: dict[str, Decode] = {"exact": _decode_exact}
+"""The schemes that can be read, by name. v1 knows ``exact`` only."""
 
 
 def _read_eip3009(value: object, field: str) -> Eip3009Authorization:

@@ -56,7 +56,7 @@ def pay(
         )
         signature = sign(wallet, permit2_exact_digest(authorization, token.chain_id))
     return Payment(
-        2, "exact", f"eip155:{token.chain_id}", None, authorization, signature, None, secrets.token_bytes(32)
+        2, "exact", f"eip155:{token.chain_id}", None, None, secrets.token_bytes(32), authorization, signature
     )
 
 

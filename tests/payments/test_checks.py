@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from payments.chain.networks import KNOWN_NETWORKS, Network, Token
 from payments.errors import PaymentMalformed, PaymentRefused
 from payments.verification.checks import SETTLEMENT_MARGIN_S, check_offline
-from payments.x402.wire import Payment, Requirement, decode_payment, requirement_for
+from payments.x402.wire import Payment, Requirement, requirement_for
 from tests.payments.x402_samples import (
     AMOUNT_NANO_USD,
     NETWORK,
@@ -27,6 +27,7 @@ from tests.payments.x402_samples import (
     USDC_OFFER,
     USDT,
     USDT_OFFER,
+    decode_transfer,
     header_of,
     usdc_payload,
     usdt_payload,
@@ -39,15 +40,15 @@ ELSEWHERE = "0x" + "99" * 20
 
 
 def usdc(payload: dict[str, Any] | None = None, offer: Requirement = USDC_OFFER) -> Payment:
-    return decode_payment(header_of(v2_document(payload or usdc_payload(), offer)), "payment-signature")
+    return decode_transfer(header_of(v2_document(payload or usdc_payload(), offer)), "payment-signature")
 
 
 def usdt(payload: dict[str, Any] | None = None, offer: Requirement = USDT_OFFER) -> Payment:
-    return decode_payment(header_of(v2_document(payload or usdt_payload(), offer)), "payment-signature")
+    return decode_transfer(header_of(v2_document(payload or usdt_payload(), offer)), "payment-signature")
 
 
 def v1(payload: dict[str, Any] | None = None, network: str = "base-sepolia") -> Payment:
-    return decode_payment(header_of(v1_document(payload or usdc_payload(), network)), "x-payment")
+    return decode_transfer(header_of(v1_document(payload or usdc_payload(), network)), "x-payment")
 
 
 def refusal(

@@ -24,6 +24,7 @@ from tests.payments.x402_samples import (
     USDT,
     USDT_OFFER,
     changed,
+    decode_transfer,
     header_of,
     usdc_payload,
     usdt_payload,
@@ -37,7 +38,7 @@ USDC_V1 = v1_document(usdc_payload())
 
 
 def decode_v2(document: Any) -> Payment:
-    return decode_payment(header_of(document), "payment-signature")
+    return decode_transfer(header_of(document), "payment-signature")
 
 
 def refusal(header: str, name: Any = "payment-signature") -> PaymentMalformed:
@@ -94,7 +95,7 @@ def test_a_permit2_payment_is_read() -> None:
 
 
 def test_a_v1_payment_is_read() -> None:
-    payment = decode_payment(header_of(v1_document(usdc_payload())), "x-payment")
+    payment = decode_transfer(header_of(v1_document(usdc_payload())), "x-payment")
     assert (payment.version, payment.scheme, payment.network) == (1, "exact", "base-sepolia")
     assert payment.accepted is None
     assert payment.quote_token is None

@@ -28,7 +28,6 @@ from payments.verification.checks import check_offline
 from payments.x402.answers import HEADER_BYTES_MAX
 from payments.x402.wire import (
     PaymentRequiredAnswer,
-    decode_payment,
     payment_required,
     payment_response,
     requirement_for,
@@ -44,6 +43,7 @@ from tests.payments.x402_samples import (
     USDC_OFFER,
     USDT,
     USDT_OFFER,
+    decode_transfer,
     quote_for,
 )
 
@@ -135,7 +135,7 @@ def test_the_official_python_client_pays_in_usdt() -> None:
 
 def test_the_official_python_client_pays_over_v1() -> None:
     payload = python_client().create_payment_payload(PaymentRequiredV1.model_validate(V1_ONLY.body))
-    payment = decode_payment(encode_payment_signature_header(payload), "x-payment")
+    payment = decode_transfer(encode_payment_signature_header(payload), "x-payment")
     assert check_offline(payment, USDC_OFFER, NETWORK, USDC, now=int(time.time())) == PAYER_ADDRESS
 
 
@@ -187,7 +187,7 @@ def test_the_official_typescript_client_pays(typescript_headers: dict[str, str],
 
 
 def test_the_official_typescript_client_pays_over_v1(typescript_headers: dict[str, str]) -> None:
-    payment = decode_payment(typescript_headers["v1"], "x-payment")
+    payment = decode_transfer(typescript_headers["v1"], "x-payment")
     assert check_offline(payment, USDC_OFFER, NETWORK, USDC, now=int(time.time())) == PAYER_ADDRESS
 
 
@@ -219,7 +219,7 @@ def test_an_offer_rounds_up_to_a_whole_unit() -> None:
 
 def _assert_pays(header: str, token: str) -> None:
     """The header is a payment for our offer that brings our quote back unchanged."""
-    payment = decode_payment(header, "payment-signature")
+    payment = decode_transfer(header, "payment-signature")
     chosen, offer = (USDC, USDC_OFFER) if token == "usdc" else (USDT, USDT_OFFER)
     assert payment.accepted == offer
     assert check_offline(payment, offer, NETWORK, chosen, now=int(time.time())) == PAYER_ADDRESS

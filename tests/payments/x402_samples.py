@@ -20,7 +20,7 @@ from payments.chain.networks import (
     Token,
 )
 from payments.quotes import Quote, QuoteItem
-from payments.x402.wire import Requirement, requirement_for
+from payments.x402.wire import HeaderName, Payment, Requirement, decode_payment, requirement_for
 
 NOW = 1_790_000_000
 PAY_TO = "0x" + "7e" * 20
@@ -186,3 +186,10 @@ def quote_for(request_digest: bytes, route: tuple[str, ...] = ("model-a@one", "m
         request_digest=request_digest,
         expires_at=NOW + 300,
     )
+
+
+def decode_transfer(header: str, header_name: HeaderName) -> Payment:
+    """Read a payment that is one signed transfer."""
+    payment = decode_payment(header, header_name)
+    assert isinstance(payment, Payment)
+    return payment

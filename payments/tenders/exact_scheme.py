@@ -1,0 +1,66 @@
+"""The scheme `exact` on one network: a signed transfer of the whole quoted maximum, settled before the answer is shown."""
+
+from __future__ import annotations
+
+from payments.chain.networks import Network, Token
+from payments.errors import PaymentRefused
+from payments.tenders import authorizations
+from payments.tenders.authorizations import AlreadyUsed
+from payments.tenders.exact import ExactTender, use_digest
+from payments.tenders.exact_services import ExactServices
+from payments.verification import checks
+from payments.x402.requirements import Requirement, requirement_for
+from payments.x402.wire import Payment, PaymentHeader
+
+
+class ExactScheme:
+    """`exact` over EIP-3009 and Permit2, in every token of a network.
+
+    Args:
+        network: Where it is.
+        pay_to: The treasury, in any letter case.
+        services: What the payments share.
+    """
+
+    name = "exact"
+
+    def __init__(self, network: Network, pay_to: str, services: ExactServices) -> None:
+        self.network = network
+        self.tokens = network.tokens
+        self._pay_to = pay_to
+        self._services = services
+
+    def requirement(self, token: Token, amount_nano_usd: int, max_timeout_s: int) -> Requirement:
+        """See `payments.tenders.schemes.Scheme`."""
+        return requirement_for(token, self.network, amount_nano_usd, self._pay_to, max_timeout_s)
+
+    def tender(
+        self,
+        payment: PaymentHeader,
+        token: Token,
+        requirement: Requirement,
+        request_digest: bytes,
+        now: int,
+        refusal: PaymentRefused | None = None,
+    ) -> ExactTender:
+        """See `payments.tenders.schemes.Scheme`."""
+        assert isinstance(payment, Payment)
+        try:
+            checks.check_offline(payment, requirement, self.network, token, now=now)
+        except PaymentRefused as error:
+            # Times pass, and prices move under a v1 payment, which carries no quote. Whoever paid in time is not told so.
+            if error.code != "expired" and not (error.code == "wrong_amount" and payment.version == 1):
+                raise
+            refusal = error
+        return ExactTender(self._services, payment, token, self.network, requirement, request_digest, refusal)
+
+    async def first_outcome(self, payment: PaymentHeader, token: Token, request_digest: bytes) -> AlreadyUsed | None:
+        """See `payments.tenders.schemes.Scheme`."""
+        assert isinstance(payment, Payment)
+        identity = payment.identity(token.chain_id, token)
+        digest = use_digest(payment, request_digest)
+        return await self._services.store.read(lambda tx: authorizations.outcome_of(tx, identity, digest))
+
+    async def use_ended(self, receipt_id: str, timeout_s: float) -> bool:
+        """See `payments.tenders.schemes.Scheme`."""
+        return await self._services.use_ended(receipt_id, timeout_s)
