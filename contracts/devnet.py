@@ -8,17 +8,17 @@ works on a real network: it needs Anvil's own methods.
 
 from __future__ import annotations
 
-import functools
-import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, Literal
 
 from sha3 import keccak_256
 
+from contracts import operators
 from contracts.anvil import Anvil, AnvilFailed, AnvilMissing
+from contracts.builds import artifact
 from contracts.jsonrpc import Call, NodeUnreachable, RpcRefused, batch, rpc
 from contracts.wallets import Wallet, development_wallets
 
@@ -39,6 +39,7 @@ __all__ = [
     "call_data",
     "load",
     "mint",
+    "place_operator_contracts",
     "receipt",
     "rpc",
     "send_as",
@@ -59,7 +60,6 @@ OWNER_ADDRESS = "0xFa4eB0C00000000000000000000000000000000F"
 
 TransferMethod = Literal["eip3009", "permit2"]
 
-_ARTIFACTS = Path(__file__).resolve().parent / "artifacts"
 _WEI_EACH = 10_000 * 10**18  # what Anvil gives each of its own accounts
 _POLL_S = 0.002
 _POLLS_BEFORE_MINING = 50
@@ -140,6 +140,35 @@ def load(rpc_url: str, *, wallets: int = 10, usd_each: str = "1000") -> Devnet:
         # A block of its own, so that a reorganisation or a look at an earlier block does not find an empty chain.
         rpc(rpc_url, "evm_mine")
     return Devnet(chain_id=chain_id, rpc_url=rpc_url, usdc=USDC, usdt=USDT, wallets=funded)
+
+
+def place_operator_contracts(rpc_url: str, treasury: str, owner: str, signers: Sequence[str]) -> tuple[str, str]:
+    """Place the contracts that an operator would create: the batch contract and the factory of deposit addresses.
+
+    Args:
+        treasury: Whom deposit addresses pay.
+        owner: Of the batch contract.
+        signers: Who may send batches.
+
+    Returns:
+        The addresses, lower-case hex, of the batch contract and of the factory: the same as when really created.
+    """
+    batch_contract, factory = operators.batch(owner, signers), operators.deposit_factory(treasury)
+    wanted = (batch_contract, operators.forwarder(treasury), factory)
+    # A creation that is only simulated returns the code, immutables included.
+    codes = batch(rpc_url, [("eth_call", [{"data": "0x" + each.code.hex()}, "latest"]) for each in wanted])
+    calls: list[Call] = [("anvil_setCode", [each.address, code]) for each, code in zip(wanted, codes, strict=True)]
+    layout = artifact("FareboxBatch")["storage"]
+    slots = {layout["owner"]["slot"]: int(owner, 16)}
+    for signer in signers:
+        entry = keccak_256(_word(signer) + _word(layout["isSigner"]["slot"])).digest()
+        slots[int.from_bytes(entry, "big")] = 1
+    calls += [
+        ("anvil_setStorageAt", [batch_contract.address, f"0x{slot:064x}", f"0x{value:064x}"])
+        for slot, value in slots.items()
+    ]
+    batch(rpc_url, calls)
+    return batch_contract.address, factory.address
 
 
 def balance_of(rpc_url: str, token: DevToken, owner: str) -> int:
@@ -261,13 +290,6 @@ def call_data(signature: str, *arguments: str | int) -> str:
     """Calldata in hex for a function whose parameters are addresses and integers, such as ``"transfer(address,uint256)"``."""
     selector: bytes = keccak_256(signature.encode()).digest()[:4]
     return "0x" + (selector + b"".join(_word(argument) for argument in arguments)).hex()
-
-
-@functools.cache
-def artifact(contract: str) -> dict[str, Any]:
-    """The checked-in build of a contract, such as ``"UsdcLike"``; written by `contracts/build.mjs`."""
-    content: dict[str, Any] = json.loads((_ARTIFACTS / f"{contract}.json").read_text())
-    return content
 
 
 def _codes(chain_id: int) -> dict[str, str]:

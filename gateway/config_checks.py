@@ -184,7 +184,8 @@ def _networks(data: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding(
                 (*path, "chain_id"), f"chain {chain_id} is configured twice", f"Merge it with networks[{first}]"
             )
-        yield from _address((*path, "pay_to"), network.get("pay_to"))
+        for name in ("pay_to", "batch_contract", "deposit_factory"):
+            yield from _address((*path, name), network.get(name))
         if network.get("pay_to") is None and data.get("pay_to") is None:
             what = f"nothing says where payments on chain {chain_id} go"
             yield Finding(path, what, "Set pay_to at the top of the file, or here, to the treasury's address")

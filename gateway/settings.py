@@ -70,6 +70,10 @@ class NetworkSettings(Section):
     """The treasury on this chain; the default is the top-level `pay_to`."""
     confirmations: int = Field(default=2, ge=0)
     """Blocks on top of a transfer after which it is final."""
+    batch_contract: Address | None = None
+    """The operator's own `FareboxBatch`: payments that arrive together are settled in one transaction; without it singly."""
+    deposit_factory: Address | None = None
+    """The operator's own `DepositForwarders`: wallets can deposit by plain transfer to an address of their own."""
     block_time_ms: int | None = Field(default=None, gt=0)
     """How often the chain makes a block; known for known chains."""
 

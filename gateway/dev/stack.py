@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 
 from contracts.anvil import Anvil, AnvilFailed, AnvilMissing, end_with_parent, free_port
-from contracts.devnet import Devnet, load
+from contracts.devnet import Devnet, load, place_operator_contracts
 from contracts.jsonrpc import rpc
 from gateway import config
 from gateway.dev.models import KEY_VARIABLE, dev_models, dev_providers
@@ -70,6 +70,8 @@ class Stack:
     network: str
     tokens: dict[str, dict[str, Any]]
     pay_to: str
+    batch_contract: str
+    deposit_factory: str
     wallets: list[dict[str, str]]
     api_key: str
     admin_key: str
@@ -184,7 +186,13 @@ def running(
         for key in (keys.signer_key, keys.treasury_key):
             rpc(anvil.rpc_url, "anvil_setBalance", _address(key), hex(OPERATOR_ETHER * 10**18))
         gateway_port = port or free_port()
-        variables = _environment(data_dir, config_file, gateway_port, anvil.rpc_url, devnet, simulator.url, keys)
+        treasury, signer = _address(keys.treasury_key), _address(keys.signer_key)
+        batch_contract, deposit_factory = place_operator_contracts(anvil.rpc_url, treasury, treasury, [signer])
+        network = _network(anvil.rpc_url, devnet) | {
+            "batch_contract": batch_contract,
+            "deposit_factory": deposit_factory,
+        }
+        variables = _environment(data_dir, config_file, gateway_port, network, simulator.url, keys)
         url = f"http://127.0.0.1:{gateway_port}"
         gateway = GatewayProcess(url, config_file, {**variables, **(environment or {})}, data_dir / "gateway.log")
         _write_environment(data_dir / "dev.env", variables)
@@ -206,7 +214,9 @@ def running(
                     }
                     for token in (devnet.usdc, devnet.usdt)
                 },
-                pay_to=_address(keys.treasury_key),
+                pay_to=treasury,
+                batch_contract=batch_contract,
+                deposit_factory=deposit_factory,
                 wallets=[{"address": wallet.address, "private_key": wallet.private_key} for wallet in devnet.wallets],
                 api_key=keys.api_key,
                 admin_key=keys.admin_key,
@@ -319,7 +329,7 @@ def _address(private_key: str) -> str:
 
 
 def _environment(
-    data_dir: Path, config_file: Path | None, port: int, rpc_url: str, devnet: Devnet, simulator_url: str, keys: Secrets
+    data_dir: Path, config_file: Path | None, port: int, network: dict[str, Any], simulator_url: str, keys: Secrets
 ) -> dict[str, str]:
     """The gateway's configuration, all in variables, so that a configuration file keeps what it says about the rest."""
     own = {} if config_file is None else config.read_file(config_file)
@@ -331,7 +341,7 @@ def _environment(
         "FAREBOX_SIGNER_KEYS": json.dumps([keys.signer_key]),
         "FAREBOX_TREASURY_KEY": keys.treasury_key,
         "FAREBOX_PAY_TO": _address(keys.treasury_key),
-        "FAREBOX_NETWORKS": json.dumps([_network(rpc_url, devnet)]),
+        "FAREBOX_NETWORKS": json.dumps([network]),
         KEY_VARIABLE: "simulated",
     }
     if "models" not in own:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from x402.mechanisms.evm import constants as official
 
-from contracts.devnet import artifact
+from contracts.builds import artifact
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

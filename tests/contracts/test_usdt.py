@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from contracts.devnet import OWNER_ADDRESS, Devnet, RpcRefused, allowance, artifact, as_owner, balance_of
+from contracts.builds import artifact
+from contracts.devnet import OWNER_ADDRESS, Devnet, RpcRefused, allowance, as_owner, balance_of
 from tests.contracts.calls import ALWAYS, events, read, send
 
 TRANSFER = "transfer(address,uint256)"

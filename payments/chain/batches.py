@@ -1,0 +1,106 @@
+"""Many calls in one transaction, through the operator's own batch contract; and many deposit addresses swept in one call.
+
+The contract isolates its calls from each other and marks the end of each with an event, so that what a call did can be told
+apart from what its neighbours did: see `logs_of_calls`. Source: `contracts/src/FareboxBatch.sol`, `DepositForwarders.sol`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from contracts.operators import deposit_address
+from payments.chain.logs import Log
+from payments.chain.transactions import WORD, Call, address_word, selector, topic, word
+
+EXECUTED_TOPIC = topic("Executed(uint256,bool)")
+SWEPT_TOPIC = topic("Swept(bytes32,address,uint256)")
+SWEEP_FAILED_TOPIC = topic("SweepFailed(bytes32,address)")
+
+BATCH_GAS = 40_000
+"""What a batch costs besides its calls: the transaction itself, the signer's look-up."""
+OWN_GAS_PER_CALL = 16_000
+"""What the contract wants to have left besides a call's own limit, and what the event and the calldata cost."""
+
+_EXECUTE = selector("execute((address,uint256,bytes)[])")
+_SWEEP = selector("sweep(address,bytes32[])")
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """What one call of a batch came to: the contract's verdict, and the logs that the call left."""
+
+    success: bool
+    logs: list[Log]
+
+
+def encode_execute(calls: Sequence[Call]) -> bytes:
+    """Calldata of `FareboxBatch.execute`; each call may use its own `gas` and carries no coin."""
+    heads, tails, offset = [], [], len(calls) * WORD
+    for call in calls:
+        assert call.value == 0
+        padded = call.data + b"\0" * (-len(call.data) % WORD)
+        tail = b"".join((address_word(call.to), word(call.gas), word(3 * WORD), word(len(call.data)), padded))
+        heads.append(word(offset))
+        tails.append(tail)
+        offset += len(tail)
+    return b"".join((_EXECUTE, word(WORD), word(len(calls)), *heads, *tails))
+
+
+def batch_gas_limit(calls: Sequence[Call]) -> int:
+    """The gas with which a batch cannot fail for want of gas: the 64th that every call leaves behind is counted (EIP-150)."""
+    data_gas = sum(16 * len(call.data) for call in calls)
+    return BATCH_GAS + data_gas + sum(call.gas + call.gas // 63 + OWN_GAS_PER_CALL for call in calls)
+
+
+def logs_of_calls(receipt: dict[str, Any], batch_contract: str, count: int) -> list[Executed] | None:
+    """What each of a batch's `count` calls did, by the events of a receipt.
+
+    Args:
+        receipt: As a node gives it.
+        batch_contract: Lower-case hex.
+        count: How many calls the transaction carried.
+
+    Returns:
+        One entry a call, in order; None if the transaction reverted, so that nothing was executed.
+
+    Raises:
+        ValueError: The receipt is not that of such a batch.
+    """
+    if receipt["status"] != "0x1":
+        return None
+    results: list[Executed] = []
+    logs: list[Log] = []
+    for log in receipt["logs"]:
+        if log["address"].lower() != batch_contract or log["topics"][:1] != [EXECUTED_TOPIC]:
+            logs.append(log)
+            continue
+        if int(log["topics"][1], 16) != len(results):
+            raise ValueError("the calls of a batch are out of order")
+        results.append(Executed(int(log["data"], 16) == 1, logs))
+        logs = []
+    if len(results) != count:
+        raise ValueError(f"a batch of {count} calls has the events of {len(results)}")
+    return results
+
+
+def account_of(address: str) -> bytes:
+    """The name of a wallet's account at the factory: its address (lower-case hex) as a word."""
+    return address_word(address)
+
+
+def forwarder_address(factory: str, implementation: str, address: str) -> str:
+    """Where a wallet deposits, lower-case hex.
+
+    Args:
+        factory: The operator's `DepositForwarders`.
+        implementation: The factory's `FORWARDER`.
+        address: The wallet's.
+    """
+    return deposit_address(factory, implementation, account_of(address))
+
+
+def encode_sweep(token: str, accounts: Sequence[bytes]) -> bytes:
+    """Calldata of `DepositForwarders.sweep`: all that these accounts' addresses have of `token` goes to the treasury."""
+    return b"".join((_SWEEP, address_word(token), word(2 * WORD), word(len(accounts)), *accounts))
