@@ -147,7 +147,7 @@ async def _open_chain(
 ) -> tuple[Chain, NetworkPayments]:
     own = next(entry for entry in settings.networks if entry.chain_id == network.chain_id)
     pay_to = settings.pay_to_for(network.chain_id).lower()
-    rpc = Rpc(own.rpc_urls)
+    rpc = Rpc(own.rpc_urls, chain_id=network.chain_id, lag_blocks_max=network.lag_blocks_max)
     cleanup.push_async_callback(rpc.aclose)
     await verify_tokens(rpc, network)
     await open_books(store, rpc, network, pay_to)
@@ -221,7 +221,7 @@ def _gauges(chains: list[Chain]) -> Iterator[tuple[str, str, dict[str, str], flo
         yield "farebox_settlements_failed", "Settlements that failed since the start", labels, chain.settlements.failed
         yield "farebox_rpc_round_trips", "POSTs to the chain's nodes since the start", labels, chain.rpc.round_trips
         yield "farebox_rpc_available", "1 if the last POST was answered", labels, float(chain.rpc.available)
-        for name, text, own_labels, value in chain.alarms.gauges():
+        for name, text, own_labels, value in (*chain.rpc.gauges(), *chain.alarms.gauges()):
             yield name, text, labels | own_labels, value
         raised = len(chain.alarms.raised())
         yield "farebox_alarms", "Alarms that /readyz shows", labels, raised

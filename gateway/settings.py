@@ -7,6 +7,7 @@ and the environment and reports mistakes with their place; a `Settings` made in 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,6 +77,10 @@ class NetworkSettings(Section):
     """The operator's own `DepositForwarders`: wallets can deposit by plain transfer to an address of their own."""
     block_time_ms: int | None = Field(default=None, gt=0)
     """How often the chain makes a block; known for known chains."""
+    max_fee_gwei: int | None = Field(default=None, gt=0, lt=10**9)
+    """What is offered at most for a unit of gas; above it settlements wait. Known for known chains, else 500."""
+    max_priority_fee_gwei: int | None = Field(default=None, gt=0, lt=10**9)
+    """The part of it for the block's builder, at most; known for known chains, else 50."""
 
     def resolve(self) -> Network:
         """The network that this describes: what is known about the chain and its tokens, with what is said here on top.
@@ -96,7 +101,12 @@ class NetworkSettings(Section):
         for name in ("symbol", "address"):
             if len({getattr(token, name) for token in tokens}) < len(tokens):
                 raise ValueError(f"two tokens on chain {self.chain_id} have the same {name}")
-        return Network(self.chain_id, known.v1_name if known else None, tokens, block_time_ms)
+        network = Network(self.chain_id, known.v1_name if known else None, tokens, block_time_ms)
+        return replace(
+            network,
+            max_fee_gwei=self.max_fee_gwei or (known or network).max_fee_gwei,
+            max_priority_fee_gwei=self.max_priority_fee_gwei or (known or network).max_priority_fee_gwei,
+        )
 
 
 def _resolve_token(settings: TokenSettings, chain_id: int, known: Token | None) -> Token:

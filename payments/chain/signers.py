@@ -19,6 +19,8 @@ IN_FLIGHT_MAX = 64
 """Unmined transactions of one signer: nodes limit them, and Anvil's automine stalls with hundreds pending."""
 PRIORITY_FEE_MIN = 1_000_000
 """Wei (0.001 gwei): what a quiet chain's fee history rounds down to nothing."""
+WEI_PER_GWEI = 10**9
+NO_CAP = Fees(2**63, 2**63)
 
 
 @dataclass(slots=True)
@@ -57,12 +59,17 @@ class FeeEstimate:
 
     Args:
         ttl_s: How long an estimate is good: a block, as fees change once a block.
+        cap: What is offered at most. Nodes lie and chains have bad hours; a transaction that offers too little waits, and costs
+            nothing meanwhile.
     """
 
     REQUEST: Request = ("eth_feeHistory", ("0x4", "latest", (50,)))
 
-    def __init__(self, ttl_s: float) -> None:
+    def __init__(self, ttl_s: float, cap: Fees = NO_CAP) -> None:
         self.fees: Fees | None = None
+        self.capped = False
+        """Whether the chain takes more now than we offer at most, so that transactions wait."""
+        self.cap = cap
         self._ttl_s = ttl_s
         self._read_at = 0.0
 
@@ -82,5 +89,13 @@ class FeeEstimate:
             return
         priority_fee = max([PRIORITY_FEE_MIN, *rewards])
         # Twice the base fee stays valid while it rises by an eighth for six full blocks.
-        self.fees = Fees(2 * base_fee + priority_fee, priority_fee)
+        self.fees = Fees(2 * base_fee + priority_fee, priority_fee).at_most(self.cap)
+        self.capped = base_fee + self.fees.priority_fee > self.cap.max_fee
         self._read_at = time.monotonic()
+
+    def raised(self, fees: Fees) -> Fees | None:
+        """What a transaction that stalls with `fees` is to offer instead; None if that is more than we offer at most."""
+        least = fees.raised()
+        wanted = least if self.fees is None else least.at_least(self.fees)
+        allowed = wanted.at_most(self.cap)
+        return allowed if allowed.at_least(least) == allowed else None

@@ -64,6 +64,11 @@ class Fees:
         """Each fee the greater of the two."""
         return Fees(max(self.max_fee, other.max_fee), max(self.priority_fee, other.priority_fee))
 
+    def at_most(self, cap: Fees) -> Fees:
+        """Each fee the lesser of the two; a chain refuses a priority fee above the whole."""
+        max_fee = min(self.max_fee, cap.max_fee)
+        return Fees(max_fee, min(self.priority_fee, cap.priority_fee, max_fee))
+
     def raised(self) -> Fees:
         """An eighth more and one wei: nodes replace a pending transaction only for 10 % more in both fees."""
         return Fees(self.max_fee * 9 // 8 + 1, self.priority_fee * 9 // 8 + 1)

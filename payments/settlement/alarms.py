@@ -22,7 +22,7 @@ WEI_PER_NANO = 10 ** (18 - NANO_DECIMALS)
 class Alarm:
     """Something that is too low or away. `subject` is an address, an asset, or a chain."""
 
-    code: Literal["low_gas", "low_treasury", "rpc_unavailable"]
+    code: Literal["low_gas", "low_treasury", "rpc_unavailable", "fees_capped"]
     subject: str
     message: str
 
@@ -49,7 +49,7 @@ class Alarms:
         """By account."""
         self.treasury_nano_usd: dict[str, int] = {}
         """By asset."""
-        self._rpc, self._chain_id = settlements.rpc, settlements.network.chain_id
+        self._rpc, self._chain_id, self._fees = settlements.rpc, settlements.network.chain_id, settlements.fees
         self._accounts, self._tokens = list(settlements.accounts.values()), settlements.network.tokens
         self._pay_to = pay_to
         self._gas_minimum, self._treasury_minimum = gas_minimum_wei, treasury_minimum_nano_usd
@@ -70,6 +70,9 @@ class Alarms:
         if not self._rpc.available:
             message = f"no node of chain {self._chain_id} answers; payments on it wait"
             alarms.append(Alarm("rpc_unavailable", f"eip155:{self._chain_id}", message))
+        if self._fees.capped:
+            message = f"gas on chain {self._chain_id} costs more than max_fee_gwei; payments on it wait"
+            alarms.append(Alarm("fees_capped", f"eip155:{self._chain_id}", message))
         return alarms
 
     def gauges(self) -> list[tuple[str, str, dict[str, str], float]]:

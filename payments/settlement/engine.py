@@ -14,7 +14,8 @@ from typing import Any
 
 from payments.chain.networks import Network
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
-from payments.chain.signers import FeeEstimate, Signer, least_loaded
+from payments.chain.signers import WEI_PER_GWEI, FeeEstimate, Signer, least_loaded
+from payments.chain.transactions import Fees
 from payments.errors import SettlementUnavailable
 from payments.settlement import outbox, states
 from payments.settlement.courier import HEAD, Courier
@@ -102,7 +103,8 @@ class Settlements:
         self._running = False
         self._housekeeping_s = housekeeping_s
         block_time_s = network.block_time_ms / 1000
-        self.fees = FeeEstimate(max(block_time_s, 1.0))
+        cap = Fees(network.max_fee_gwei * WEI_PER_GWEI, network.max_priority_fee_gwei * WEI_PER_GWEI)
+        self.fees = FeeEstimate(max(block_time_s, 1.0), cap)
         self.courier = Courier(
             rpc,
             self.fees,

@@ -180,9 +180,10 @@ class Repairs:
             self._adopt(await self._store.write(unit))
 
     async def _bump(self, entry: Entry) -> None:
-        fees = entry.fees.raised()
-        if self._fees.fees is not None:
-            fees = fees.at_least(self._fees.fees)
+        fees = self._fees.raised(entry.fees)
+        if fees is None:
+            log.warning("transaction of %s stalls, and offers already what we offer at most", entry.id)
+            return
         if entry.state not in states.OPEN and entry.id not in self._holding:
             return
         await self._store.write(lambda tx: outbox.replace(tx, entry, fees))

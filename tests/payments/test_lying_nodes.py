@@ -20,7 +20,7 @@ from payments.chain.rpc import Rpc, RpcUnavailable
 from payments.errors import SettlementUnavailable
 from payments.store import Store
 from payments.verification.chain_state import ChainStates
-from tests.payments.settling import PAY_TO, Books, engine, open_store, order_for, pay
+from tests.payments.settling import PAY_TO, Books, engine, open_store, order_for, pay, receipt
 
 NONSENSE: list[Any] = [None, "0xzz", "0x", "hello", {}, [1], 7, "0x" + "ff" * 640]
 
@@ -112,3 +112,17 @@ async def test_a_settlement_outlives_nonsense_and_pays_once(
         assert outcome.paid
     assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) == 4_000
     assert len(books.mined) == 1
+
+
+async def test_a_node_that_says_gas_is_dear_makes_nobody_offer_more_than_the_cap(
+    chain: Devnet, network: Network, store: Store
+) -> None:
+    usdc, books, node = network.tokens[0], Books(network), LyingNode(chain.rpc_url)
+    node.results = {"eth_feeHistory": {"baseFeePerGas": [hex(10**18)], "reward": [[hex(10**17)]]}}
+    async with node.serve() as url, engine(store, network, url, [chain.wallets[9]], books) as settlements:
+        order = order_for(pay(chain.wallets[1], usdc, 4_000), usdc)
+        await settlements.submit(order)
+        assert settlements.fees.capped
+        assert (await settlements.outcome(order.id, 15)).paid
+    sent = receipt(chain.rpc_url, settlements._outcomes[order.id].transaction_hash)
+    assert int(sent["effectiveGasPrice"], 16) <= network.max_fee_gwei * 10**9
