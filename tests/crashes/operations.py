@@ -1,0 +1,188 @@
+"""What a payer does with a gateway, as scripts that are run again and again while the gateway dies at every step of them.
+
+A new operation is a class of the shape of `Operation` and an entry in `OPERATIONS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import httpx
+
+from contracts.devnet import USDC, USDT, DevToken
+from tests.crashes.world import MILLION_USD, Run
+from tests.e2e.clients import ask, ask_and_sign, decoded
+from tests.e2e.test_failover import sign_in
+
+MODEL = "deepseek-v4-flash"
+UNAVAILABLE = "qwen3.7-flash"
+"""The simulator is told to fail for it."""
+
+
+def question(**changes: Any) -> dict[str, Any]:
+    """A request."""
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}
+    return asked | changes
+
+
+class Operation(Protocol):
+    """A script. It is made anew for each run."""
+
+    settings: dict[str, str]
+    """Of the gateway, besides the usual ones."""
+
+    def prepare(self, run: Run) -> None:
+        """What comes before: no steps count yet."""
+
+    def act(self, run: Run) -> None:
+        """What the gateway dies in. Raises `httpx.TransportError` if it does so while the payer waits for it."""
+
+    def done(self, run: Run) -> bool:
+        """Whether all that `act` began has come to its end, in a life that nothing ended."""
+
+    def resume(self, run: Run) -> None:
+        """What the payer does in the next life, as it would of its own accord; checks what it is told."""
+
+    def check(self, run: Run) -> None:
+        """What must be true in the end, besides what must be true of everything."""
+
+
+@dataclass(slots=True)
+class Exact:
+    """A request paid with itself: authorize, settle, capture. Then the same payment again."""
+
+    token: DevToken = USDC
+    changes: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+    expected: frozenset[int] = frozenset({200})
+    """How the same payment may be answered in the next life."""
+    headers: dict[str, str] = field(default_factory=dict)
+    answers: list[httpx.Response] = field(default_factory=list)
+
+    def prepare(self, run: Run) -> None:
+        """Sign a payment."""
+        self.headers = ask_and_sign(run.http, run.payer, question(**self.changes), self.token.address)
+
+    def act(self, run: Run) -> None:
+        """Pay."""
+        self.answers.append(ask(run.http, question(**self.changes), self.headers))
+
+    def done(self, run: Run) -> bool:
+        """Nothing is on its way to the chain."""
+        return not run.open_settlements()
+
+    def resume(self, run: Run) -> None:
+        """Send the same payment."""
+        answer = ask(run.http, question(**self.changes), self.headers)
+        assert answer.status_code in self.expected, answer.text
+        self.answers.append(answer)
+
+    @property
+    def amount(self) -> int:
+        """What was signed, in atomic units."""
+        return int(decoded(self.headers["PAYMENT-SIGNATURE"])["accepted"]["amount"])
+
+    def check(self, run: Run) -> None:
+        """One transfer of the whole amount, whatever happened; one charge for it if there was an answer, and one answer."""
+        self.check_money(run)
+        served = {words(answer) for answer in self.answers if answer.status_code == 200}
+        charges = run.rows("SELECT charged_nano_usd FROM receipt WHERE state = 'captured'")
+        assert len(charges) == len(served) <= 1
+        assert all(charged > 0 for (charged,) in charges)
+
+    def check_money(self, run: Run) -> None:
+        """What the payer paid is what it was charged, what it was sent back, and what it has as credit."""
+        sent_back = sum(
+            int(value)
+            for (value,) in run.rows("SELECT value FROM settlement WHERE kind = 'refund' AND state <> 'failed'")
+        )
+        assert MILLION_USD - run.balance(self.token, run.payer.address) == self.amount - sent_back
+        assert run.balance(self.token, run.treasury.address) == self.amount - sent_back
+        ((credit,),) = run.rows("SELECT COALESCE(SUM(balance), 0) FROM ledger_account WHERE kind = 'payer'")
+        ((charged,),) = run.rows("SELECT COALESCE(SUM(charged_nano_usd), 0) FROM receipt")
+        assert self.amount * 1000 == charged + credit + sent_back * 1000
+
+
+@dataclass(slots=True)
+class Released(Exact):
+    """A request that no provider can answer: authorize, settle, release."""
+
+    changes: dict[str, Any] = field(default_factory=lambda: {"model": UNAVAILABLE})
+    expected: frozenset[int] = frozenset({409, 502})
+
+
+@dataclass(slots=True)
+class Refunded(Released):
+    """A payment whose request fails, and which is sent back on chain."""
+
+    settings: dict[str, str] = field(default_factory=lambda: {"FAREBOX_PAYMENTS__REFUND_THRESHOLD_USD": "0.000001"})
+
+    def done(self, run: Run) -> bool:
+        """The refund has arrived."""
+        return run.rows("SELECT state FROM settlement WHERE kind = 'refund'") in ([("mined",)], [("final",)])
+
+    def resume(self, run: Run) -> None:
+        """Send the payment again, if it is not known to have failed; then wait for the money."""
+        Exact.resume(self, run)
+        run.until(lambda: run.balance(self.token, run.payer.address) == MILLION_USD, "the money is back")
+
+
+@dataclass(slots=True)
+class Balance:
+    """A request on a balance: the pool of an API key, or a wallet's credit."""
+
+    credit: bool
+    settings: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    answered: int = 0
+
+    def prepare(self, run: Run) -> None:
+        """Have a balance."""
+        if not self.credit:
+            self.headers = {"Authorization": f"Bearer {run.api_key}"}
+            return
+        for _ in range(2):  # what one payment for a failing request leaves
+            paid = ask_and_sign(run.http, run.payer, question(model=UNAVAILABLE))
+            assert ask(run.http, question(model=UNAVAILABLE), paid).status_code == 502
+        self.headers = sign_in(run.http, run.payer)
+
+    def act(self, run: Run) -> None:
+        """Spend of it."""
+        self._ask(run)
+
+    def done(self, run: Run) -> bool:
+        """At once."""
+        return True
+
+    def resume(self, run: Run) -> None:
+        """Ask again, as a new request."""
+        self._ask(run)
+
+    def check(self, run: Run) -> None:
+        """Every answer was charged, and nothing besides but what was answered when the gateway died."""
+        charged = run.rows("SELECT charged_nano_usd FROM receipt WHERE state = 'captured' AND charged_nano_usd > 0")
+        assert 1 <= self.answered <= len(charged) <= 2
+
+    def _ask(self, run: Run) -> None:
+        answer = ask(run.http, question(), self.headers)
+        assert answer.status_code == 200, answer.text
+        self.answered += 1
+
+
+def words(answer: httpx.Response) -> str:
+    """What an answer says, without what the transport adds."""
+    with contextlib.suppress(ValueError):
+        return str(answer.json()["choices"])
+    return "\n".join(line for line in answer.text.splitlines() if line.startswith("data: "))
+
+
+OPERATIONS: dict[str, type[Operation] | Any] = {
+    "exact, EIP-3009": Exact,
+    "exact, Permit2, streamed": lambda: Exact(USDT, {"stream": True}),
+    "released": Released,
+    "refunded": Refunded,
+    "prepaid credit": lambda: Balance(credit=True),
+    "API key": lambda: Balance(credit=False),
+}
