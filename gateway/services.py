@@ -39,8 +39,7 @@ from payments.settlement.engine import Settlements
 from payments.settlement.refunds import Refunds
 from payments.sign_in import SignIn
 from payments.store import Store
-from payments.tenders.exact import on_failed as payment_failed
-from payments.tenders.exact import on_mined as payment_mined
+from payments.tenders.exact import PAYMENT
 from payments.tenders.exact_scheme import ExactScheme
 from payments.tenders.exact_services import ExactServices
 from payments.verification.chain_state import ChainStates
@@ -156,11 +155,11 @@ async def _open_chain(
         rpc,
         network,
         settings.signer_keys,
-        on_mined=payment_mined,
-        on_failed=payment_failed,
         treasury_key=settings.treasury_key,
+        batch_contract=own.batch_contract,
         confirmations=own.confirmations,
     )
+    settlements.handle("payment", PAYMENT)
     refunds = None
     threshold_nano_usd = usd_to_nano(settings.payments.refund_threshold_usd)
     if settings.treasury_key is not None and threshold_nano_usd > 0:

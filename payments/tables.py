@@ -124,11 +124,10 @@ class Receipt(SQLModel, table=True):
 
 
 class Settlement(SQLModel, table=True):
-    """The outbox of transactions: written before broadcast, never signed twice."""
+    """The outbox: what is to be paid on a chain, written before it happens."""
 
     __tablename__ = "settlement"
     __table_args__ = (
-        UniqueConstraint("chain_id", "signer", "signer_nonce"),
         # One Transfer log is the evidence of at most one settlement, or one transfer could be credited twice.
         UniqueConstraint("chain_id", "transaction_hash", "transfer_log_index"),
         Index("settlement_open", "state"),
@@ -136,7 +135,7 @@ class Settlement(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     kind: str
-    """payment | refund | filler (an empty transaction that closes a gap in a signer's nonces)"""
+    """payment | refund | …; see `payments.settlement.orders.Kind`"""
     reference: str = Field(index=True)
     """A payment's receipt id, or a refund's ledger transfer id."""
     chain_id: int = Field(sa_column=_big())
@@ -147,26 +146,65 @@ class Settlement(SQLModel, table=True):
     pay_to: str
     value: str
     authorization_nonce: str | None = None
-    """The nonce whose use is the evidence: decimal text; None for a refund."""
+    """The nonce whose use is the evidence: decimal text; None for what needs no authorization."""
     call_to: str
     call_data: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     valid_before: int = Field(default=0, sa_column=_big(default=0))
     """Unix seconds after which the call cannot succeed any more; 0 if never."""
-    signer: str | None = None
-    signer_nonce: int | None = Field(default=None, sa_column=_big(nullable=True))
-    raw_transaction: bytes | None = Field(default=None, sa_column=Column(LargeBinary, nullable=True))
+    transaction_id: str | None = Field(default=None, index=True)
+    """The `chain_transaction` that carries it, written in the same commit; None while it is queued."""
+    position: int = 0
+    """Its place in that transaction's batch."""
+    attempts: int = 0
+    """Batches that carried it and reverted as a whole."""
     transaction_hash: str | None = Field(default=None, index=True)
-    """Of the transaction that is the evidence; somebody else's where they submitted the authorization."""
+    """Of the transaction that is the evidence (somebody else's where they submitted the authorization); while there is none, of
+    the newest one that carries it."""
     transfer_log_index: int | None = Field(default=None, sa_column=_big(nullable=True))
     """The index in its block of the token's Transfer log that is the evidence."""
     received_value: str | None = None
     """What that Transfer brought, in atomic units: less than `value` for a token that takes a fee."""
-    broadcasts: str = "[]"
-    """JSON list of every transaction signed for this row, oldest first: {hash, max_fee, priority_fee}; all share the nonce."""
     from_block: int = Field(default=0, sa_column=_big(default=0))
-    """The head when the row was written: evidence is searched from here on."""
+    """The head when the row was first carried: evidence is searched from here on."""
     block_number: int | None = Field(default=None, sa_column=_big(nullable=True))
     reason: str | None = None
+    created_ms: int = Field(sa_column=_big())
+    updated_ms: int = Field(sa_column=_big())
+
+
+class ChainTransaction(SQLModel, table=True):
+    """A transaction of ours: signed and written before anybody sees it."""
+
+    __tablename__ = "chain_transaction"
+    __table_args__ = (
+        UniqueConstraint("chain_id", "signer", "signer_nonce"),
+        # Few are not in a block at a time, and a start looks for them all.
+        Index(
+            "chain_transaction_signed",
+            "chain_id",
+            sqlite_where=text("state = 'signed'"),
+            postgresql_where=text("state = 'signed'"),
+        ),
+    )
+
+    id: str = Field(primary_key=True)
+    chain_id: int = Field(sa_column=_big())
+    kind: str
+    """single | batch | filler (an empty one that closes a gap in a signer's nonces)"""
+    state: str
+    """signed | included | lost; the transitions stand in `payments.settlement.states`."""
+    signer: str
+    signer_nonce: int = Field(sa_column=_big())
+    raw_transaction: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    broadcasts: str
+    """JSON list of every form of it that was signed, oldest first: {hash, max_fee, priority_fee}; all share the nonce, unless a
+    stranger used it up."""
+    inclusions: int = 0
+    """How often it was seen in a block: more than once only after reorganisations."""
+    block_number: int | None = Field(default=None, sa_column=_big(nullable=True))
+    gas_used: int | None = Field(default=None, sa_column=_big(nullable=True))
+    fee_wei: str | None = None
+    """What it cost in all, decimal text."""
     created_ms: int = Field(sa_column=_big())
     updated_ms: int = Field(sa_column=_big())
 

@@ -83,7 +83,8 @@ def test_the_serving_process_loads_neither_web3_nor_a_wallet_nor_a_client() -> N
         "httpx",
         "x402",
         "requests",
-        "contracts",
+        "contracts.devnet",
+        "contracts.anvil",
         "agents_sdk",
         "gateway.dev",
     ]

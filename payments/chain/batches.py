@@ -54,35 +54,58 @@ def batch_gas_limit(calls: Sequence[Call]) -> int:
     return BATCH_GAS + data_gas + sum(call.gas + call.gas // 63 + OWN_GAS_PER_CALL for call in calls)
 
 
-def logs_of_calls(receipt: dict[str, Any], batch_contract: str, count: int) -> list[Executed] | None:
-    """What each of a batch's `count` calls did, by the events of a receipt.
+def logs_of_calls(receipt: dict[str, Any]) -> list[Executed]:
+    """What each call of a batch did, in order, by the events of its receipt.
 
     Args:
-        receipt: As a node gives it.
-        batch_contract: Lower-case hex.
-        count: How many calls the transaction carried.
-
-    Returns:
-        One entry a call, in order; None if the transaction reverted, so that nothing was executed.
+        receipt: Of a transaction to a batch contract, as a node gives it; it did not revert.
 
     Raises:
-        ValueError: The receipt is not that of such a batch.
+        ValueError: The receipt is not that of a batch.
     """
-    if receipt["status"] != "0x1":
-        return None
+    batch_contract = (receipt.get("to") or "").lower()
     results: list[Executed] = []
     logs: list[Log] = []
     for log in receipt["logs"]:
-        if log["address"].lower() != batch_contract or log["topics"][:1] != [EXECUTED_TOPIC]:
+        if not _is_executed(log, batch_contract):
             logs.append(log)
             continue
         if int(log["topics"][1], 16) != len(results):
             raise ValueError("the calls of a batch are out of order")
         results.append(Executed(int(log["data"], 16) == 1, logs))
         logs = []
-    if len(results) != count:
-        raise ValueError(f"a batch of {count} calls has the events of {len(results)}")
+    if not results:
+        raise ValueError("this is not the receipt of a batch")
     return results
+
+
+def logs_of_call(receipt: dict[str, Any], position: int) -> list[Log] | None:
+    """The logs of one call of a transaction of ours.
+
+    Args:
+        receipt: As a node gives it.
+        position: The call's place in the batch; 0 if the transaction is the call itself.
+
+    Returns:
+        None if the call reverted.
+
+    Raises:
+        ValueError: There is no such call.
+    """
+    if receipt["status"] != "0x1":
+        return None
+    logs: list[Log] = receipt["logs"]
+    batch_contract = (receipt.get("to") or "").lower()
+    if not any(_is_executed(log, batch_contract) for log in logs):
+        return logs
+    results = logs_of_calls(receipt)
+    if position >= len(results):
+        raise ValueError(f"a batch of {len(results)} calls has none at {position}")
+    return results[position].logs if results[position].success else None
+
+
+def _is_executed(log: Log, batch_contract: str) -> bool:
+    return bool(log["address"].lower() == batch_contract and log["topics"][:1] == [EXECUTED_TOPIC])
 
 
 def account_of(address: str) -> bytes:

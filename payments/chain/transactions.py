@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import coincurve
 
@@ -102,6 +103,53 @@ def sign_transaction(
     assert s <= SECP256K1_HALF_ORDER  # libsecp256k1 normalises; EIP-2 refuses anything else
     raw = b"\x02" + rlp_encode([*fields, parity, r, s])
     return SignedTransaction(raw, "0x" + keccak256(raw).hex())
+
+
+def rlp_decode(data: bytes) -> bytes | list[Any]:
+    """Decode one item: a byte string, or a list of items.
+
+    Raises:
+        ValueError: The bytes are not one RLP item, or not in its shortest form of lengths.
+    """
+    item, end = _rlp_item(data, 0)
+    if end != len(data):
+        raise ValueError("something follows the RLP item")
+    return item
+
+
+def _rlp_item(data: bytes, at: int) -> tuple[bytes | list[Any], int]:
+    if at >= len(data):
+        raise ValueError("RLP is cut short")
+    first = data[at]
+    if first < 0x80:
+        return data[at : at + 1], at + 1
+    offset = 0x80 if first < 0xC0 else 0xC0
+    start, length = at + 1, first - offset
+    if length > 55:
+        start, length = at + 1 + length - 55, int.from_bytes(data[at + 1 : at + 1 + length - 55], "big")
+    end = start + length
+    if end > len(data):
+        raise ValueError("RLP is cut short")
+    if offset == 0x80:
+        return data[start:end], end
+    items = []
+    while start < end:
+        item, start = _rlp_item(data[:end], start)
+        items.append(item)
+    return items, end
+
+
+def call_of(raw: bytes) -> Call:
+    """The call that a transaction signed by `sign_transaction` makes.
+
+    Raises:
+        ValueError: These are not the bytes of such a transaction.
+    """
+    fields = rlp_decode(raw[1:]) if raw[:1] == b"\x02" else b""
+    if not isinstance(fields, list) or len(fields) != 12:
+        raise ValueError("these are not the bytes of an EIP-1559 transaction")
+    gas, to, value, data = fields[4:8]
+    return Call("0x" + to.hex(), data, int.from_bytes(gas, "big"), int.from_bytes(value, "big"))
 
 
 def address_of(key: coincurve.PrivateKey) -> str:

@@ -1,16 +1,17 @@
 """The books' accounts: how they are named, and which of them may go below zero.
 
 A balance above zero is what we owe the account's owner. `custody` is the counter side of everything on chain, so its balance
-is minus what the treasury should hold; `variance` is what the operator lost on overruns.
+is minus what the treasury should hold; `variance` is what the operator lost on overruns. What settlements cost is kept in the
+chain's own coin (`native_asset`, in gwei): `signer` accounts are minus what each has paid, `gas` is the sum.
 """
 
 from __future__ import annotations
 
 from payments.store import Transaction
 
-OVERDRAFT_KINDS = frozenset({"custody", "variance", "owner", "grants"})
-OWNERLESS_KINDS = frozenset({"custody", "revenue", "variance", "dust", "unattributed", "owner", "grants"})
-OWNED_KINDS = frozenset({"payer", "pool", "key"})
+OVERDRAFT_KINDS = frozenset({"custody", "variance", "owner", "grants", "signer"})
+OWNERLESS_KINDS = frozenset({"custody", "revenue", "variance", "dust", "unattributed", "owner", "grants", "gas"})
+OWNED_KINDS = frozenset({"payer", "pool", "key", "signer"})
 
 _INSERT = (
     "INSERT INTO ledger_account (id, kind, owner, asset, balance, pending_out, overdraft) VALUES (?, ?, ?, ?, 0, 0, ?)"
@@ -23,6 +24,11 @@ def account_id(kind: str, asset: str, owner: str | None = None) -> str:
     return f"{kind}@{asset}" if owner is None else f"{kind}:{owner}@{asset}"
 
 
+def native_asset(chain_id: int) -> str:
+    """The ledger's name of a chain's own coin, whose amounts are in gwei."""
+    return f"eip155:{chain_id}/native"
+
+
 def payer_account(address: str, asset: str) -> str:
     """What is owed to a wallet, whose address is in lower-case hex."""
     return f"payer:{address}@{asset}"
@@ -30,7 +36,7 @@ def payer_account(address: str, asset: str) -> str:
 
 def may_overdraw(account: str) -> bool:
     """Whether an account with this id may go below zero."""
-    return account.partition("@")[0] in OVERDRAFT_KINDS
+    return account.partition("@")[0].partition(":")[0] in OVERDRAFT_KINDS
 
 
 def ensure_account(tx: Transaction, account: str) -> None:

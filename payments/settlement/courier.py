@@ -1,6 +1,6 @@
 """Takes signed transactions to the chain and brings back their receipts. Knows nothing of money or of the database.
 
-One loop for all entries: each turn is one JSON-RPC batch that carries the new transactions, the head's number and the
+One loop for all transactions: each turn is one JSON-RPC batch that carries the new transactions, the head's number and the
 receipts that may be there by now. It wakes for new work; between blocks it asks only for the head's number.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
 from payments.chain.signers import FeeEstimate
-from payments.settlement.outbox import Entry
+from payments.settlement.outgoing import Outgoing
 
 log = logging.getLogger(__name__)
 
@@ -32,17 +32,17 @@ BLOCK_MAX = 2**53
 SENDS_MAX = 64
 """Transactions in one turn: Anvil's automine stalls with more at once."""
 
-ReceiptHandler = Callable[[Entry, dict[str, Any]], None]
-TroubleHandler = Callable[[Entry, str], None]
+ReceiptHandler = Callable[[Outgoing, dict[str, Any]], None]
+TroubleHandler = Callable[[Outgoing, str], None]
 
 
 class Courier:
-    """Broadcasts entries and watches for their receipts until each is dropped.
+    """Broadcasts transactions and watches for their receipts until each is dropped.
 
     Args:
-        on_receipt: Called with an entry and the receipt of one of its transactions, once; the entry is then dropped.
+        on_receipt: Called with a transaction and the receipt of one of its forms, once; the transaction is then dropped.
         on_head: Called with the block number whenever it changes.
-        on_trouble: Called with an entry and one of ``nonce_used``, ``nonce_ahead``, ``underpriced``, ``no_gas``.
+        on_trouble: Called with a transaction and one of ``nonce_used``, ``nonce_ahead``, ``underpriced``, ``no_gas``.
     """
 
     def __init__(
@@ -60,30 +60,30 @@ class Courier:
         self.refusals = 0
         """Broadcasts that a node refused for another reason than knowing the transaction."""
         self.turns = 0
-        self.carried: dict[str, Entry] = {}
+        self.carried: dict[str, Outgoing] = {}
         self._rpc = rpc
         self._fees = fees
         self._poll_s = min(max(block_time_ms / 1000 / POLLS_PER_BLOCK, POLL_MIN_S), POLL_MAX_S)
         self._resend_s = max(3 * block_time_ms / 1000, 2.0)
         self._eager = block_time_ms < 1000
         self._probe = False
-        self._outgoing: dict[str, Entry] = {}
+        self._outgoing: dict[str, Outgoing] = {}
         self._wake = asyncio.Event()
         self._stopping = False
         self._on_receipt, self._on_head, self._on_trouble = on_receipt, on_head, on_trouble
 
-    def carry(self, entry: Entry) -> None:
-        """Broadcast an entry's newest transaction in the next turn, and watch for its receipt from then on."""
-        self.carried[entry.id] = entry
-        self._outgoing[entry.id] = entry
-        entry.next_poll = 0.0
-        entry.polled_at_head = -1
+    def carry(self, outgoing: Outgoing) -> None:
+        """Broadcast a transaction's newest form in the next turn, and watch for its receipt from then on."""
+        self.carried[outgoing.id] = outgoing
+        self._outgoing[outgoing.id] = outgoing
+        outgoing.next_poll = 0.0
+        outgoing.polled_at_head = -1
         self._wake.set()
 
-    def drop(self, entry: Entry) -> None:
-        """Forget an entry."""
-        self.carried.pop(entry.id, None)
-        self._outgoing.pop(entry.id, None)
+    def drop(self, outgoing: Outgoing) -> None:
+        """Forget a transaction."""
+        self.carried.pop(outgoing.id, None)
+        self._outgoing.pop(outgoing.id, None)
 
     def stop(self) -> None:
         """End `run` after the turn that is under way."""
@@ -109,36 +109,38 @@ class Courier:
     async def turn(self) -> None:
         """One round trip: send what is new, learn the head, poll what is due."""
         now = time.monotonic()
-        for entry in self.carried.values():
+        for outgoing in self.carried.values():
             # Sent again now and then: nodes drop transactions from their pools without a word.
-            if entry.last_sent and now - entry.last_sent > (self._resend_s if entry.first_sent else RETRY_S):
-                self._outgoing[entry.id] = entry
+            if outgoing.last_sent and now - outgoing.last_sent > (self._resend_s if outgoing.first_sent else RETRY_S):
+                self._outgoing[outgoing.id] = outgoing
         sends = list(self._outgoing.values())[:SENDS_MAX]
-        for entry in sends:
-            del self._outgoing[entry.id]
-        sending = {entry.id for entry in sends}
+        for outgoing in sends:
+            del self._outgoing[outgoing.id]
+        sending = {outgoing.id for outgoing in sends}
         polls = [
-            (entry, transaction_hash)
-            for entry in self.carried.values()
-            if entry.id not in sending and self._due(entry, now)
-            for transaction_hash in entry.hashes
+            (outgoing, transaction_hash)
+            for outgoing in self.carried.values()
+            if outgoing.id not in sending and self._due(outgoing, now)
+            for transaction_hash in outgoing.hashes
         ]
         requests: list[Request] = [HEAD]
         if self._fees.stale:
             requests.append(FeeEstimate.REQUEST)
         first_send = len(requests)
-        requests += [("eth_sendRawTransaction", ("0x" + entry.raw.hex(),)) for entry in sends]
+        requests += [("eth_sendRawTransaction", ("0x" + outgoing.raw.hex(),)) for outgoing in sends]
         requests += [("eth_getTransactionReceipt", (transaction_hash,)) for _, transaction_hash in polls]
         try:
             replies = await self._rpc.batch(requests)
             self._take(replies, sends, polls, first_send)
         except Exception:
             # They may have arrived or not: the same bytes again do no harm.
-            self._outgoing = {entry.id: entry for entry in sends if entry.id in self.carried} | self._outgoing
+            self._outgoing = {
+                outgoing.id: outgoing for outgoing in sends if outgoing.id in self.carried
+            } | self._outgoing
             raise
 
     def _take(
-        self, replies: Sequence[Any], sends: list[Entry], polls: list[tuple[Entry, str]], first_send: int
+        self, replies: Sequence[Any], sends: list[Outgoing], polls: list[tuple[Outgoing, str]], first_send: int
     ) -> None:
         self.turns += 1
         if first_send == 2:
@@ -147,10 +149,10 @@ class Courier:
         polled_head = self.head
         self._take_head(replies[0])
         now = time.monotonic()
-        for entry, reply in zip(sends, replies[first_send:], strict=False):
-            self._sent(entry, reply, now)
-        for (entry, _), reply in zip(polls, replies[first_send + len(sends) :], strict=True):
-            self._polled(entry, reply, now, polled_head)
+        for outgoing, reply in zip(sends, replies[first_send:], strict=False):
+            self._sent(outgoing, reply, now)
+        for (outgoing, _), reply in zip(polls, replies[first_send + len(sends) :], strict=True):
+            self._polled(outgoing, reply, now, polled_head)
 
     def _take_head(self, reply: Any) -> None:
         if isinstance(reply, RpcError):
@@ -162,47 +164,47 @@ class Courier:
             self.head = head
             self._on_head(head)
 
-    def _sent(self, entry: Entry, reply: Any, now: float) -> None:
+    def _sent(self, outgoing: Outgoing, reply: Any, now: float) -> None:
         self.broadcasts += 1
-        entry.last_sent = now
+        outgoing.last_sent = now
         # Looked at after each broadcast, whatever the head does: a node may know a block before the receipts in it.
-        entry.polled_at_head = -1
+        outgoing.polled_at_head = -1
         trouble = _trouble(reply) if isinstance(reply, RpcError) else None
-        entry.next_poll = now if trouble is None else now + self._poll_s
+        outgoing.next_poll = now if trouble is None else now + self._poll_s
         if trouble is None:
-            entry.first_sent = entry.first_sent or now
+            outgoing.first_sent = outgoing.first_sent or now
             self._probe = True
             return
         if trouble == "refused":
             self.refusals += 1
-            log.warning("a node refused transaction %s of %s: %s", entry.transaction_hash, entry.id, reply)
-        self._on_trouble(entry, trouble)
+            log.warning("a node refused transaction %s of %s: %s", outgoing.hashes[-1], outgoing.id, reply)
+        self._on_trouble(outgoing, trouble)
 
-    def _polled(self, entry: Entry, reply: Any, now: float, polled_head: int) -> None:
+    def _polled(self, outgoing: Outgoing, reply: Any, now: float, polled_head: int) -> None:
         if isinstance(reply, dict) and reply.get("blockNumber"):
-            if entry.id not in self.carried:
+            if outgoing.id not in self.carried:
                 return
             try:
-                self._on_receipt(entry, reply)
+                self._on_receipt(outgoing, reply)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError):
                 # Not what a receipt looks like: it is asked for again.
-                log.exception("a node sent a receipt of %s that cannot be read", entry.transaction_hash)
-                entry.polled_at_head, entry.next_poll = polled_head, now + RETRY_S
+                log.exception("a node sent a receipt of %s that cannot be read", outgoing.hashes[-1])
+                outgoing.polled_at_head, outgoing.next_poll = polled_head, now + RETRY_S
                 return
-            self.drop(entry)
-            self._eager = now - entry.first_sent < EAGER_PATIENCE_S if entry.first_sent else self._eager
+            self.drop(outgoing)
+            self._eager = now - outgoing.first_sent < EAGER_PATIENCE_S if outgoing.first_sent else self._eager
             return
         if isinstance(reply, RpcError):
-            entry.polled_at_head = -1
+            outgoing.polled_at_head = -1
         else:
-            entry.polled_at_head = polled_head
-        age = now - (entry.first_sent or now)
-        entry.next_poll = now + min(max(EAGER_POLL_S, age / 4), self._poll_s)
+            outgoing.polled_at_head = polled_head
+        age = now - (outgoing.first_sent or now)
+        outgoing.next_poll = now + min(max(EAGER_POLL_S, age / 4), self._poll_s)
         if self._eager and age > EAGER_PATIENCE_S:
             self._eager = False
 
-    def _due(self, entry: Entry, now: float) -> bool:
-        return now >= entry.next_poll if self._eager else entry.polled_at_head != self.head
+    def _due(self, outgoing: Outgoing, now: float) -> bool:
+        return now >= outgoing.next_poll if self._eager else outgoing.polled_at_head != self.head
 
     def _pause(self) -> float | None:
         """Seconds until the next turn unless woken; None: sleep until woken."""
@@ -212,8 +214,8 @@ class Courier:
             return None
         if self._eager or self._probe:
             now = time.monotonic()
-            return max(min(entry.next_poll for entry in self.carried.values()) - now, EAGER_POLL_S)
-        if any(entry.polled_at_head != self.head for entry in self.carried.values()):
+            return max(min(outgoing.next_poll for outgoing in self.carried.values()) - now, EAGER_POLL_S)
+        if any(outgoing.polled_at_head != self.head for outgoing in self.carried.values()):
             return 0.0
         return self._poll_s
 

@@ -14,23 +14,23 @@ from typing import Any
 
 from payments.chain.networks import Network
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
-from payments.chain.signers import WEI_PER_GWEI, FeeEstimate, Signer, least_loaded
+from payments.chain.signers import WEI_PER_GWEI, FeeEstimate, Signer
 from payments.chain.transactions import Fees
 from payments.errors import SettlementUnavailable
-from payments.settlement import outbox, states
+from payments.settlement import outbox, outgoing, states
 from payments.settlement.courier import HEAD, Courier
+from payments.settlement.dispatcher import Dispatcher
 from payments.settlement.finality import Finality
-from payments.settlement.judge import Judge, LedgerCallback
-from payments.settlement.orders import SettlementOrder
+from payments.settlement.judge import Judge
+from payments.settlement.orders import Kind, SettlementOrder
 from payments.settlement.outbox import Entry
+from payments.settlement.outgoing import Outgoing
 from payments.settlement.repairs import STALL_BLOCKS, Repairs
-from payments.store import Store
+from payments.store import Store, Transaction
 
 log = logging.getLogger(__name__)
 
 OUTCOMES_KEPT = 4_096
-SLOT_WAIT_S = 10.0
-"""How long a payment waits for a signer when all have as many transactions under way as they may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +55,17 @@ class SettlementOutcome:
 
 
 class Settlements:
-    """All settlements on one network.
+    """All settlements on one network. Kinds of orders are registered with `handle` before `start`.
 
     Args:
         store: The database.
         rpc: The chain.
         network: Its chain id and block time.
-        signer_keys: Private keys (hex) of the accounts that pay the gas of payments.
-        treasury_key: Private key (hex) of `pay_to`, for refunds; may be one of `signer_keys`.
+        signer_keys: Private keys (hex) of the accounts that pay the gas of settlements.
+        treasury_key: Private key (hex) of `pay_to`, for what only the treasury can send; may be one of `signer_keys`.
+        batch_contract: The operator's own; None settles everything singly.
         confirmations: Blocks on top of the evidence's own after which it is final.
         housekeeping_s: How often deadlines and stalled signers are looked after.
-        on_mined: Called in the unit that records evidence of a payment, with the settlement's row.
-        on_failed: Called in the unit that records a payment's failure, with the settlement's row.
     """
 
     def __init__(
@@ -76,9 +75,8 @@ class Settlements:
         network: Network,
         signer_keys: Sequence[str],
         *,
-        on_mined: LedgerCallback,
-        on_failed: LedgerCallback,
         treasury_key: str | None = None,
+        batch_contract: str | None = None,
         confirmations: int = 2,
         housekeeping_s: float = 1.0,
     ) -> None:
@@ -93,12 +91,14 @@ class Settlements:
         self.paid = 0
         self.failed = 0
         self.reorganised = 0
+        self.transactions = 0
+        """Sent, each with one or many settlements."""
         self.rpc = rpc
         self._store = store
-        self._callbacks = {"payment": (on_mined, on_failed)}
+        self._kinds: dict[str, Kind] = {}
         self._entries: dict[str, Entry] = {}
+        self._transactions: dict[str, Outgoing] = {}
         self._outcomes: dict[str, SettlementOutcome] = {}
-        self._slot_freed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._running = False
         self._housekeeping_s = housekeeping_s
@@ -111,10 +111,21 @@ class Settlements:
             network.block_time_ms,
             on_receipt=self._receipt,
             on_head=self._head_changed,
-            on_trouble=lambda entry, trouble: self._repairs.report(entry, trouble),
+            on_trouble=lambda transaction, trouble: self._repairs.report(transaction, trouble),
         )
-        self.finality = Finality(rpc, confirmations, housekeeping_s)
-        self._judge = Judge(store, rpc, self._callbacks, closed=self._decided, spawn=self._spawn)
+        self._dispatcher = Dispatcher(
+            store,
+            network.chain_id,
+            {"settler": self.signers, "treasury": [] if self.treasury is None else [self.treasury]},
+            self._kinds,
+            self.fees,
+            batch_contract=None if batch_contract is None else batch_contract.lower(),
+            block_time_ms=network.block_time_ms,
+            head=lambda: self.courier.head,
+            adopt=self._carry,
+        )
+        self._judge = Judge(store, rpc, self._kinds, closed=self._decided, requeued=self._requeued, spawn=self._spawn)
+        self.finality = Finality(rpc, confirmations, housekeeping_s, self._judge.own_evidence)
         self._repairs = Repairs(
             store,
             rpc,
@@ -123,13 +134,19 @@ class Settlements:
             fees=self.fees,
             courier=self.courier,
             entries=self._entries,
+            transactions=self._transactions,
             adopt=self._adopt,
-            expire=lambda entry, head: self._spawn(self._judge.look_elsewhere(entry, head, reverted=False)),
+            abandon=self._included,
+            expire=lambda entry, head: self._spawn(
+                self._judge.look_elsewhere(entry, head, sender=None, reverted=False)
+            ),
         )
 
-    def handle_refunds(self, on_mined: LedgerCallback, on_failed: LedgerCallback) -> None:
-        """Set the callbacks for orders of the kind ``refund``; before `start`."""
-        self._callbacks["refund"] = (on_mined, on_failed)
+    def handle(self, name: str, kind: Kind) -> None:
+        """Say how orders of a kind are carried, proven and booked; before `start`."""
+        assert not self._running
+        assert name not in self._kinds
+        self._kinds[name] = kind
 
     # --- for tenders --------------------------------------------------------------------------------------------------
 
@@ -141,24 +158,29 @@ class Settlements:
             RpcError: A node refuses the simplest questions.
         """
         await self._ask_chain()
-        rows = await self._store.read(
-            lambda tx: outbox.load(
-                tx, self.network.chain_id, self.accounts, ("queued", "submitted", "mined", "superseded")
-            )
-        )
+        entries, transactions = await self._store.read(self._load)
         self._running = True
-        for entry in rows:
+        for entry in entries:
             if entry.state in states.OPEN:
-                self._resume(entry)
-            elif entry.block_number is not None and (entry.state == "mined" or self._may_be_shallow(entry)):
+                self._entries[entry.id] = entry
+                if entry.state == "queued":
+                    self._dispatcher.take(entry)
+            elif entry.block_number is not None and (entry.own or self._may_be_shallow(entry)):
                 self.finality.watch(entry)
+        for transaction in transactions:
+            if transaction.signer is None:
+                log.warning("transaction %s was signed by an account that is no longer configured", transaction.id)
+            self._adopt(transaction)
         self._spawn(self.courier.run())
+        self._spawn(self._dispatcher.run("settler"))
+        self._spawn(self._dispatcher.run("treasury"))
         self._spawn(self._housekeeping())
 
     async def stop(self) -> None:
         """Stop working; open rows stay in the outbox for the next start."""
         self._running = False
         self.courier.stop()
+        self._dispatcher.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -171,7 +193,7 @@ class Settlements:
         Returns when the row is durable and the broadcast under way. A caller that is cancelled meanwhile does not undo it.
 
         Raises:
-            SettlementUnavailable: The engine is not running; nothing was written.
+            SettlementUnavailable: The engine is not running, or too much waits for it; nothing was written.
             StoreBusy: The database takes no more; nothing was written.
         """
         assert order.chain_id == self.network.chain_id
@@ -180,7 +202,7 @@ class Settlements:
                 "settlement_unavailable", "payments on this network are not being settled right now"
             )
         if order.id not in self._entries:
-            await asyncio.shield(self._spawn(self._submit(order)))
+            await self._dispatcher.submit(order)
 
     async def outcome(self, settlement_id: str, timeout_s: float) -> SettlementOutcome:
         """Wait until the fate of a settlement is known, or `timeout_s` is over: then its state is an open one.
@@ -216,108 +238,61 @@ class Settlements:
         """How many settlements are neither paid nor failed."""
         return len(self._entries)
 
-    # --- submitting ---------------------------------------------------------------------------------------------------
+    # --- transactions -------------------------------------------------------------------------------------------------
 
-    async def _submit(self, order: SettlementOrder) -> None:
-        signer = await self._slot(order.kind)
-        try:
-            fees = self.fees.fees
-            assert fees is not None
-            entry = await self._store.write(lambda tx: outbox.submit(tx, order, signer, fees, self.courier.head))
-        except BaseException:
-            self._free(signer)
-            raise
-        if entry is None:
-            self._free(signer)
+    def _carry(self, transaction: Outgoing) -> None:
+        """A transaction that the dispatcher made durable; its signer's slot is taken already."""
+        self.transactions += 1
+        self.submitted += len(transaction.entries)
+        for entry in transaction.entries:
+            self._entries[entry.id] = entry
+        self._transactions[transaction.id] = transaction
+        self.courier.carry(transaction)
+
+    def _adopt(self, transaction: Outgoing) -> None:
+        """A transaction that was durable before, or fills a gap."""
+        if transaction.id in self._transactions:
             return
-        self.submitted += 1
-        self._entries[entry.id] = entry
-        self.courier.carry(entry)
+        # Whoever waits for an entry waits for the one that is known here.
+        transaction.entries = [self._entries.get(entry.id, entry) for entry in transaction.entries]
+        self._transactions[transaction.id] = transaction
+        if transaction.signer is not None:
+            transaction.signer.in_flight += 1
+        self.courier.carry(transaction)
 
-    def _adopt(self, entry: Entry) -> None:
-        """An entry that is signed and durable."""
-        self._entries[entry.id] = entry
-        if entry.signer is not None:
-            entry.signer.in_flight += 1
-        self.courier.carry(entry)
+    def _included(self, transaction: Outgoing) -> None:
+        """A transaction needs no more carrying."""
+        self.courier.drop(transaction)
+        if self._transactions.pop(transaction.id, None) is not None and transaction.signer is not None:
+            self._dispatcher.freed(transaction.signer)
+
+    def _receipt(self, transaction: Outgoing, receipt: dict[str, Any]) -> None:
+        self._judge.receipt(transaction, receipt)
+        self._included(transaction)
 
     async def _take_queued(self, settlement_id: str) -> None:
         entry = await self._store.read(lambda tx: outbox.find(tx, settlement_id))
         if entry is not None and entry.state == "queued" and entry.id not in self._entries:
-            self._resume(entry)
-
-    def _resume(self, entry: Entry) -> None:
-        if entry.state == "queued":
             self._entries[entry.id] = entry
-            self._spawn(self._assign(entry))
-            return
-        if entry.signer is None:
-            # Its key was taken out of the configuration; the bytes are signed and may be mined all the same.
-            log.warning("settlement %s was signed by an account that is no longer configured", entry.id)
-        self._adopt(entry)
+            self._dispatcher.take(entry)
 
-    async def _assign(self, entry: Entry) -> None:
-        signer = await self._slot(entry.kind)
-        fees = self.fees.fees
-        assert fees is not None
-        try:
-            moved = await self._store.write(lambda tx: outbox.assign(tx, entry, signer, fees, self.courier.head))
-        except BaseException:
-            self._free(signer)
-            raise
-        if moved:
-            self.courier.carry(entry)
-        else:
-            self._free(signer)
-            self._entries.pop(entry.id, None)
-
-    async def _slot(self, kind: str) -> Signer:
-        candidates = self.signers
-        if kind == "refund":
-            if self.treasury is None:
-                raise SettlementUnavailable("no_treasury_key", "refunds need the treasury's key")
-            candidates = [self.treasury]
-        try:
-            async with asyncio.timeout(SLOT_WAIT_S if kind == "payment" else None):
-                while (signer := least_loaded(candidates)) is None:
-                    self._slot_freed.clear()
-                    await self._slot_freed.wait()
-        except TimeoutError:
-            raise SettlementUnavailable(
-                "settlement_busy", "too many payments are waiting for this network; send the same payment again"
-            ) from None
-        signer.in_flight += 1
-        return signer
-
-    def _free(self, signer: Signer) -> None:
-        signer.in_flight -= 1
-        self._slot_freed.set()
-
-    # --- results ------------------------------------------------------------------------------------------------------
-
-    def _receipt(self, entry: Entry, receipt: dict[str, Any]) -> None:
-        if entry.id in self._entries:
-            self._judge.receipt(entry, receipt, self.courier.head)
-        else:
-            self._repairs.release_nonce(entry)
+    def _requeued(self, entry: Entry) -> None:
+        """The judge has put an entry back into the queue."""
+        self._dispatcher.take(entry)
 
     def _decided(self, entry: Entry) -> None:
         """The judge has made its decision durable."""
-        if self._entries.pop(entry.id, None) is None:
-            return
+        before = self._outcomes.get(entry.id)
+        if self._entries.pop(entry.id, None) is None and before is not None and before.state == entry.state:
+            return  # two ways led to the same decision
         self._outcomes[entry.id] = _outcome(entry)
         if len(self._outcomes) > OUTCOMES_KEPT:
             del self._outcomes[next(iter(self._outcomes))]
         if entry.state == "failed":
             self.failed += 1
-        elif entry.kind != "filler":
+        else:
             self.paid += 1
             self.finality.watch(entry)
-        if entry.id in self.courier.carried:
-            # Decided by another transaction than ours, or by the clock: those after ours still wait for its nonce.
-            self._repairs.hold_nonce(entry)
-        if entry.signer is not None:
-            self._free(entry.signer)
         _wake(entry)
 
     # --- the chain moves on -------------------------------------------------------------------------------------------
@@ -339,23 +314,34 @@ class Settlements:
             if entry.id in self._outcomes and entry.state == "mined":
                 entry.state = "final"
                 self._outcomes[entry.id] = _outcome(entry)
-        for entry in verdicts.vanished:
-            await self._send_again(entry)
+        if verdicts.vanished:
+            await self._send_again(verdicts.vanished)
 
-    async def _send_again(self, entry: Entry) -> None:
-        """A reorganisation took the evidence away: the same bytes go out once more, and the evidence is found anew."""
-        log.warning("settlement %s was reorganised out of block %s", entry.id, entry.block_number)
-        moved = await self._store.write(
-            lambda tx: states.move(tx, entry.id, "submitted", transfer_log_index=None, block_number=None)
-        )
-        if not moved:
-            return
-        entry.state, entry.block_number, entry.block_hash = "submitted", None, None
-        entry.first_sent = entry.last_sent = 0.0
-        self._outcomes.pop(entry.id, None)
-        # Counted once nobody is told the old outcome any more.
-        self.reorganised += 1
-        self._resume(entry)
+    async def _send_again(self, vanished: Sequence[Entry]) -> None:
+        """A reorganisation took evidence away: the same bytes go out once more, and the evidence is found anew."""
+
+        def unit(tx: Transaction) -> tuple[list[Entry], list[Outgoing]]:
+            moved = [
+                entry
+                for entry in vanished
+                if states.move(tx, entry.id, "submitted", transfer_log_index=None, block_number=None)
+            ]
+            ids = {entry.transaction_id for entry in moved if entry.transaction_id is not None}
+            transactions = self._with_entries(tx, outgoing.load(tx, sorted(ids), self.accounts)) if ids else []
+            for transaction in transactions:
+                outgoing.exclude(tx, transaction)
+            return moved, transactions
+
+        moved, transactions = await self._store.write(unit)
+        for entry in moved:
+            log.warning("settlement %s was reorganised out of block %s", entry.id, entry.block_number)
+            entry.state, entry.block_number, entry.block_hash, entry.own = "submitted", None, None, True
+            self._entries[entry.id] = entry
+            self._outcomes.pop(entry.id, None)
+            # Counted once nobody is told the old outcome any more.
+            self.reorganised += 1
+        for transaction in transactions:
+            self._adopt(transaction)
 
     async def _housekeeping(self) -> None:
         """What no block announces: deadlines, stalled signers, depth on a chain that nobody else uses."""
@@ -384,6 +370,20 @@ class Settlements:
         self.fees.read(fee_history)
         for account, count in zip(accounts, counts, strict=True):
             account.nonce_floor = int(count, 16)
+
+    def _load(self, tx: Transaction) -> tuple[list[Entry], list[Outgoing]]:
+        chain_id = self.network.chain_id
+        entries = outbox.load(tx, chain_id, ("queued", "submitted", "mined", "superseded"))
+        unknown = {entry.kind for entry in entries} - self._kinds.keys()
+        assert not unknown, f"nobody handles settlements of the kinds {unknown}"
+        transactions = self._with_entries(tx, outgoing.load_signed(tx, chain_id, self.accounts))
+        return entries, transactions
+
+    def _with_entries(self, tx: Transaction, transactions: list[Outgoing]) -> list[Outgoing]:
+        carried = outbox.load_carried(tx, [transaction.id for transaction in transactions])
+        for transaction in transactions:
+            transaction.entries = carried[transaction.id]
+        return transactions
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from payments.chain.rpc import Request, Rpc, RpcError
-from payments.settlement.evidence import of_own_transaction
+from payments.settlement.orders import Evidence
 from payments.settlement.outbox import Entry
 
 
@@ -24,11 +26,19 @@ class Finality:
     Args:
         confirmations: Blocks on top of the evidence's own after which it is final.
         interval_s: At most one look per this time: a chain that mines at once would make hundreds of blocks to look at.
+        own_evidence: What a receipt of our own transaction proves for an entry, see `Judge`.
     """
 
-    def __init__(self, rpc: Rpc, confirmations: int, interval_s: float) -> None:
+    def __init__(
+        self,
+        rpc: Rpc,
+        confirmations: int,
+        interval_s: float,
+        own_evidence: Callable[[Entry, dict[str, Any]], Evidence | None],
+    ) -> None:
         self.watched: dict[str, Entry] = {}
         self._rpc = rpc
+        self._own_evidence = own_evidence
         self._confirmations = confirmations
         self._interval_s = interval_s
         self._looked_at = 0.0
@@ -76,7 +86,7 @@ class Finality:
         for entry, receipt in zip(entries, await self._rpc.batch(requests), strict=True):
             if not isinstance(receipt, dict) or receipt["status"] != "0x1":
                 continue
-            evidence = of_own_transaction(receipt, entry) if entry.state == "mined" else None
+            evidence = self._own_evidence(entry, receipt) if entry.state == "mined" else None
             if entry.state == "superseded" or evidence is not None:
                 entry.block_number = int(receipt["blockNumber"], 16)
                 entry.block_hash = receipt["blockHash"]

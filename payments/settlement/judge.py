@@ -4,31 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from payments.chain.batches import logs_of_call
 from payments.chain.rpc import Rpc, RpcError, RpcUnavailable
 from payments.settlement import evidence as proof
-from payments.settlement import outbox, states
-from payments.settlement.evidence import Evidence, NoEvidence
+from payments.settlement import outbox, outgoing, states
+from payments.settlement.orders import Evidence, Kind, NoEvidence
 from payments.settlement.outbox import Entry
+from payments.settlement.outgoing import Outgoing
 from payments.store import Store, Transaction
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 
-LedgerCallback = Callable[[Transaction, dict[str, Any]], None]
 Spawn = Callable[[Coroutine[Any, Any, Any]], "asyncio.Task[Any]"]
+Found = tuple[Entry, Evidence]
+
+
+@dataclass(slots=True)
+class _Included:
+    """A transaction in a block, and what its receipt says of the entries that it carries."""
+
+    outgoing: Outgoing
+    receipt: dict[str, Any]
+    proven: list[Found] = field(default_factory=list)
+    unproven: list[Entry] = field(default_factory=list)
+    """Their calls reverted or moved nothing."""
+    untried: list[Entry] = field(default_factory=list)
+    """The whole batch reverted, and so none of its calls was made."""
 
 
 class Judge:
     """The one place where settlements become paid or failed.
 
     Args:
-        callbacks: By kind of order, what to do in the unit that records evidence, and in the one that records failure.
+        kinds: By name, what proves orders and what books them.
         closed: Called with an entry whose decision is durable; its `state` is the new one.
+        requeued: Called with an entry that is queued again.
         spawn: Starts background work that the engine waits for when it stops.
     """
 
@@ -36,45 +53,56 @@ class Judge:
         self,
         store: Store,
         rpc: Rpc,
-        callbacks: dict[str, tuple[LedgerCallback, LedgerCallback]],
+        kinds: Mapping[str, Kind],
         *,
         closed: Callable[[Entry], None],
+        requeued: Callable[[Entry], None],
         spawn: Spawn,
     ) -> None:
-        self._store, self._rpc = store, rpc
-        self._callbacks = callbacks
-        self._closed = closed
-        self._spawn = spawn
-        self._proven: list[tuple[Entry, Evidence]] = []
+        self._store, self._rpc, self._kinds = store, rpc, kinds
+        self._closed, self._requeued, self._spawn = closed, requeued, spawn
+        self._included: list[_Included] = []
         self._recording = False
 
-    def receipt(self, entry: Entry, receipt: dict[str, Any], head: int) -> None:
-        """One of the entry's own transactions is in a block."""
-        if entry.kind == "filler":
-            self._spawn(self._record_filler(entry))
-            return
-        evidence = proof.of_own_transaction(receipt, entry)
-        if evidence is None:
-            self._spawn(self.look_elsewhere(entry, max(head, int(receipt["blockNumber"], 16)), reverted=True))
-            return
-        self._proven.append((entry, evidence))
+    def receipt(self, transaction: Outgoing, receipt: dict[str, Any]) -> None:
+        """One of our transactions is in a block.
+
+        Raises:
+            ValueError, KeyError: The receipt makes no sense; nothing was decided.
+        """
+        included = _Included(transaction, receipt)
+        reverted_batch = transaction.kind == "batch" and receipt["status"] != "0x1"
+        for entry in transaction.entries:
+            if entry.state not in ("submitted", "failed"):
+                continue
+            evidence = self.own_evidence(entry, receipt)
+            if evidence is not None:
+                included.proven.append((entry, evidence))
+            elif entry.state == "submitted":
+                (included.untried if reverted_batch else included.unproven).append(entry)
+        self._included.append(included)
         if not self._recording:
             self._recording = True
-            self._spawn(self._record_proven())
+            self._spawn(self._record())
 
-    async def look_elsewhere(self, entry: Entry, head: int, *, reverted: bool) -> None:
-        """Our own transaction paid nothing (`reverted`), or cannot any more because the deadline is past at block `head`.
+    def own_evidence(self, entry: Entry, receipt: dict[str, Any]) -> Evidence | None:
+        """What a receipt of the transaction that carries an entry proves for it."""
+        logs = logs_of_call(receipt, entry.position)
+        return None if logs is None else self._kinds[entry.kind].proof.of_call(entry.order, receipt, logs)
+
+    async def look_elsewhere(self, entry: Entry, head: int, *, sender: str | None, reverted: bool) -> None:
+        """Our own call paid nothing (`reverted`), or cannot any more because the deadline is past at block `head`.
 
         Somebody else may have executed the authorization: then it is paid all the same. Otherwise it has failed.
         """
         while entry.state in states.OPEN:
             try:
-                found = await proof.search(self._rpc, entry, head)
+                found = await self._kinds[entry.kind].proof.search(self._rpc, entry.order, entry.from_block, head)
                 if isinstance(found, Evidence):
                     if await self._record_one(entry, found):
                         return
                     found = NoEvidence(nonce_consumed=True)
-                await self._fail(entry, await self._reason(entry, found, reverted))
+                await self._fail(entry, await self._reason(entry, found, sender, reverted))
             except (RpcUnavailable, RpcError) as error:
                 log.warning("cannot look for evidence of %s: %s", entry.id, error)
             except Exception:
@@ -84,53 +112,76 @@ class Judge:
                 return
             await asyncio.sleep(RETRY_S)
 
-    async def _reason(self, entry: Entry, found: NoEvidence, reverted: bool) -> str:
+    async def _reason(self, entry: Entry, found: NoEvidence, sender: str | None, reverted: bool) -> str:
         if found.nonce_consumed:
             return "the authorization was cancelled or used for something else"
         if reverted:
-            return await proof.explain_failure(self._rpc, entry)
+            return await proof.explain_failure(self._rpc, entry.order, sender)
         return "the authorization expired before it was executed"
 
-    async def _record_proven(self) -> None:
-        """Commit what was proven; all that comes up while a commit is running goes into the next one."""
+    async def _record(self) -> None:
+        """Commit what receipts say; all that comes up while a commit is running goes into the next one."""
         try:
-            while self._proven:
-                proven, self._proven = self._proven, []
+            while self._included:
+                taken, self._included = self._included, []
                 try:
-                    await self._store.write(partial(self._pay_all, proven=proven))
+                    await self._store.write(partial(self._book_all, taken=taken))
                 except Exception:
                     # One of them cannot be booked; the others must not suffer for it.
-                    log.exception("booking %d settlements together failed; trying one by one", len(proven))
-                    for entry, evidence in proven:
-                        self._spawn(self._record_one(entry, evidence))
+                    log.exception("booking %d transactions together failed; trying one by one", len(taken))
+                    for included in taken:
+                        self._spawn(self._record_apart(included))
                 else:
-                    for entry, evidence in proven:
-                        self._paid(entry, evidence)
+                    for included in taken:
+                        self._told(included)
         finally:
             self._recording = False
 
+    async def _record_apart(self, included: _Included) -> None:
+        for entry, evidence in included.proven:
+            self._spawn(self._record_one(entry, evidence))
+        included.proven.clear()
+        await self._store.write_surely(partial(self._book_all, taken=[included]))
+        self._told(included)
+
+    def _book_all(self, tx: Transaction, taken: list[_Included]) -> None:
+        for included in taken:
+            outgoing.include(tx, included.outgoing, included.receipt)
+            for entry, evidence in included.proven:
+                self._pay(tx, entry, evidence, own=True)
+            outbox.requeue(tx, included.untried)
+
+    def _told(self, included: _Included) -> None:
+        for entry, evidence in included.proven:
+            self._paid(entry, evidence, "mined")
+        for entry in included.untried:
+            entry.state, entry.attempts, entry.transaction_id = "queued", entry.attempts + 1, None
+            log.warning("the batch that carried %s reverted; it goes out alone", entry.id)
+            self._requeued(entry)
+        sender = None if included.outgoing.signer is None else included.outgoing.signer.address
+        for entry in included.unproven:
+            head = int(included.receipt["blockNumber"], 16)
+            self._spawn(self.look_elsewhere(entry, head, sender=sender, reverted=True))
+
     async def _record_one(self, entry: Entry, evidence: Evidence) -> bool:
-        """Record evidence, whatever it takes. False if its Transfer log is already another settlement's evidence."""
+        """Record evidence, whatever it takes. False if its log is already another settlement's evidence."""
         while True:
             try:
-                recorded = await self._store.write(lambda tx: self._pay(tx, entry, evidence))
+                state = await self._store.write(lambda tx: self._pay(tx, entry, evidence))
             except Exception:
                 # Nothing is shown to the caller until the money is booked, so trying again is the only way out.
                 log.exception("booking settlement %s failed", entry.id)
                 await asyncio.sleep(RETRY_S)
                 continue
-            if recorded:
-                self._paid(entry, evidence)
-            return recorded
+            if state is not None:
+                self._paid(entry, evidence, state)
+            return state is not None
 
-    def _pay_all(self, tx: Transaction, proven: list[tuple[Entry, Evidence]]) -> None:
-        for entry, evidence in proven:
-            self._pay(tx, entry, evidence)
-
-    def _pay(self, tx: Transaction, entry: Entry, evidence: Evidence) -> bool:
-        own = evidence.transaction_hash in entry.hashes
+    def _pay(self, tx: Transaction, entry: Entry, evidence: Evidence, *, own: bool = False) -> str | None:
+        """Book evidence; the state that it makes, or None if it proves something else already."""
+        own = own or outgoing.is_form_of(tx, entry.transaction_id, evidence.transaction_hash)
         if not own and outbox.is_evidence_of_another(tx, entry, evidence.transaction_hash, evidence.transfer_log_index):
-            return False
+            return None
         columns = {
             "transaction_hash": evidence.transaction_hash,
             "transfer_log_index": evidence.transfer_log_index,
@@ -140,11 +191,11 @@ class Judge:
         }
         state = "mined" if own else "superseded"
         if states.move(tx, entry.id, state, **columns):
-            self._callbacks[entry.kind][0](tx, entry.row() | columns | {"state": state})
-        return True
+            self._kinds[entry.kind].on_paid(tx, entry.row() | columns | {"state": state})
+        return state
 
-    def _paid(self, entry: Entry, evidence: Evidence) -> None:
-        entry.state = "mined" if evidence.transaction_hash in entry.hashes else "superseded"
+    def _paid(self, entry: Entry, evidence: Evidence, state: str) -> None:
+        entry.state, entry.own = state, state == "mined"
         entry.transaction_hash, entry.reason = evidence.transaction_hash, None
         entry.block_number, entry.block_hash = evidence.block_number, evidence.block_hash
         self._closed(entry)
@@ -152,13 +203,8 @@ class Judge:
     async def _fail(self, entry: Entry, reason: str) -> None:
         def unit(tx: Transaction) -> None:
             if states.move(tx, entry.id, "failed", reason=reason):
-                self._callbacks[entry.kind][1](tx, entry.row() | {"state": "failed", "reason": reason})
+                self._kinds[entry.kind].on_failed(tx, entry.row() | {"state": "failed", "reason": reason})
 
         await self._store.write(unit)
         entry.state, entry.reason = "failed", reason
-        self._closed(entry)
-
-    async def _record_filler(self, entry: Entry) -> None:
-        await self._store.write_surely(lambda tx: states.move(tx, entry.id, "mined"))
-        entry.state = "mined"
         self._closed(entry)

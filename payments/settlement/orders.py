@@ -1,12 +1,20 @@
-"""What the settlement engine is asked to do: one transfer of a token, as a call that any signer can make.
+"""What the settlement engine is asked to do: one movement on a chain, as a call that a signer of ours can make.
 
-An order is data. The engine adds a signer, a nonce and fees, and keeps the row; evidence on the chain decides its outcome.
+An order is data. The engine adds a transaction and keeps the rows; evidence on the chain decides the outcome. What differs
+between kinds of orders (who signs, what proves one, what it does to the ledger) is the `Kind` that is registered for them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
+
+from payments.chain.logs import Log
+from payments.chain.rpc import Rpc
+from payments.store import Transaction
+
+LedgerCallback = Callable[[Transaction, dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,16 +25,17 @@ class SettlementOrder:
     """
 
     id: str
-    kind: Literal["payment", "refund"]
+    kind: str
+    """Registered with the engine, see `Kind`: ``payment``, ``refund``, …"""
     reference: str
-    """A payment's receipt id, or a refund's ledger transfer id."""
+    """What it is for: a payment's receipt id, a refund's ledger transfer id."""
     chain_id: int
     token: str
     payer: str
     pay_to: str
     value: int
     authorization_nonce: int | None
-    """The nonce whose use, together with the Transfer, is the evidence; None for a refund."""
+    """The nonce whose use, together with the Transfer, is the evidence; None for what needs no payer's authorization."""
     call_to: str
     call_data: bytes
     valid_before: int
@@ -34,5 +43,61 @@ class SettlementOrder:
 
     def __post_init__(self) -> None:
         assert self.value > 0
-        assert (self.authorization_nonce is None) == (self.kind == "refund")
         assert all(address == address.lower() for address in (self.token, self.payer, self.pay_to, self.call_to))
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The log, mostly a Transfer, that proves a settlement."""
+
+    transaction_hash: str
+    block_number: int
+    block_hash: str
+    transfer_log_index: int
+    received_value: int
+    """Atomic units; less than what was sent if the token takes a fee."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoEvidence:
+    """Nothing paid it, up to the block that was searched."""
+
+    nonce_consumed: bool
+    """Whether the authorization can never be executed any more."""
+
+
+class Proof(Protocol):
+    """What proves on the chain that orders of a kind were carried out. A receipt's status alone never does."""
+
+    def of_call(self, order: SettlementOrder, receipt: dict[str, Any], logs: list[Log]) -> Evidence | None:
+        """What the logs of the order's very own call prove, or None if they do not prove it.
+
+        Args:
+            order: What was to happen.
+            receipt: Of the transaction of ours that made the call.
+            logs: Those of the receipt that the call left; the call did not revert.
+        """
+
+    async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
+        """Look for evidence in anybody's transaction, both blocks included.
+
+        Raises:
+            RpcError: A node refused; try again later.
+            RpcUnavailable: No node answered; try again later.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How orders of one kind are carried, proven and booked."""
+
+    proof: Proof
+    on_paid: LedgerCallback
+    """Called in the unit that records evidence, with the settlement's row. Idempotent."""
+    on_failed: LedgerCallback
+    """Called in the unit that records the failure, with the settlement's row. Idempotent."""
+    gas: Callable[[SettlementOrder], int]
+    """The most gas that the call may use."""
+    signed_by: Literal["settler", "treasury"] = "settler"
+    batchable: bool = False
+    """Whether the batch contract may make the call: whoever calls makes no difference to it."""

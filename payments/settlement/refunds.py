@@ -21,7 +21,8 @@ from payments.ledger.accounts import account_id, payer_account
 from payments.money import atomic_to_nano_down, nano_to_atomic_down
 from payments.settlement import outbox
 from payments.settlement.engine import Settlements
-from payments.settlement.orders import SettlementOrder
+from payments.settlement.evidence import TransferProof
+from payments.settlement.orders import Kind, SettlementOrder
 from payments.store import Store, StoreBusy, Transaction
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,9 @@ class Refunds:
         self._considered: set[tuple[str, str]] = set()
         self._not_before: dict[tuple[str, str], float] = {}
         self._task: asyncio.Task[None] | None = None
-        settlements.handle_refunds(self._mined, self._failed)
+        settlements.handle(
+            "refund", Kind(TransferProof(), self._mined, self._failed, outbox.order_gas, signed_by="treasury")
+        )
 
     def consider(self, payer: str, asset: str) -> None:
         """A payer's credit may have grown: look at it soon. Costs nothing."""

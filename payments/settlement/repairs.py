@@ -13,10 +13,11 @@ from functools import partial
 
 from payments.chain.rpc import Request, Rpc
 from payments.chain.signers import FeeEstimate, Signer
-from payments.settlement import outbox, states
+from payments.settlement import outbox, outgoing, states
 from payments.settlement.courier import Courier
 from payments.settlement.outbox import Entry
-from payments.store import Store
+from payments.settlement.outgoing import Outgoing
+from payments.store import Store, Transaction
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ STALL_BLOCKS = 10
 DEADLINE_MARGIN_S = 15
 """The chain's clock is asked this long after a deadline, in case ours is ahead."""
 NONCE_LOST_ROUNDS = 5
-"""Rounds in which a nonce must be seen consumed by an unknown transaction before the entry gets a new one."""
+"""Rounds in which a nonce must be seen consumed by an unknown transaction before ours gets a new one."""
 
 Expire = Callable[[Entry, int], object]
 
@@ -35,8 +36,10 @@ class Repairs:
 
     Args:
         patience_s: How long a transaction may stay unmined before its fees are raised.
-        entries: The engine's open entries by id; those made here are put there by `adopt`.
-        adopt: Takes a new entry (one that fills a gap) into the engine's care.
+        entries: The engine's open entries by id.
+        transactions: The engine's open transactions by id; those made here are put there by `adopt`.
+        adopt: Takes a transaction into the engine's care: a new one that fills a gap, or an old one that is needed again.
+        abandon: Takes one out of it that nothing depends on any more.
         expire: Starts the decision of an entry whose deadline is past at a block.
     """
 
@@ -50,33 +53,23 @@ class Repairs:
         fees: FeeEstimate,
         courier: Courier,
         entries: Mapping[str, Entry],
-        adopt: Callable[[Entry], None],
+        transactions: Mapping[str, Outgoing],
+        adopt: Callable[[Outgoing], None],
+        abandon: Callable[[Outgoing], None],
         expire: Expire,
     ) -> None:
         self._store, self._rpc, self._chain_id = store, rpc, chain_id
         self._patience_s = patience_s
         self._fees, self._courier = fees, courier
-        self._entries = entries
-        self._adopt, self._expire = adopt, expire
-        self._holding: dict[str, Entry] = {}
-        """Decided entries whose nonce the chain still waits for."""
+        self._entries, self._transactions = entries, transactions
+        self._adopt, self._abandon, self._expire = adopt, abandon, expire
         self._troubles: dict[str, str] = {}
         self._lost: dict[str, int] = {}
         self._expiring: set[str] = set()
 
-    def report(self, entry: Entry, trouble: str) -> None:
-        """A node refused an entry's transaction; see `Courier`."""
-        self._troubles[entry.id] = trouble
-
-    def hold_nonce(self, entry: Entry) -> None:
-        """Keep sending the transaction of an entry that is decided: those after it wait for its nonce."""
-        self._holding[entry.id] = entry
-        self._courier.carry(entry)
-
-    def release_nonce(self, entry: Entry) -> None:
-        """Its nonce is consumed."""
-        self._holding.pop(entry.id, None)
-        self._courier.drop(entry)
+    def report(self, transaction: Outgoing, trouble: str) -> None:
+        """A node refused a transaction; see `Courier`."""
+        self._troubles[transaction.id] = trouble
 
     async def round(self) -> None:
         """Look at everything once.
@@ -86,11 +79,15 @@ class Repairs:
             RpcError: A node refused a question.
         """
         await self._look_at_deadlines()
+        for notes in (self._troubles, self._lost):
+            for transaction_id in notes.keys() - self._transactions.keys():
+                del notes[transaction_id]
         now = time.monotonic()
         stuck = {
-            entry.signer.address: entry.signer
-            for entry in (*self._entries.values(), *self._holding.values())
-            if entry.signer is not None and (entry.id in self._troubles or _age(entry, now) > self._patience_s / 3)
+            transaction.signer.address: transaction.signer
+            for transaction in self._transactions.values()
+            if transaction.signer is not None
+            and (transaction.id in self._troubles or _age(transaction, now) > self._patience_s / 3)
         }
         if not stuck:
             return
@@ -105,29 +102,24 @@ class Repairs:
         expired = [
             entry
             for entry in self._entries.values()
-            if entry.state == "submitted" and 0 < entry.valid_before < now - DEADLINE_MARGIN_S
+            if entry.state in states.OPEN and 0 < entry.order.valid_before < now - DEADLINE_MARGIN_S
         ]
         if not expired:
             return
         block = await self._rpc.call("eth_getBlockByNumber", ("latest", False))
         for entry in expired:
-            if int(block["timestamp"], 16) > entry.valid_before and entry.id not in self._expiring:
+            if int(block["timestamp"], 16) > entry.order.valid_before and entry.id not in self._expiring:
                 self._expiring.add(entry.id)
                 self._expire(entry, int(block["number"], 16))
 
     async def _look_at_signer(self, signer: Signer, chain_nonce: int, now: float) -> None:
-        for entry in list(self._holding.values()):
-            if entry.signer is signer and entry.signer_nonce < chain_nonce:
-                self.release_nonce(entry)
-        mine = [
-            entry
-            for entry in (*self._entries.values(), *self._holding.values())
-            if entry.signer is signer and entry.state != "queued"
-        ]
-        for entry in mine:
-            if entry.signer_nonce < chain_nonce:
-                await self._look_at_consumed(entry)
-        waiting = sorted((entry for entry in mine if entry.signer_nonce >= chain_nonce), key=lambda e: e.signer_nonce)
+        mine = [transaction for transaction in self._transactions.values() if transaction.signer is signer]
+        for transaction in mine:
+            if transaction.signer_nonce < chain_nonce:
+                await self._look_at_consumed(transaction)
+        waiting = sorted(
+            (each for each in mine if each.signer_nonce >= chain_nonce), key=lambda each: each.signer_nonce
+        )
         if not waiting:
             return
         if waiting[0].signer_nonce > chain_nonce:
@@ -138,59 +130,71 @@ class Repairs:
         if trouble == "underpriced" or _age(first, now) > self._patience_s:
             await self._bump(first)
 
-    async def _look_at_consumed(self, entry: Entry) -> None:
-        """The nonce is used. By one of our transactions: its receipt will come. By a stranger with our key: start anew.
+    async def _look_at_consumed(self, transaction: Outgoing) -> None:
+        """The nonce is used. By one of our forms: its receipt will come. By a stranger with our key: start anew.
 
-        Signing again is safe only because the chain proves that no earlier transaction of the entry can be mined any more.
+        Signing again is safe only because the chain proves that no earlier form can be mined any more.
         """
-        requests: list[Request] = [("eth_getTransactionReceipt", (each,)) for each in entry.hashes]
+        requests: list[Request] = [("eth_getTransactionReceipt", (each,)) for each in transaction.hashes]
         if any(reply is not None for reply in await self._rpc.batch(requests)):
-            self._lost.pop(entry.id, None)
+            self._lost.pop(transaction.id, None)
             return
-        self._lost[entry.id] = self._lost.get(entry.id, 0) + 1
-        if self._lost[entry.id] < NONCE_LOST_ROUNDS or entry.state != "submitted" or self._fees.fees is None:
+        self._lost[transaction.id] = self._lost.get(transaction.id, 0) + 1
+        if self._lost[transaction.id] < NONCE_LOST_ROUNDS or self._fees.fees is None:
             return
-        assert entry.signer is not None
-        pending = int(await self._rpc.call("eth_getTransactionCount", (entry.signer.address, "pending")), 16)
-        entry.signer.nonce_floor = max(entry.signer.nonce_floor or 0, pending)
-        del self._lost[entry.id]
-        self._troubles.pop(entry.id, None)
+        assert transaction.signer is not None
+        if not any(entry.state == "submitted" for entry in transaction.entries):
+            await self._store.write(lambda tx: states.move_transaction(tx, transaction.id, "lost"))
+            self._abandon(transaction)
+            return
+        pending = int(await self._rpc.call("eth_getTransactionCount", (transaction.signer.address, "pending")), 16)
+        transaction.signer.nonce_floor = max(transaction.signer.nonce_floor or 0, pending)
         log.warning(
-            "somebody else used nonce %d of %s; %s gets a new one", entry.signer_nonce, entry.signer.address, entry.id
+            "somebody else used nonce %d of %s; transaction %s gets a new one",
+            transaction.signer_nonce,
+            transaction.signer.address,
+            transaction.id,
         )
         fees = self._fees.fees
-        await self._store.write(lambda tx: outbox.move_to_new_nonce(tx, entry, fees))
-        self._courier.carry(entry)
+        await self._store.write(lambda tx: outgoing.move_to_new_nonce(tx, transaction, fees))
+        del self._lost[transaction.id]
+        self._troubles.pop(transaction.id, None)
+        self._courier.carry(transaction)
 
     async def _fill(self, signer: Signer, start: int, end: int) -> None:
         """Provide what the chain waits for below our lowest open transaction: stored bytes, or an empty transaction."""
         fees = self._fees.fees
         if fees is None:
             return
-        stored = await self._store.read(lambda tx: outbox.load_decided(tx, self._chain_id, signer, start))
-        by_nonce = {entry.signer_nonce: entry for entry in stored}
+        stored = await self._store.read(lambda tx: outgoing.load_from(tx, self._chain_id, signer, start))
+        by_nonce = {transaction.signer_nonce: transaction for transaction in stored}
         for nonce in range(start, min(end, start + 16)):
             if nonce in by_nonce:
-                self.hold_nonce(by_nonce[nonce])
+                self._adopt(await self._store.write(partial(_again, transaction=by_nonce[nonce])))
                 continue
             log.warning("nonce %d of %s is a gap; filling it", nonce, signer.address)
-            unit = partial(
-                outbox.fill_gap, chain_id=self._chain_id, signer=signer, nonce=nonce, fees=fees, head=self._courier.head
-            )
+            unit = partial(outgoing.fill_gap, chain_id=self._chain_id, signer=signer, nonce=nonce, fees=fees)
             self._adopt(await self._store.write(unit))
 
-    async def _bump(self, entry: Entry) -> None:
-        fees = self._fees.raised(entry.fees)
+    async def _bump(self, transaction: Outgoing) -> None:
+        fees = self._fees.raised(transaction.fees)
         if fees is None:
-            log.warning("transaction of %s stalls, and offers already what we offer at most", entry.id)
+            log.warning("transaction %s stalls, and offers already what we offer at most", transaction.id)
             return
-        if entry.state not in states.OPEN and entry.id not in self._holding:
+        if transaction.id not in self._transactions:
             return
-        await self._store.write(lambda tx: outbox.replace(tx, entry, fees))
-        log.warning("transaction of %s stalls; sent again for %d wei a unit of gas", entry.id, fees.max_fee)
-        self._courier.carry(entry)
+        await self._store.write(lambda tx: outgoing.replace(tx, transaction, fees))
+        log.warning("transaction %s stalls; sent again for %d wei a unit of gas", transaction.id, fees.max_fee)
+        self._courier.carry(transaction)
 
 
-def _age(entry: Entry, now: float) -> float:
-    """Seconds since a node took the entry's newest transaction; 0 before."""
-    return now - entry.first_sent if entry.first_sent else 0.0
+def _again(tx: Transaction, transaction: Outgoing) -> Outgoing:
+    """A transaction that was in a block which is gone, or was decided otherwise, with what it carries."""
+    outgoing.exclude(tx, transaction)
+    transaction.entries = outbox.load_carried(tx, [transaction.id])[transaction.id]
+    return transaction
+
+
+def _age(transaction: Outgoing, now: float) -> float:
+    """Seconds since a node took the newest form; 0 before."""
+    return now - transaction.first_sent if transaction.first_sent else 0.0

@@ -1,11 +1,20 @@
-"""The states of a settlement. This table says which follow which, and `move` is the only thing that assigns one.
+"""The states of settlements and of the transactions that carry them. These tables say which follow which, and `move` and
+`move_transaction` are the only things that assign one.
 
-queued      written, not yet signed (a refund waiting for its signer)
-submitted   signed, with a signer's nonce; the bytes are durable and are, or will be, broadcast
+A settlement:
+
+queued      written, waiting for a transaction to carry it
+submitted   carried by a signed transaction, whose bytes are durable and are, or will be, broadcast
 mined       evidence stands in a block: our own transaction moved the money
 superseded  evidence stands in a block: somebody else submitted the authorization; paid all the same
 final       mined and deeper than the network's confirmations
 failed      no evidence, and none expected: reverted, cancelled or expired
+
+A transaction:
+
+signed      with a signer's nonce; carried to the nodes until one of its broadcasts is in a block
+included    in a block, whatever it did there
+lost        somebody else used its nonce with our key, and nothing depends on it any more
 """
 
 from __future__ import annotations
@@ -17,7 +26,8 @@ from payments.store import Transaction
 
 TRANSITIONS: dict[str, frozenset[str]] = {
     "queued": frozenset({"submitted", "failed"}),
-    "submitted": frozenset({"mined", "superseded", "failed"}),
+    # Back to queued when the transaction that carried it among others reverted as a whole.
+    "submitted": frozenset({"mined", "superseded", "failed", "queued"}),
     # Back to submitted when a reorganisation took the block away.
     "mined": frozenset({"final", "submitted"}),
     "superseded": frozenset({"submitted"}),
@@ -25,16 +35,20 @@ TRANSITIONS: dict[str, frozenset[str]] = {
     "failed": frozenset({"mined", "superseded"}),
     "final": frozenset(),
 }
+TRANSACTION_TRANSITIONS: dict[str, frozenset[str]] = {
+    "signed": frozenset({"included", "lost"}),
+    # Back to signed when a reorganisation took the block away.
+    "included": frozenset({"signed"}),
+    "lost": frozenset(),
+}
 OPEN = frozenset({"queued", "submitted"})
 PAID = frozenset({"mined", "superseded", "final"})
 
-_SOURCES = {
-    target: tuple(source for source, targets in TRANSITIONS.items() if target in targets) for target in TRANSITIONS
-}
 _COLUMNS = frozenset({
-    "signer", "signer_nonce", "raw_transaction", "transaction_hash", "transfer_log_index", "received_value", "broadcasts",
+    "transaction_id", "position", "attempts", "from_block", "transaction_hash", "transfer_log_index", "received_value",
     "block_number", "reason",
 })  # fmt: skip
+_TRANSACTION_COLUMNS = frozenset({"inclusions", "block_number", "gas_used", "fee_wei"})
 
 
 def now_ms() -> int:
@@ -49,11 +63,23 @@ def move(tx: Transaction, settlement_id: str, to: str, **columns: Any) -> bool:
         False, with nothing changed, if it is not in a state that `to` may follow: somebody else was here before.
     """
     assert columns.keys() <= _COLUMNS
-    sources = _SOURCES[to]
+    return _move(tx, "settlement", TRANSITIONS, settlement_id, to, columns)
+
+
+def move_transaction(tx: Transaction, transaction_id: str, to: str, **columns: Any) -> bool:
+    """Move a transaction to a state that may follow its own; arguments and result as for `move`."""
+    assert columns.keys() <= _TRANSACTION_COLUMNS
+    return _move(tx, "chain_transaction", TRANSACTION_TRANSITIONS, transaction_id, to, columns)
+
+
+def _move(
+    tx: Transaction, table: str, transitions: dict[str, frozenset[str]], row_id: str, to: str, columns: dict[str, Any]
+) -> bool:
+    sources = tuple(source for source, targets in transitions.items() if to in targets)
     assignments = "".join(f", {column}=?" for column in columns)
     marks = ",".join("?" * len(sources))
     rows = tx.execute(
-        f"UPDATE settlement SET state=?, updated_ms=?{assignments} WHERE id=? AND state IN ({marks})",  # noqa: S608 - names from this module
-        (to, now_ms(), *columns.values(), settlement_id, *sources),
+        f"UPDATE {table} SET state=?, updated_ms=?{assignments} WHERE id=? AND state IN ({marks})",  # noqa: S608 - names from this module
+        (to, now_ms(), *columns.values(), row_id, *sources),
     )
     return rows.rowcount == 1

@@ -19,7 +19,9 @@ from payments.chain.transactions import settle_call
 from payments.errors import PaymentRefused, SettlementPending, SettlementUnavailable
 from payments.money import atomic_to_nano_down
 from payments.quotes import Quote
-from payments.settlement.orders import SettlementOrder
+from payments.settlement.evidence import PaymentProof
+from payments.settlement.orders import Kind, SettlementOrder
+from payments.settlement.outbox import order_gas
 from payments.store import StoreBusy, Transaction
 from payments.tenders import authorizations, closing
 from payments.tenders.authorizations import AlreadyUsed, Reservation
@@ -30,6 +32,7 @@ from payments.tenders.exact_services import ExactServices, Settled
 from payments.x402.wire import Payment, Requirement
 
 __all__ = [
+    "PAYMENT",
     "AlreadyUsed",
     "ExactHold",
     "ExactServices",
@@ -38,6 +41,10 @@ __all__ = [
     "on_mined",
     "settlement_id",
 ]
+
+
+PAYMENT = Kind(PaymentProof(), on_mined, on_failed, order_gas, batchable=True)
+"""Settlements of the kind ``payment``: a payer's authorization pays the treasury."""
 
 
 def settlement_id(receipt_id: str) -> str:

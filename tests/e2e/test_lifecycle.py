@@ -50,6 +50,8 @@ DEV_FIELDS = {
     "wallets",
     "api_key",
     "admin_key",
+    "batch_contract",
+    "deposit_factory",
     "simulator_url",
     "database_url",
 }

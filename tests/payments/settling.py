@@ -21,7 +21,9 @@ from payments.ledger.accounts import account_id, payer_account
 from payments.migrate import upgrade
 from payments.money import atomic_to_nano_down
 from payments.settlement.engine import Settlements
-from payments.settlement.orders import SettlementOrder
+from payments.settlement.evidence import PaymentProof
+from payments.settlement.orders import Kind, SettlementOrder
+from payments.settlement.outbox import order_gas
 from payments.store import Store, Transaction
 from payments.verification.eip712 import eip3009_digest, permit2_exact_digest
 from payments.x402.wire import Eip3009Authorization, Payment, Permit2Authorization
@@ -94,6 +96,11 @@ class Books:
         self.mined: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
 
+    @property
+    def kind(self) -> Kind:
+        """How the engine handles payments for these books."""
+        return Kind(PaymentProof(), self.on_mined, self.on_failed, order_gas, batchable=True)
+
     def on_mined(self, tx: Transaction, row: dict[str, Any]) -> None:
         token = self.tokens[row["token"]]
         transfers.post(
@@ -120,6 +127,7 @@ async def engine(
     *,
     start: bool = True,
     treasury: Wallet | None = None,
+    batch_contract: str | None = None,
     confirmations: int = 2,
     housekeeping_s: float = 0.05,
 ) -> AsyncIterator[Settlements]:
@@ -129,12 +137,12 @@ async def engine(
             chain_rpc,
             network,
             [wallet.private_key for wallet in signers],
-            on_mined=books.on_mined,
-            on_failed=books.on_failed,
             treasury_key=None if treasury is None else treasury.private_key,
             confirmations=confirmations,
+            batch_contract=batch_contract,
             housekeeping_s=housekeeping_s,
         )
+        settlements.handle("payment", books.kind)
         if start:
             await settlements.start()
         try:
@@ -151,6 +159,12 @@ async def credit(store: Store, wallet: Wallet, token: Token) -> int:
 
 async def rows(store: Store, columns: str = "id, state") -> list[tuple[Any, ...]]:
     return await store.read(lambda tx: tx.execute(f"SELECT {columns} FROM settlement ORDER BY created_ms").fetchall())
+
+
+async def transactions(store: Store, columns: str = "kind, state") -> list[tuple[Any, ...]]:
+    """Of the transactions that we signed, in the order of their nonces."""
+    query = f"SELECT {columns} FROM chain_transaction ORDER BY signer, signer_nonce"
+    return await store.read(lambda tx: tx.execute(query).fetchall())
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:

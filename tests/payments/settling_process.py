@@ -29,10 +29,9 @@ async def main(
             rpc,
             network,
             [signer.private_key for signer in signers],
-            on_mined=books.on_mined,
-            on_failed=books.on_failed,
             housekeeping_s=0.1,
         )
+        settlements.handle("payment", books.kind)
         await settlements.start()
 
         async def settle(order: SettlementOrder) -> None:

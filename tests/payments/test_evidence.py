@@ -221,4 +221,4 @@ async def test_a_superseded_payment_does_not_hold_up_the_signer(
         await settlements.submit(following)
         rpc(chain.rpc_url, "evm_setAutomine", True)
         assert (await settlements.outcome(following.id, SETTLED_S)).paid
-        assert settlements.signers[0].in_flight == 0
+        await until(lambda: settlements.signers[0].in_flight == 0)

@@ -15,7 +15,7 @@ from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
 from payments.settlement.refunds import Refunds
 from payments.store import Store
-from tests.payments.settling import Books, credit, engine, open_store, order_for, pay, rows, until
+from tests.payments.settling import Books, credit, engine, open_store, order_for, pay, rows, transactions, until
 
 USD = 1_000_000_000
 
@@ -159,7 +159,7 @@ async def test_a_refund_that_reverts_is_voided(chain: Devnet, network: Network, 
         rpc(chain.rpc_url, "evm_setAutomine", False)
         assert await refunds.round() == 1
         await until(lambda: settlements.courier.broadcasts == 1)
-        [(raw,)] = await rows(store, "raw_transaction")
+        [(raw,)] = await transactions(store, "raw_transaction")
         rpc(chain.rpc_url, "anvil_dropAllTransactions")
         as_owner(chain.rpc_url, chain.usdc, "blacklist(address)", payer.address)
         rpc(chain.rpc_url, "evm_setAutomine", True)

@@ -27,6 +27,7 @@ from tests.payments.settling import (
     pay,
     receipt,
     rows,
+    transactions,
     until,
     until_rows,
 )
@@ -81,7 +82,7 @@ async def test_two_signers_settle_a_hundred_payments_once_each_without_a_gap(
     for signer in chain.wallets[:2]:
         nonces = await store.read(
             lambda tx, signer=signer: tx.execute(  # type: ignore[misc]
-                "SELECT signer_nonce FROM settlement WHERE signer=? ORDER BY 1", (signer.address.lower(),)
+                "SELECT signer_nonce FROM chain_transaction WHERE signer=? ORDER BY 1", (signer.address.lower(),)
             ).fetchall()
         )
         assert len(nonces) >= 40
@@ -139,7 +140,7 @@ async def test_a_restart_broadcasts_the_same_bytes(chain: Devnet, network: Netwo
     async with engine(store, network, chain.rpc_url, [chain.wallets[0]], books) as settlements:
         await settlements.submit(order)
         assert (await settlements.outcome(order.id, 0.3)).open
-    [(written, raw)] = await rows(store, "transaction_hash, raw_transaction")
+    [(written,)], signed = await rows(store, "transaction_hash"), await transactions(store, "raw_transaction")
     rpc(chain.rpc_url, "anvil_dropAllTransactions")
     async with engine(store, network, chain.rpc_url, [chain.wallets[0]], books) as settlements:
         await until(lambda: settlements.courier.broadcasts > 0)
@@ -147,7 +148,8 @@ async def test_a_restart_broadcasts_the_same_bytes(chain: Devnet, network: Netwo
         outcome = await settlements.outcome(order.id, SETTLED_S)
     assert outcome.paid
     assert outcome.transaction_hash == written
-    assert await rows(store, "transaction_hash, raw_transaction") == [(written, raw)]
+    assert await rows(store, "transaction_hash") == [(written,)]
+    assert await transactions(store, "raw_transaction") == signed
     assert await credit(store, chain.wallets[1], usdc) == 700_000
 
 
@@ -217,8 +219,8 @@ async def test_a_gap_in_the_nonces_is_filled(chain: Devnet, network: Network, st
         settlements.signers[0].nonce_floor = floor + 2
         await settlements.submit(order)
         assert (await settlements.outcome(order.id, SETTLED_S)).paid
-    kinds = await rows(store, "kind, signer_nonce")
-    assert sorted(kinds) == [("filler", floor), ("filler", floor + 1), ("payment", floor + 2)]
+    kinds = await transactions(store, "kind, signer_nonce")
+    assert kinds == [("filler", floor), ("filler", floor + 1), ("single", floor + 2)]
 
 
 async def test_a_stalled_transaction_is_sent_again_for_higher_fees(
@@ -239,7 +241,7 @@ async def test_a_stalled_transaction_is_sent_again_for_higher_fees(
                 await asyncio.sleep(0.05)
                 mine(chain.rpc_url)
         outcome = await settlements.outcome(order.id, SETTLED_S)
-    [(broadcasts, first_hash)] = await rows(store, "broadcasts, transaction_hash")
+    [(broadcasts,)], [(first_hash,)] = await transactions(store, "broadcasts"), await rows(store, "transaction_hash")
     assert outcome.transaction_hash == first_hash
     assert broadcasts.count("hash") >= 2
     assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) == 700

@@ -20,7 +20,7 @@ from payments.recovery import recover
 from payments.settlement.engine import Settlements
 from payments.store import Store
 from payments.tenders.base import Outcome
-from payments.tenders.exact import AlreadyUsed, ExactHold, ExactServices, ExactTender, on_failed, on_mined
+from payments.tenders.exact import PAYMENT, AlreadyUsed, ExactHold, ExactServices, ExactTender
 from payments.verification.chain_state import ChainStates
 from payments.x402.wire import Payment, requirement_for
 from tests.payments.exact_samples import DETAILS, QUOTED, assert_books_balance, credit_of, open_store, quote_of
@@ -37,7 +37,8 @@ async def gateway(directory: Path, chain: Devnet, network: Network) -> AsyncIter
     await recover(store)
     async with Rpc([chain.rpc_url], timeout_s=5) as chain_rpc:
         keys = [chain.wallets[0].private_key]
-        settlements = Settlements(store, chain_rpc, network, keys, on_mined=on_mined, on_failed=on_failed)
+        settlements = Settlements(store, chain_rpc, network, keys)
+        settlements.handle("payment", PAYMENT)
         await settlements.start()
         try:
             yield ExactServices(

@@ -1,0 +1,309 @@
+"""Puts orders into transactions: many in one where the batch contract can carry them, each with its own otherwise.
+
+Whatever waits when a signer is free goes out in one commit, which writes the orders, signs their transaction and stores it.
+While a transaction is on its way, what comes next gathers for a moment, as small packets do on a network (RFC 896): a chain
+that mines at once is never waited for, and one with blocks of seconds carries many payments for the gas of few.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from payments.chain.batches import batch_gas_limit, encode_execute
+from payments.chain.signers import FeeEstimate, Signer, least_loaded
+from payments.chain.transactions import Call, Fees
+from payments.errors import SettlementUnavailable
+from payments.settlement import outbox, outgoing, states
+from payments.settlement.orders import Kind, SettlementOrder
+from payments.settlement.outbox import Entry
+from payments.settlement.outgoing import Outgoing
+from payments.store import Store, StoreBusy, Transaction
+
+log = logging.getLogger(__name__)
+
+BATCH_GAS_MAX = 15_000_000
+"""Of one transaction: half of the smallest block in use, and about a hundred payments."""
+HOLD_PART_OF_BLOCK = 20
+HOLD_S_MAX = 0.1
+"""How long an order waits for company while another transaction is on its way: a twentieth of a block, so that few miss one for
+it."""
+SLOT_WAIT_S = 10.0
+"""How long a payment waits for a signer when all have as many transactions under way as they may."""
+ROUND_MAX = 256
+"""Orders in one commit."""
+RETRY_S = 1.0
+
+Role = Literal["settler", "treasury"]
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """An order that is written nowhere yet, and who waits for that; or a queued entry of the outbox."""
+
+    order: SettlementOrder
+    entry: Entry | None
+    future: asyncio.Future[None] | None
+    since: float
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether a transaction that carried it among others reverted."""
+        return self.entry is not None and self.entry.attempts > 0
+
+
+@dataclass(slots=True)
+class _Load:
+    """What one transaction is going to carry."""
+
+    signer: Signer
+    items: list[_Waiting]
+    batch: bool
+
+
+@dataclass(slots=True)
+class _Lane:
+    """The orders that one role signs."""
+
+    signers: list[Signer]
+    waiting: deque[_Waiting] = field(default_factory=deque)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Dispatcher:
+    """Puts the orders of one network into transactions.
+
+    Args:
+        signers: For each role, the accounts that sign; an empty list if there is none.
+        batch_contract: Of the operator, lower-case hex; None sends everything singly.
+        head: Tells the chain's newest block.
+        adopt: Takes over a signed and durable transaction and the new entries that it carries.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        chain_id: int,
+        signers: Mapping[Role, list[Signer]],
+        kinds: Mapping[str, Kind],
+        fees: FeeEstimate,
+        *,
+        batch_contract: str | None,
+        block_time_ms: int,
+        head: Callable[[], int],
+        adopt: Callable[[Outgoing], None],
+    ) -> None:
+        self._store, self._chain_id, self._kinds, self._fees = store, chain_id, kinds, fees
+        self._batch_contract = batch_contract
+        self._hold_s = min(block_time_ms / 1000 / HOLD_PART_OF_BLOCK, HOLD_S_MAX)
+        self._head, self._adopt = head, adopt
+        self._lanes = {role: _Lane(accounts) for role, accounts in signers.items()}
+        self._running = True
+
+    async def submit(self, order: SettlementOrder) -> None:
+        """Write an order and put it on its way; return when both are durable. The same id again changes nothing.
+
+        Raises:
+            SettlementUnavailable: No signer became free in time; nothing was written.
+            StoreBusy: The database takes no more; nothing was written.
+        """
+        lane = self._lane(order)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        item = _Waiting(order, None, future, loop.time())
+        item.timer = loop.call_later(SLOT_WAIT_S, self._give_up, lane, item)
+        lane.waiting.append(item)
+        lane.changed.set()
+        # Whoever hangs up does not take back what may be written by now.
+        await asyncio.shield(future)
+
+    def take(self, entry: Entry) -> None:
+        """Put a queued entry of the outbox on its way, however long that takes."""
+        lane = self._lane(entry.order)
+        if not lane.signers:
+            log.error("settlement %s waits: the configuration names no key that could sign it", entry.id)
+        lane.waiting.append(_Waiting(entry.order, entry, None, asyncio.get_running_loop().time()))
+        lane.changed.set()
+
+    def freed(self, signer: Signer) -> None:
+        """A transaction of `signer` is in a block, or will never be."""
+        signer.in_flight -= 1
+        for lane in self._lanes.values():
+            lane.changed.set()
+
+    async def run(self, role: Role) -> None:
+        """Serve one role's orders until cancelled."""
+        lane = self._lanes[role]
+        while True:
+            while not lane.waiting or least_loaded(lane.signers) is None or self._should_hold(lane):
+                await self._wait(lane)
+            await self._round(lane)
+
+    def stop(self) -> None:
+        """Turn away whoever waits."""
+        self._running = False
+        for lane in self._lanes.values():
+            for item in lane.waiting:
+                _settle(
+                    item, SettlementUnavailable("settlement_unavailable", "payments are not being settled right now")
+                )
+            lane.waiting.clear()
+
+    # --- waiting ------------------------------------------------------------------------------------------------------
+
+    def _lane(self, order: SettlementOrder) -> _Lane:
+        return self._lanes[self._kinds[order.kind].signed_by]
+
+    def _give_up(self, lane: _Lane, item: _Waiting) -> None:
+        if item in lane.waiting:
+            lane.waiting.remove(item)
+            message = "too many payments are waiting for this network; send the same payment again"
+            _settle(item, SettlementUnavailable("settlement_busy", message))
+
+    def _should_hold(self, lane: _Lane) -> bool:
+        """Whether what waits may gain from waiting on: company is welcome, and may come before this chain's next block."""
+        if self._batch_contract is None or not any(signer.in_flight for signer in lane.signers):
+            return False
+        oldest = lane.waiting[0]
+        if not self._kinds[oldest.order.kind].batchable or oldest.alone or self._gas_of(lane.waiting) > BATCH_GAS_MAX:
+            return False
+        return asyncio.get_running_loop().time() - oldest.since < self._hold_s
+
+    async def _wait(self, lane: _Lane) -> None:
+        lane.changed.clear()
+        timer = None
+        if lane.waiting and least_loaded(lane.signers) is not None:
+            timer = asyncio.get_running_loop().call_at(lane.waiting[0].since + self._hold_s, lane.changed.set)
+        await lane.changed.wait()
+        if timer is not None:
+            timer.cancel()
+
+    def _gas_of(self, items: deque[_Waiting]) -> int:
+        return sum(self._kinds[item.order.kind].gas(item.order) for item in items)
+
+    # --- loading ------------------------------------------------------------------------------------------------------
+
+    async def _round(self, lane: _Lane) -> None:
+        loads = self._load(lane)
+        if not loads:
+            return
+        fees, head = self._fees.fees, self._head()
+        assert fees is not None
+        try:
+            sent = await self._store.write(lambda tx: [self._write(tx, load, fees, head) for load in loads])
+        except (Exception, asyncio.CancelledError) as error:
+            for load in loads:
+                self.freed(load.signer)
+            self._failed(lane, loads, error)
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            return
+        for load, transaction in zip(loads, sent, strict=True):
+            if transaction is None:
+                self.freed(load.signer)
+            else:
+                self._adopt(transaction)
+            for item in load.items:
+                _settle(item, None)
+
+    def _load(self, lane: _Lane) -> list[_Load]:
+        """Take from the lane what the free signers can carry now."""
+        loads: list[_Load] = []
+        batch: _Load | None = None
+        gas = taken = 0
+        while lane.waiting and taken < ROUND_MAX:
+            item = lane.waiting[0]
+            if item.entry is not None and item.entry.state != "queued":
+                lane.waiting.popleft()  # it was decided while it waited
+                continue
+            kind = self._kinds[item.order.kind]
+            joins = self._batch_contract is not None and kind.batchable and not item.alone
+            gas_each = kind.gas(item.order)
+            if joins and batch is not None and gas + gas_each <= BATCH_GAS_MAX:
+                batch.items.append(item)
+                gas += gas_each
+            else:
+                signer = least_loaded(lane.signers)
+                if signer is None:
+                    break
+                signer.in_flight += 1
+                load = _Load(signer, [item], joins)
+                loads.append(load)
+                if joins:
+                    batch, gas = load, gas_each
+            lane.waiting.popleft()
+            taken += 1
+            if item.timer is not None:
+                item.timer.cancel()
+        return loads
+
+    def _write(self, tx: Transaction, load: _Load, fees: Fees, head: int) -> Outgoing | None:
+        """One transaction with all that it carries; None if all of that was written before."""
+        transaction_id = outgoing.new_id()
+        entries: list[Entry] = []
+        for item in load.items:
+            entry = item.entry
+            if entry is None:
+                entry = outbox.submit(tx, item.order, transaction_id, len(entries), head)
+            elif not outbox.assign(tx, entry, transaction_id, len(entries), head):
+                entry = None
+            if entry is not None:
+                entries.append(entry)
+        if not entries:
+            return None
+        calls = [outbox.call_for(entry.order, self._kinds[entry.kind].gas(entry.order)) for entry in entries]
+        single = len(calls) == 1
+        call = calls[0] if single else self._batch(calls)
+        transaction = outgoing.write(
+            tx,
+            id=transaction_id,
+            chain_id=self._chain_id,
+            kind="single" if single else "batch",
+            call=call,
+            signer=load.signer,
+            fees=fees,
+        )
+        outbox.carry(tx, transaction, entries)
+        return transaction
+
+    def _batch(self, calls: Sequence[Call]) -> Call:
+        assert self._batch_contract is not None
+        return Call(self._batch_contract, encode_execute(calls), batch_gas_limit(calls))
+
+    def _failed(self, lane: _Lane, loads: list[_Load], error: BaseException) -> None:
+        """Nothing was written: tell those who wait, and try the queued ones again."""
+        if not isinstance(error, StoreBusy | asyncio.CancelledError):
+            log.error("writing transactions failed", exc_info=error)
+        told = SettlementUnavailable(
+            "settlement_unavailable", "payments on this network are not being settled right now"
+        )
+        queued = [item for load in loads for item in load.items if item.entry is not None]
+        for load in loads:
+            for item in load.items:
+                _settle(item, told if isinstance(error, asyncio.CancelledError) else error)
+        for item in queued:
+            assert item.entry is not None
+            item.entry.state = "queued" if item.entry.state in states.OPEN else item.entry.state
+        if queued and self._running:
+            asyncio.get_running_loop().call_later(RETRY_S, self._again, lane, queued)
+
+    def _again(self, lane: _Lane, items: list[_Waiting]) -> None:
+        if self._running:
+            lane.waiting.extend(items)
+            lane.changed.set()
+
+
+def _settle(item: _Waiting, error: BaseException | None) -> None:
+    if item.timer is not None:
+        item.timer.cancel()
+    if item.future is None or item.future.done():
+        return
+    if error is None:
+        item.future.set_result(None)
+    else:
+        item.future.set_exception(error)
