@@ -6,6 +6,7 @@ gateway for it and answers with the process id on a line. It ends when its input
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -82,7 +83,8 @@ def end(pid: int) -> None:
     deadline = time.monotonic() + 10
     while alive(pid):
         assert time.monotonic() < deadline, f"process {pid} cannot be killed"
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it went by itself just now
+            os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
 
 
