@@ -24,6 +24,7 @@ from gateway.api import models
 from gateway.api.errors import ApiError, error_object
 from gateway.api.guard import Guard
 from gateway.api.http import Call, read_call, send_body, send_json
+from gateway.api.wallet import WalletApi
 from gateway.metrics import Metrics
 from gateway.offers import PaymentNeeded
 from gateway.services import Services
@@ -81,7 +82,11 @@ def create_app(settings: Settings) -> Starlette:
             route("GET", "/v1/receipts/{receipt}", get_receipt),
             route("POST", "/v1/wallet/challenges", create_challenge),
             route("POST", "/v1/wallet/sessions", create_session),
-            route("GET", "/v1/wallet", get_wallet),
+            route("GET", "/v1/wallet", wallet(WalletApi.get_wallet)),
+            route("GET", "/v1/wallet/history", wallet(WalletApi.get_history)),
+            route("GET", "/v1/wallet/keys", wallet(WalletApi.list_keys)),
+            route("POST", "/v1/wallet/keys", wallet(WalletApi.create_key)),
+            route("DELETE", "/v1/wallet/keys/{key}", wallet(WalletApi.revoke_key)),
             route("GET", "/healthz", healthz),
             route("GET", "/readyz", readyz),
             route("GET", "/metrics", metrics_text),
@@ -137,9 +142,13 @@ async def create_session(services: Services, call: Call) -> None:
     await send_json(call.send, 200, await services.wallet.create_session(call), {"cache-control": "no-store"})
 
 
-async def get_wallet(services: Services, call: Call) -> None:
-    """A signed-in wallet's balances."""
-    await send_json(call.send, 200, await services.wallet.get_wallet(call), {"cache-control": "no-store"})
+def wallet(method: Callable[[WalletApi, Call], Awaitable[dict[str, Any]]]) -> Handler:
+    """What a wallet asks about itself."""
+
+    async def handler(services: Services, call: Call) -> None:
+        await send_json(call.send, 200, await method(services.wallet, call), {"cache-control": "no-store"})
+
+    return handler
 
 
 async def healthz(services: Services, call: Call) -> None:

@@ -16,7 +16,7 @@ import orjson
 
 from gateway import replays as replaying
 from gateway.access.hangup import until_gone
-from gateway.access.keys import Access, Caller, KeyCaller
+from gateway.access.keys import Access, Caller, KeyCaller, WalletKeyCaller
 from gateway.access.limits import QuoteLimiter
 from gateway.api.errors import ApiError
 from gateway.api.http import Call, CallerGone, EventStream, read_json, send_body, send_json
@@ -182,7 +182,8 @@ class Flow:
             raise PaymentNeeded(plan)
         if isinstance(caller, KeyCaller):
             return plan, AccountTender(self._store, caller.key_id, caller.pool), None
-        return plan, PrepaidTender(self._store, caller.address, self._credit_assets), None
+        key_id = caller.key_id if isinstance(caller, WalletKeyCaller) else None
+        return plan, PrepaidTender(self._store, caller.address, self._credit_assets, key_id), None
 
     async def ask_for_payment(self, call: Call, needed: PaymentNeeded) -> None:
         """Answer 402 with a quote, in the header for x402 v2 and in the body for v1 and for people."""

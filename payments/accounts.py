@@ -1,4 +1,7 @@
-"""API keys and the pools they draw on. A key is shown once, when it is made; only its hash is stored."""
+"""API keys and what they draw on: an organisation's pool, or the balance of the wallet that made them.
+
+A key is shown once, when it is made; only its hash is stored.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ KEY_PREFIX = "fbk_"
 ADMIN_PREFIX = "fba_"
 POOL_ASSET = "USD"
 GRANTS_ACCOUNT = f"grants@{POOL_ASSET}"
-_COLUMNS = "id, name, pool, prefix, admin, created_ms, revoked_ms"
+WALLET_KEYS_MAX = 100
+"""Working keys of one wallet: anybody can be a wallet, and rows are not free."""
+_COLUMNS = "id, name, pool, wallet, prefix, admin, created_ms, revoked_ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,10 @@ class ApiKeyView:
 
     id: str
     name: str
-    pool: str
+    pool: str | None
+    """What it draws on; None for a wallet's key."""
+    wallet: str | None
+    """The wallet (lower-case hex) whose balance it spends; None for a pool's key."""
     prefix: str
     admin: bool
     created_ms: int
@@ -37,6 +45,10 @@ class ApiKeyView:
 
 class UnknownKey(Exception):
     """There is no API key with this id."""
+
+
+class TooManyKeys(Exception):
+    """The wallet has as many working keys as it may have."""
 
 
 def pool_account(pool: str) -> str:
@@ -55,20 +67,54 @@ def create_key(tx: Transaction, name: str, pool: str, admin: bool = False) -> tu
     Returns:
         What may be shown of it, and the key itself, which is not stored and cannot be shown again.
     """
+    transfers.ensure_account(tx, pool_account(pool))
+    return _make_key(tx, name, pool, None, admin)
+
+
+def create_wallet_key(tx: Transaction, name: str, wallet: str) -> tuple[ApiKeyView, str]:
+    """Make a key that spends a wallet's balance, and nothing else.
+
+    Args:
+        tx: The unit's transaction.
+        name: For people.
+        wallet: The signed-in wallet, lower-case hex.
+
+    Returns:
+        What may be shown of it, and the key itself, which cannot be shown again.
+
+    Raises:
+        TooManyKeys: If the wallet has `WALLET_KEYS_MAX` already.
+    """
+    count = tx.execute("SELECT COUNT(*) FROM api_key WHERE wallet = ? AND revoked_ms IS NULL", (wallet,)).fetchone()[0]
+    if count >= WALLET_KEYS_MAX:
+        raise TooManyKeys(f"a wallet can have {WALLET_KEYS_MAX} keys; revoke one that is not used any more")
+    return _make_key(tx, name, None, wallet, False)
+
+
+def _make_key(tx: Transaction, name: str, pool: str | None, wallet: str | None, admin: bool) -> tuple[ApiKeyView, str]:
     secret = (ADMIN_PREFIX if admin else KEY_PREFIX) + secrets.token_urlsafe(32)
     view = ApiKeyView(
         id=f"key_{secrets.token_hex(8)}",
         name=name,
         pool=pool,
+        wallet=wallet,
         prefix=secret[:10],
         admin=admin,
         created_ms=time.time_ns() // 1_000_000,
         revoked_ms=None,
     )
-    transfers.ensure_account(tx, pool_account(pool))
     tx.execute(
-        "INSERT INTO api_key (id, name, pool, key_hash, prefix, admin, created_ms) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (view.id, view.name, view.pool, hash_key(secret), view.prefix, view.admin, view.created_ms),
+        "INSERT INTO api_key (id, name, pool, wallet, key_hash, prefix, admin, created_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            view.id,
+            view.name,
+            view.pool,
+            view.wallet,
+            hash_key(secret),
+            view.prefix,
+            view.admin,
+            view.created_ms,
+        ),
     )
     return view, secret
 
@@ -79,24 +125,38 @@ def list_keys(tx: Transaction) -> list[ApiKeyView]:
     return [_view(row) for row in rows]
 
 
+def list_wallet_keys(tx: Transaction, wallet: str) -> list[ApiKeyView]:
+    """A wallet's keys, revoked ones included, oldest first."""
+    rows = tx.execute(
+        f"SELECT {_COLUMNS} FROM api_key WHERE wallet = ? ORDER BY created_ms, id",  # noqa: S608 - a constant
+        (wallet,),
+    ).fetchall()
+    return [_view(row) for row in rows]
+
+
 def find_key(tx: Transaction, key_hash: str) -> ApiKeyView | None:
     """The key with this hash, revoked or not; None if there is none."""
     row = tx.execute(f"SELECT {_COLUMNS} FROM api_key WHERE key_hash = ?", (key_hash,)).fetchone()  # noqa: S608
     return None if row is None else _view(row)
 
 
-def revoke_key(tx: Transaction, key_id: str) -> ApiKeyView:
+def revoke_key(tx: Transaction, key_id: str, wallet: str | None = None) -> ApiKeyView:
     """Make a key useless; revoking it again changes nothing.
+
+    Args:
+        tx: The unit's transaction.
+        key_id: The key's id.
+        wallet: Whose key it must be; None for the operator, who may revoke any.
 
     Raises:
         UnknownKey: If there is no such key.
     """
+    row = tx.execute(f"SELECT {_COLUMNS} FROM api_key WHERE id = ?", (key_id,)).fetchone()  # noqa: S608
+    if row is None or wallet not in (None, row[3]):
+        raise UnknownKey(f"there is no API key {key_id}")
     now_ms = time.time_ns() // 1_000_000
     tx.execute("UPDATE api_key SET revoked_ms = ? WHERE id = ? AND revoked_ms IS NULL", (now_ms, key_id))
-    row = tx.execute(f"SELECT {_COLUMNS} FROM api_key WHERE id = ?", (key_id,)).fetchone()  # noqa: S608
-    if row is None:
-        raise UnknownKey(f"there is no API key {key_id}")
-    return _view(row)
+    return _view(tx.execute(f"SELECT {_COLUMNS} FROM api_key WHERE id = ?", (key_id,)).fetchone())  # noqa: S608
 
 
 def fund_pool(tx: Transaction, pool: str, amount_nano_usd: int, reference: str) -> None:
@@ -114,4 +174,4 @@ def fund_pool(tx: Transaction, pool: str, amount_nano_usd: int, reference: str) 
 
 
 def _view(row: tuple[Any, ...]) -> ApiKeyView:
-    return ApiKeyView(row[0], row[1], row[2], row[3], bool(row[4]), row[5], row[6])
+    return ApiKeyView(row[0], row[1], row[2], row[3], row[4], bool(row[5]), row[6], row[7])

@@ -210,13 +210,16 @@ class ChainTransaction(SQLModel, table=True):
 
 
 class ApiKey(SQLModel, table=True):
-    """An API key, hashed at rest, drawing on a pool."""
+    """An API key, hashed at rest, drawing on a pool or spending a wallet's balance."""
 
     __tablename__ = "api_key"
+    __table_args__ = (CheckConstraint("(pool IS NULL) <> (wallet IS NULL)", name="api_key_draws_on_one"),)
 
     id: str = Field(primary_key=True)
     name: str
-    pool: str
+    pool: str | None = None
+    wallet: str | None = Field(default=None, index=True)
+    """The wallet (lower-case hex) that made it and whose balance it spends."""
     key_hash: str = Field(unique=True)
     """SHA-256 of the whole key, which has 256 random bits (so a slow hash would protect nothing)."""
     prefix: str
@@ -224,6 +227,16 @@ class ApiKey(SQLModel, table=True):
     admin: bool = False
     created_ms: int = Field(sa_column=_big())
     revoked_ms: int | None = Field(default=None, sa_column=_big(nullable=True))
+
+
+class WalletAccount(SQLModel, table=True):
+    """A wallet that keeps a balance here on purpose: it topped up, deposited or made a key. Others' credit is sent back."""
+
+    __tablename__ = "wallet_account"
+
+    address: str = Field(primary_key=True)
+    """Lower-case hex."""
+    opened_ms: int = Field(sa_column=_big())
 
 
 class SignInNonce(SQLModel, table=True):

@@ -18,11 +18,19 @@ CACHE_MAX = 10_000
 
 @dataclass(frozen=True, slots=True)
 class KeyCaller:
-    """A caller with an API key."""
+    """A caller with an API key that draws on a pool."""
 
     key_id: str
     pool: str
     admin: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WalletKeyCaller:
+    """A caller with an API key of a wallet, which may spend its balance and look at it; `address` is lower-case."""
+
+    key_id: str
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,7 @@ class WalletCaller:
     address: str
 
 
-Caller = KeyCaller | WalletCaller
+Caller = KeyCaller | WalletKeyCaller | WalletCaller
 
 
 class Access:
@@ -67,7 +75,11 @@ class Access:
                 raise ApiError(401, error.code, error.message) from None
         return None
 
-    async def _key_caller(self, token: str) -> KeyCaller:
+    def forget(self, key_id: str) -> None:
+        """Look a key up anew at its next use: it was revoked here."""
+        self._known = OrderedDict((name, seen) for name, seen in self._known.items() if seen[1].id != key_id)
+
+    async def _key_caller(self, token: str) -> KeyCaller | WalletKeyCaller:
         # The lookup is by hash: nothing here compares secrets character by character.
         key_hash = accounts.hash_key(token)
         now = time.monotonic()
@@ -80,7 +92,10 @@ class Access:
                 if len(self._known) > CACHE_MAX:
                     self._known.popitem(last=False)
         if view is None:
-            raise ApiError(401, "invalid_api_key", "this API key is not known; make one with `farebox keys create`")
+            raise ApiError(401, "invalid_api_key", "this API key is not known; check its spelling, or make a new one")
         if view.revoked_ms is not None:
             raise ApiError(401, "revoked_api_key", "this API key was revoked")
+        if view.wallet is not None:
+            return WalletKeyCaller(view.id, view.wallet)
+        assert view.pool is not None
         return KeyCaller(view.id, view.pool, view.admin)

@@ -70,7 +70,7 @@ def list_(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 
     with open_database(load_settings(config)) as database:
         keys = database.read(accounts.list_keys)
-        pools = sorted({key.pool for key in keys})
+        pools = sorted({key.pool for key in keys if key.pool is not None})
         balances = database.read(lambda tx: [balance(tx, accounts.pool_account(pool)) for pool in pools])
     available = {pool: nano_to_usd(left.available) for pool, left in zip(pools, balances, strict=True)}
     if as_json:
@@ -79,11 +79,14 @@ def list_(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     if not keys:
         out.print("There are no keys yet: `farebox keys create NAME` makes one.", markup=False)
         return
-    shown = table("id", "name", "key", "pool", "left in pool, USD", "created", "state", right=("left in pool, USD",))
+    shown = table(
+        "id", "name", "key", "draws on", "left in pool, USD", "created", "state", right=("left in pool, USD",)
+    )
     for key in keys:
         created = datetime.fromtimestamp(key.created_ms / 1000, UTC).strftime("%Y-%m-%d")
         state = "revoked" if key.revoked_ms else "admin" if key.admin else "active"
-        shown.add_row(key.id, key.name, f"{key.prefix}…", key.pool, available[key.pool], created, state)
+        source, left = (key.pool, available[key.pool]) if key.pool is not None else (f"wallet {key.wallet}", "")
+        shown.add_row(key.id, key.name, f"{key.prefix}…", source, left, created, state)
     out.print(shown)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gateway.commands.ledger_export import export
 from gateway.commands.shared import (
     ConfigOption,
     Database,
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from payments.store import Transaction
 
 app = typer.Typer(no_args_is_help=True, help="Prove that the books balance, and read them.")
+
+app.command(epilog="Example: [cyan]farebox ledger export --from 2026-01-01 --to 2026-01-31 -o january.csv[/cyan]")(
+    export
+)
 
 ROWS_DEFAULT = 50
 

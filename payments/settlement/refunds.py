@@ -1,4 +1,5 @@
-"""Credit is not a dead end: above a threshold it is sent back to its payer on chain, from the treasury, by itself.
+"""Credit is not a dead end: above a threshold it is sent back to its payer on chain, from the treasury, by itself. Wallets that
+keep a balance here on purpose (`payments.wallet_accounts`) are left alone.
 
 A refund is a pending ledger transfer payer → custody and an outbox row, written in one unit; the transfer is posted on the
 evidence of the treasury's own transaction and voided if that failed. What is sent rounds down to the token's unit.
@@ -13,6 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from payments import wallet_accounts
 from payments.chain.networks import Token
 from payments.chain.rpc import RpcError, RpcUnavailable
 from payments.chain.transactions import encode_transfer
@@ -94,7 +96,8 @@ class Refunds:
         rows = await self._store.read(
             lambda tx: tx.execute(
                 f"SELECT owner, asset FROM ledger_account WHERE kind='payer' AND asset IN ({marks})"  # noqa: S608 - only marks
-                " AND balance - pending_out >= ?",
+                " AND balance - pending_out >= ?"
+                " AND NOT EXISTS (SELECT 1 FROM wallet_account WHERE wallet_account.address = ledger_account.owner)",
                 (*self._tokens, self._threshold),
             ).fetchall()
         )
@@ -136,7 +139,7 @@ class Refunds:
     def _begin(self, tx: Transaction, payer: str, token: Token) -> str | None:
         account = payer_account(payer, token.asset)
         credit = transfers.balance(tx, account).available
-        if credit < self._threshold:
+        if credit < self._threshold or wallet_accounts.keeps_balance(tx, payer):
             return None
         value = nano_to_atomic_down(credit, token.decimals)
         settlement_id = f"refund_{secrets.token_hex(16)}"

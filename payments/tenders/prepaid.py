@@ -1,4 +1,4 @@
-"""Paying from the credit that a wallet has with us: what is left of its on-chain payments."""
+"""Paying from the balance that a wallet has with us: deposits, top-ups, and what is left of its on-chain payments."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from payments.tenders.closing import LedgerHold, Use
 
 
 class PrepaidTender:
-    """A wallet's credit.
+    """A wallet's balance.
 
     Args:
         store: The database.
         address: The wallet that signed in, lower-case hex.
         assets: The ledger's names of the tokens whose credit may be spent, in the order of preference. One request is paid
             in one of them: a USDT is not a USDC.
+        key_id: The wallet's API key that spends it, if it is one; the receipt names it.
     """
 
-    def __init__(self, store: Store, address: str, assets: Sequence[str]) -> None:
+    def __init__(self, store: Store, address: str, assets: Sequence[str], key_id: str | None = None) -> None:
         assert address == address.lower()
         self._store = store
         self._address = address
         self._assets = tuple(assets)
+        self._key = {} if key_id is None else {"api_key": key_id}
 
     async def authorize(self, quote: Quote, details: dict[str, Any]) -> LedgerHold:
         """Hold the quoted maximum in the first token that has as much.
@@ -40,6 +42,7 @@ class PrepaidTender:
             PaymentRefused: ``insufficient_credit``: no token's credit suffices.
         """
         amount = quote.maximum_nano_usd
+        details = details | self._key
         use = await self._store.write(lambda tx: self._hold(tx, amount, details), if_abandoned=_abandon)
         return LedgerHold(self._store, use, self._address, amount)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.access import keys
-from gateway.access.keys import Access, KeyCaller, WalletCaller
+from gateway.access.keys import Access, KeyCaller, WalletCaller, WalletKeyCaller
 from gateway.api.errors import ApiError
 from gateway.replays import ANSWER_BYTES_MAX, KeptAnswer, Replays, replay_secret
 from payments import accounts
@@ -258,3 +258,15 @@ async def test_the_first_answer_stays(store: Store) -> None:
 async def test_what_is_not_to_be_kept_is_not(store: Store, ttl_s: int, length: int) -> None:
     answer = KeptAnswer(200, {}, "text/plain", b"a" * length)
     assert Replays(store, ttl_s).sealed("rcpt_1", replay_secret(HEADER, BODY), answer) is None
+
+
+async def test_a_wallets_key_is_its_wallets_and_stops_at_once_where_it_was_revoked(
+    store: Store, access: Access
+) -> None:
+    view, secret = await store.write(lambda tx: accounts.create_wallet_key(tx, "agent", ADDRESS))
+    assert await access.caller(f"Bearer {secret}") == WalletKeyCaller(view.id, ADDRESS)
+    await store.write(lambda tx: accounts.revoke_key(tx, view.id, ADDRESS))
+    access.forget(view.id)
+    with pytest.raises(ApiError) as refused:
+        await access.caller(f"Bearer {secret}")
+    assert (refused.value.status, refused.value.code) == (401, "revoked_api_key")

@@ -316,6 +316,17 @@ def test_statement_lists_accounts_and_their_transfers(run: Run, receipt: str) ->
     assert "there is no account" in run("ledger", "statement", "pool:nobody@USD").stderr
 
 
+def test_export_writes_the_posted_transfers_for_accountants(run: Run, receipt: str, tmp_path: Path) -> None:
+    lines = run("ledger", "export").stdout.splitlines()
+    assert lines[0] == "time,transfer,debit_account,credit_account,asset,amount,state,reference"
+    assert sorted(line.split(",")[5] for line in lines[1:]) == ["0.00125", "5.00"]
+    assert run("ledger", "export", "revenue@USD", "--format", "jsonl", "-o", str(tmp_path / "out")).exit_code == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert (row["transfer"], row["credit_account"], row["amount"]) == (f"hold:{receipt}", "revenue@USD", "0.00125")
+    assert len(run("ledger", "export", "--to", "2020-01-01").stdout.splitlines()) == 1
+    assert "is not a day" in run("ledger", "export", "--from", "yesterday").stderr
+
+
 def test_ledger_check_finds_books_that_do_not_balance(run: Run, receipt: str, tmp_path: Path) -> None:
     assert "the books balance" in run("ledger", "check").stdout
     assert parsed(run("ledger", "check", "--json")) == {"ok": True, "tokens": [], "findings": []}

@@ -23,7 +23,7 @@ MIGRATIONS = Path(migrate.__file__).with_name("migrations")
 
 def constraints(connection: sqlite3.Connection) -> dict[str, str]:
     rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name <> 'alembic_version'")
-    return {name: " ".join(sorted(sql.replace(",", " ").split())) for name, sql in rows}
+    return {name: " ".join(sorted(sql.replace(",", " ").replace(chr(34), "").split())) for name, sql in rows}
 
 
 def test_migrated_schema_is_the_models_schema(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from contracts.devnet import Devnet, Wallet, as_owner, balance_of, rpc
+from payments import wallet_accounts
 from payments.chain.networks import Network, Token
 from payments.ledger import books as ledger_books
 from payments.ledger import transfers
@@ -96,6 +97,24 @@ async def test_credit_below_the_threshold_or_held_stays(
             lambda tx: transfers.hold(tx, id="hold:x", debit=account, credit=revenue, amount=1, reference="x")
         )
         await refunds.scan()
+        refunds.consider(payer.address.lower(), usdc.asset)
+        assert await refund(refunds, store) == 0
+    assert await rows(store) == []
+
+
+async def test_a_wallet_that_keeps_a_balance_is_left_alone(
+    chain: Devnet, network: Network, store: Store, books: Books
+) -> None:
+    usdc, payer = network.tokens[0], chain.wallets[1]
+    async with engine(
+        store, network, chain.rpc_url, [chain.wallets[0]], books, treasury=chain.wallets[3], start=False
+    ) as settlements:
+        refunds = Refunds(store, settlements, network.tokens, USD)
+        await settlements.start()
+        await owe(store, payer, usdc, 5 * USD)
+        await store.write(lambda tx: wallet_accounts.open_account(tx, payer.address.lower()))
+        await refunds.scan()
+        assert await refund(refunds, store) == 0
         refunds.consider(payer.address.lower(), usdc.asset)
         assert await refund(refunds, store) == 0
     assert await rows(store) == []
