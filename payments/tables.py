@@ -265,3 +265,14 @@ class ChainCursor(SQLModel, table=True):
 
     asset: str = Field(primary_key=True)
     block_number: int = Field(sa_column=_big())
+
+
+class Lease(SQLModel, table=True):
+    """Who does what only one process may do at a time."""
+
+    __tablename__ = "lease"
+
+    name: str = Field(primary_key=True)
+    """`instance:<id>`, `signer:<chain>:<address>`, `watcher:<chain>`, …"""
+    owner: str
+    expires_ms: int = Field(sa_column=_big())

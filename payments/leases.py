@@ -1,0 +1,179 @@
+"""Leases: which process does what only one may do at a time, among all that share a database.
+
+A lease is a row that its owner renews; who stops renewing loses it. A process that was stopped (SIGSTOP, a suspended
+machine) cannot know how long, so it believes it holds a lease only for as long as its own clock proves it, and a unit that
+must not run without one asks the database itself (`require`): there all writers are serialised, so nobody can take the lease
+between the question and the commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterable
+
+from payments.store import Store, StoreBusy, Transaction
+
+TTL_S = 15.0
+BEATS_PER_TTL = 3
+"""How often a lease is renewed while it lasts: one beat may be lost."""
+MARGIN = 0.2
+"""The part of the time to live by which its owner gives a lease up early: for clocks that run differently, and for the time
+between the question and what is done upon the answer."""
+
+_TAKE = """
+    INSERT INTO lease (name, owner, expires_ms) VALUES (?, ?, ?)
+    ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, expires_ms = excluded.expires_ms
+    WHERE lease.owner = excluded.owner OR lease.expires_ms <= ?
+    RETURNING name
+"""
+_RENEW = "UPDATE lease SET expires_ms = ? WHERE name = ? AND owner = ? RETURNING name"
+_GIVE_BACK = "DELETE FROM lease WHERE name = ? AND owner = ?"
+_REQUIRE = "SELECT 1 FROM lease WHERE name = ? AND owner = ? AND expires_ms > ?"
+_HOLDER = "SELECT owner FROM lease WHERE name = ? AND expires_ms > ?"
+
+log = logging.getLogger(__name__)
+
+
+class LeaseLost(Exception):
+    """Somebody else does now what this process wanted to do; nothing was changed."""
+
+
+class Leases:
+    """The leases of one process.
+
+    Args:
+        store: The database.
+        owner: This process, e.g. its instance id; no other process has the same.
+        ttl_s: How long a lease outlives its owner, in seconds.
+    """
+
+    def __init__(self, store: Store, owner: str, ttl_s: float = TTL_S) -> None:
+        assert ttl_s > 0
+        self.owner = owner
+        self.ttl_s = ttl_s
+        self._store = store
+        self._until: dict[str, float] = {}
+        self._heart: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to renew what is held, and what will be."""
+        assert self._heart is None
+        self._heart = asyncio.get_running_loop().create_task(self._beat_forever())
+
+    async def stop(self) -> None:
+        """Give everything back, so that others need not wait until it expires."""
+        if self._heart is not None:
+            self._heart.cancel()
+            await asyncio.gather(self._heart, return_exceptions=True)
+            self._heart = None
+        names = list(self._until)
+        self._until.clear()
+        with contextlib.suppress(StoreBusy):
+            await self._store.write(lambda tx: _give_back(tx, names, self.owner))
+
+    async def acquire(self, name: str) -> bool:
+        """Take a lease that nobody holds, or hold on to it. False if somebody else has it.
+
+        Raises:
+            StoreBusy: It could not be asked for.
+        """
+        asked = _elapsed_s()
+        ttl_ms = self._ttl_ms()
+        taken = await self._store.write(
+            lambda tx: _take(tx, name, self.owner, ttl_ms),
+            if_abandoned=lambda tx, taken: _give_back(tx, [name] if taken else [], self.owner),
+        )
+        if taken:
+            self._until[name] = self._proven_until(asked)
+        return taken
+
+    def held(self, name: str) -> bool:
+        """Whether this process certainly has the lease now. No input or output; ask again after every wait."""
+        return _elapsed_s() < self._until.get(name, 0.0)
+
+    async def release(self, name: str) -> None:
+        """Give a lease back. One that is not held is left alone.
+
+        Raises:
+            StoreBusy: It could not be given back and expires by itself.
+        """
+        if self._until.pop(name, None) is not None:
+            await self._store.write(lambda tx: _give_back(tx, [name], self.owner))
+
+    async def beat(self) -> None:
+        """Renew everything held, in one unit; what somebody else has taken meanwhile is lost."""
+        names = list(self._until)
+        if not names:
+            return
+        asked = _elapsed_s()
+        ttl_ms = self._ttl_ms()
+        renewed = await self._store.write(lambda tx: _renew(tx, names, self.owner, ttl_ms))
+        for name in names:
+            if name not in self._until:
+                continue  # given back meanwhile
+            if name in renewed:
+                self._until[name] = self._proven_until(asked)
+            else:
+                del self._until[name]
+                log.warning("the lease %s is lost", name)
+
+    async def _beat_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self.ttl_s / BEATS_PER_TTL)
+            try:
+                await self.beat()
+            except StoreBusy as error:
+                log.warning("leases cannot be renewed now: %s", error)
+            except Exception:
+                log.exception("leases could not be renewed")
+
+    def _proven_until(self, asked: float) -> float:
+        # Counted from the question, not from the answer: the row was written somewhere between the two.
+        return asked + self.ttl_s * (1 - MARGIN)
+
+    def _ttl_ms(self) -> int:
+        return round(self.ttl_s * 1000)
+
+
+def require(tx: Transaction, name: str, owner: str) -> None:
+    """Let a unit go on only if `owner` has the lease when it commits.
+
+    Raises:
+        LeaseLost: It has not; the unit is undone.
+    """
+    if tx.execute(_REQUIRE, (name, owner, _now_ms())).fetchone() is None:
+        raise LeaseLost(f"{name} is not {owner}'s any more")
+
+
+def holder(tx: Transaction, name: str) -> str | None:
+    """Who has the lease now, or None."""
+    row = tx.execute(_HOLDER, (name, _now_ms())).fetchone()
+    return None if row is None else str(row[0])
+
+
+def _take(tx: Transaction, name: str, owner: str, ttl_ms: int) -> bool:
+    now = _now_ms()
+    return tx.execute(_TAKE, (name, owner, now + ttl_ms, now)).fetchone() is not None
+
+
+def _renew(tx: Transaction, names: Iterable[str], owner: str, ttl_ms: int) -> set[str]:
+    # An expired lease that nobody took is still its owner's: nobody else can have acted under it.
+    until = _now_ms() + ttl_ms
+    return {name for name in names if tx.execute(_RENEW, (until, name, owner)).fetchone() is not None}
+
+
+def _give_back(tx: Transaction, names: Iterable[str], owner: str) -> None:
+    for name in names:
+        tx.execute(_GIVE_BACK, (name, owner))
+
+
+def _elapsed_s() -> float:
+    """A clock that is never set, and where there is one, one that goes on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
