@@ -186,6 +186,9 @@ def _networks(data: Mapping[str, Any]) -> Iterator[Finding]:
             )
         for name in ("pay_to", "batch_contract", "deposit_factory"):
             yield from _address((*path, name), network.get(name))
+        factories = network.get("wallet_factories")
+        for place, factory in enumerate(factories if isinstance(factories, list) else ()):
+            yield from _address((*path, "wallet_factories", place), factory)
         if network.get("pay_to") is None and data.get("pay_to") is None:
             what = f"nothing says where payments on chain {chain_id} go"
             yield Finding(path, what, "Set pay_to at the top of the file, or here, to the treasury's address")

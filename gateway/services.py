@@ -185,7 +185,7 @@ async def _open_chain(
         settlement_wait_s=settings.payments.settlement_wait_s,
         credited=None if refunds is None else refunds.consider,
     )
-    schemes = (ExactScheme(network, pay_to, services),)
+    schemes = (ExactScheme(network, pay_to, services, own.wallet_factories),)
     return Chain(network, rpc, settlements, refunds, alarms), NetworkPayments(network, schemes)
 
 

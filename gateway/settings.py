@@ -75,6 +75,8 @@ class NetworkSettings(Section):
     """The operator's own `FareboxBatch`: payments that arrive together are settled in one transaction; without it singly."""
     deposit_factory: Address | None = None
     """The operator's own `DepositForwarders`: wallets can deposit by plain transfer to an address of their own."""
+    wallet_factories: list[Address] = Field(default_factory=list)
+    """Factories (ERC-6492) whose contract wallets may pay before they exist: the payment deploys them, for our gas."""
     block_time_ms: int | None = Field(default=None, gt=0)
     """How often the chain makes a block; known for known chains."""
     max_fee_gwei: int | None = Field(default=None, gt=0, lt=10**9)

@@ -12,8 +12,9 @@ from typing import Any
 
 import coincurve
 
-from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, Token
-from payments.verification.signatures import keccak256
+from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, MULTICALL3_ADDRESS, Token
+from payments.verification.signatures import ECDSA_BYTES, keccak256
+from payments.verification.wallet_signatures import unwrap
 from payments.x402.wire import Eip3009Authorization, Payment, Permit2Authorization
 
 RlpItem = int | bytes | Sequence["RlpItem"]
@@ -195,6 +196,9 @@ AUTHORIZATION_USED_TOPIC = topic("AuthorizationUsed(address,bytes32)")
 _TRANSFER_WITH_AUTHORIZATION = selector(
     "transferWithAuthorization(address,address,uint256,uint256,uint256,bytes32,uint8,bytes32,bytes32)"
 )
+_TRANSFER_WITH_AUTHORIZATION_BYTES = selector(
+    "transferWithAuthorization(address,address,uint256,uint256,uint256,bytes32,bytes)"
+)
 _PROXY_SETTLE = selector("settle(((address,uint256),uint256,uint256),address,(address,uint256),bytes)")
 _TRANSFER = selector("transfer(address,uint256)")
 _BALANCE_OF = selector("balanceOf(address)")
@@ -207,20 +211,24 @@ _PANIC = selector("Panic(uint256)")
 
 
 def encode_transfer_with_authorization(authorization: Eip3009Authorization, signature: bytes) -> bytes:
-    """Calldata that executes an EIP-3009 authorization signed with a 65-byte r, s, v signature."""
-    return b"".join(
+    """Calldata that executes an EIP-3009 authorization.
+
+    A signature of 65 bytes goes as v, r, s, which every such token takes; any other length is a contract wallet's and goes as
+    bytes, which Circle's tokens take since version 2.2.
+    """
+    terms = b"".join(
         (
-            _TRANSFER_WITH_AUTHORIZATION,
             address_word(authorization.payer),
             address_word(authorization.to),
             word(authorization.value),
             word(authorization.valid_after),
             word(authorization.valid_before),
             word(authorization.nonce),
-            word(signature[64]),
-            signature[:64],
         )
     )
+    if len(signature) == ECDSA_BYTES:
+        return _TRANSFER_WITH_AUTHORIZATION + terms + word(signature[64]) + signature[:64]
+    return _TRANSFER_WITH_AUTHORIZATION_BYTES + terms + word(7 * WORD) + _tail(signature)
 
 
 def encode_proxy_settle(authorization: Permit2Authorization, signature: bytes) -> bytes:
@@ -245,11 +253,43 @@ PROXY_SETTLE_TERMS_LENGTH = 4 + 7 * WORD
 """The part of `settle`'s calldata that says what is paid; the rest is the signature, which has several spellings."""
 
 
-def settle_call(payment: Payment, token: Token) -> tuple[str, bytes]:
-    """The contract and the calldata that execute a payment: what is simulated, and what is then broadcast."""
+def settle_call(payment: Payment, token: Token, *, deploy: bool = False) -> tuple[str, bytes]:
+    """The contract and the calldata that execute a payment: what is simulated, and what is then broadcast.
+
+    Args:
+        payment: Its signature may be wrapped (ERC-6492).
+        token: What it pays in.
+        deploy: The payer has no code yet: if its signature says how to deploy it, that is done first. Both or nothing: a
+            transfer that fails takes the deployment back.
+    """
+    signature, deployment = unwrap(payment.signature)
     if isinstance(payment.authorization, Permit2Authorization):
-        return EXACT_PERMIT2_PROXY_ADDRESS, encode_proxy_settle(payment.authorization, payment.signature)
-    return token.address, encode_transfer_with_authorization(payment.authorization, payment.signature)
+        call = EXACT_PERMIT2_PROXY_ADDRESS, encode_proxy_settle(payment.authorization, signature)
+    else:
+        call = token.address, encode_transfer_with_authorization(payment.authorization, signature)
+    if deployment is None or not deploy:
+        return call
+    calls = [(deployment.factory, deployment.data), call]
+    return MULTICALL3_ADDRESS, encode_aggregate3(calls, last_must_succeed=True)
+
+
+def has_wallet_signature(data: bytes) -> bool:
+    """Whether the calldata of a payment carries a signature of another form than a key's."""
+    if data[:4] == _PROXY_SETTLE:
+        return _uint(data, PROXY_SETTLE_TERMS_LENGTH + WORD) != ECDSA_BYTES
+    return data[:4] == _TRANSFER_WITH_AUTHORIZATION_BYTES
+
+
+def last_call(call_to: str, call_data: bytes) -> tuple[str, bytes]:
+    """What `settle_call` executes last: the payment itself, whether or not a deployment precedes it."""
+    if call_to != MULTICALL3_ADDRESS:
+        return call_to, call_data
+    calls = call_data[4 + 2 * WORD :]
+    entry = _uint(calls, WORD)  # of the second of two
+    length_at = entry + _uint(calls, entry + 2 * WORD)
+    content = length_at + WORD
+    target = calls[entry + 12 : entry + WORD]
+    return "0x" + target.hex(), calls[content : content + _uint(calls, length_at)]
 
 
 def encode_transfer(to: str, value: int) -> bytes:
@@ -282,11 +322,12 @@ def nonce_is_set(bitmap: int, nonce: int) -> bool:
     return bool(bitmap >> (nonce & 0xFF) & 1)
 
 
-def encode_aggregate3(calls: Sequence[tuple[str, bytes]]) -> bytes:
-    """Calldata of Multicall3's `aggregate3` in which every call may fail by itself."""
+def encode_aggregate3(calls: Sequence[tuple[str, bytes]], *, last_must_succeed: bool = False) -> bytes:
+    """Calldata of Multicall3's `aggregate3` in which every call may fail by itself, or every one but the last."""
     heads, tails, offset = [], [], len(calls) * WORD
-    for target, data in calls:
-        tail = address_word(target) + word(1) + word(3 * WORD) + _tail(data)
+    for number, (target, data) in enumerate(calls, 1):
+        may_fail = number < len(calls) or not last_must_succeed
+        tail = address_word(target) + word(may_fail) + word(3 * WORD) + _tail(data)
         heads.append(word(offset))
         tails.append(tail)
         offset += len(tail)

@@ -20,6 +20,7 @@ from payments.chain.transactions import (
     decode_revert,
     encode_authorization_state,
     encode_nonce_bitmap,
+    last_call,
     nonce_is_set,
 )
 from payments.settlement.orders import Evidence, NoEvidence, SettlementOrder
@@ -100,7 +101,7 @@ async def explain_failure(rpc: Rpc, order: SettlementOrder, sender: str | None) 
 
 
 def _is_eip3009(order: SettlementOrder) -> bool:
-    return order.call_to == order.token
+    return last_call(order.call_to, order.call_data)[0] == order.token
 
 
 def _uses_nonce(log: Log, order: SettlementOrder) -> bool:
@@ -146,6 +147,8 @@ async def _search_eip3009(rpc: Rpc, order: SettlementOrder, from_block: int, hea
 async def _search_permit2(rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
     if not await _permit2_nonce_is_used(rpc, order, head):
         return NoEvidence(nonce_consumed=False)
+    proxy, data = last_call(order.call_to, order.call_data)
+    terms = data[:PROXY_SETTLE_TERMS_LENGTH]
     topics = [TRANSFER_TOPIC, address_topic(order.payer), address_topic(order.pay_to)]
     logs = await get_logs(rpc, order.token, topics, from_block, head)
     for transaction_hash in list(dict.fromkeys(log["transactionHash"] for log in logs))[-CANDIDATES_MAX:]:
@@ -154,11 +157,11 @@ async def _search_permit2(rpc: Rpc, order: SettlementOrder, from_block: int, hea
         if transaction is None or receipt is None or receipt["status"] != "0x1":
             continue
         data = bytes.fromhex(transaction["input"][2:])
-        if (transaction.get("to") or "").lower() == order.call_to and data[:4] == order.call_data[:4]:
+        if (transaction.get("to") or "").lower() == proxy and data[:4] == terms[:4]:
             # A direct call says what it settles; the signature behind the terms may be spelled otherwise than ours.
-            proven = data[:PROXY_SETTLE_TERMS_LENGTH] == order.call_data[:PROXY_SETTLE_TERMS_LENGTH]
+            proven = data[:PROXY_SETTLE_TERMS_LENGTH] == terms
         else:
-            proven = await _consumed_by(rpc, receipt, order)
+            proven = await _consumed_by(rpc, receipt, order, proxy)
         if not proven:
             continue
         evidence = pick_transfer(receipt, receipt["logs"], order)
@@ -167,9 +170,9 @@ async def _search_permit2(rpc: Rpc, order: SettlementOrder, from_block: int, hea
     return NoEvidence(nonce_consumed=True)
 
 
-async def _consumed_by(rpc: Rpc, receipt: dict[str, Any], order: SettlementOrder) -> bool:
+async def _consumed_by(rpc: Rpc, receipt: dict[str, Any], order: SettlementOrder, proxy: str) -> bool:
     """Whether a transaction that reached the proxy some other way stands in the block that consumed the nonce."""
-    if not any(log["address"].lower() == order.call_to for log in receipt["logs"]):
+    if not any(log["address"].lower() == proxy for log in receipt["logs"]):
         return False
     block = int(receipt["blockNumber"], 16)
     return await _permit2_nonce_is_used(rpc, order, block) and not await _permit2_nonce_is_used(rpc, order, block - 1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from payments.chain.transactions import Call
+from payments.chain.transactions import Call, has_wallet_signature, last_call
 from payments.settlement import states
 from payments.settlement.orders import SettlementOrder
 from payments.settlement.outgoing import Outgoing
@@ -17,6 +17,10 @@ GAS_TOKEN_CALL = 150_000
 """EIP-3009 and plain transfers: Circle's USDC uses up to 105,000."""
 GAS_PROXY_CALL = 250_000
 """A Permit2 settlement through the exact proxy."""
+GAS_WALLET_SIGNATURE = 350_000
+"""Besides, for a contract wallet to look at its signature: P-256 in Solidity uses up to 330,000."""
+GAS_DEPLOYMENT = 800_000
+"""Besides, to deploy a contract wallet: the usual factories use up to 450,000."""
 
 _ORDER_COLUMNS = (
     "id, kind, reference, chain_id, token, payer, pay_to, value, authorization_nonce, call_to, call_data, valid_before"
@@ -30,14 +34,18 @@ _INSERT = (
 )
 
 
-def gas_limit(call_to: str, token: str) -> int:
-    """The gas that a payment's or a transfer's call may use."""
-    return GAS_TOKEN_CALL if call_to == token else GAS_PROXY_CALL
+def gas_limit(call_to: str, call_data: bytes, token: str) -> int:
+    """The gas that a payment's or a transfer's call may use: what a hostile wallet can make us burn, and no more."""
+    target, data = last_call(call_to, call_data)
+    gas = GAS_TOKEN_CALL if target == token else GAS_PROXY_CALL
+    if has_wallet_signature(data):
+        gas += GAS_WALLET_SIGNATURE
+    return gas if target == call_to else gas + GAS_DEPLOYMENT
 
 
 def order_gas(order: SettlementOrder) -> int:
     """`gas_limit` of an order."""
-    return gas_limit(order.call_to, order.token)
+    return gas_limit(order.call_to, order.call_data, order.token)
 
 
 @dataclass(slots=True, eq=False)

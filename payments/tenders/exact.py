@@ -68,6 +68,7 @@ class ExactTender:
         requirement: What it pays for.
         request_digest: Of the request, see `payments.quotes.request_digest`: the first use binds the payment to it.
         refusal: Why the checks refused it, if they did: then only an earlier use of it is found, and none is begun.
+        unproven: Why its signature is bad unless the payer is a contract that takes it, if it is no key's.
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class ExactTender:
         requirement: Requirement,
         request_digest: bytes,
         refusal: PaymentRefused | None = None,
+        unproven: PaymentRefused | None = None,
     ) -> None:
         assert token.chain_id == network.chain_id
         assert refusal is not None or payment.authorization.recipient == requirement.pay_to.lower()
         self._services = services
         self._payment = payment
         self._refusal = refusal
+        self._unproven = unproven
         self._token = token
         self._pay_to = requirement.pay_to.lower()
         self._value_nano_usd = atomic_to_nano_down(payment.authorization.value, token.decimals)
@@ -102,6 +105,8 @@ class ExactTender:
             SettlementUnavailable: The chain cannot be asked now; nothing was taken.
         """
         services = self._services
+        if self._unproven is not None and self._refusal is None:
+            await self._prove()
         found = await services.store.write(lambda tx: self._reserve(tx, quote, details), if_abandoned=_abandon)
         if isinstance(found, AlreadyUsed):
             raise found
@@ -111,6 +116,22 @@ class ExactTender:
         elif found.stage == "held":
             await hold.look_up_transaction()
         return hold
+
+    async def _prove(self) -> None:
+        """Let the payer's contract judge the signature before anything is reserved: or anybody could use up its nonces.
+
+        What was used before needs no proof: only the very same payment finds its use.
+        """
+        services = self._services
+        identity = self._payment.identity(self._token.chain_id, self._token)
+        if await services.store.read(lambda tx: authorizations.is_known(tx, identity)):
+            return
+        try:
+            await services.chain_states.check(self._payment, self._token, self._pay_to, lambda: 0, self._unproven)
+        except PaymentRefused:
+            # The same payment sent twice at once: the other one was faster, and is found.
+            if not await services.store.read(lambda tx: authorizations.is_known(tx, identity)):
+                raise
 
     def _reserve(self, tx: Transaction, quote: Quote, details: dict[str, Any]) -> Reservation | AlreadyUsed:
         return authorizations.reserve(
@@ -130,8 +151,12 @@ class ExactTender:
         submitting = False
         try:
             others = partial(services.unmined.before, hold.payer, hold.asset, hold.receipt_id)
-            await services.chain_states.check(self._payment, self._token, self._pay_to, others)
-            order = self._order(hold.receipt_id)
+            has_code = await services.chain_states.check(
+                self._payment, self._token, self._pay_to, others, self._unproven
+            )
+            if has_code or self._unproven is not None:
+                hold.settle_first()
+            order = self._order(hold.receipt_id, deploy=not has_code)
             submitting = True
             await services.settlements.submit(order)
         except BaseException as error:
@@ -140,9 +165,9 @@ class ExactTender:
             await hold.give_up(authorizations.forget if unwritten else authorizations.interrupt)
             raise
 
-    def _order(self, receipt_id: str) -> SettlementOrder:
+    def _order(self, receipt_id: str, *, deploy: bool) -> SettlementOrder:
         authorization = self._payment.authorization
-        call_to, call_data = settle_call(self._payment, self._token)
+        call_to, call_data = settle_call(self._payment, self._token, deploy=deploy)
         return SettlementOrder(
             id=settlement_id(receipt_id),
             kind="payment",
@@ -180,6 +205,17 @@ class ExactHold(LedgerHold):
         services.begin_use(self.receipt_id)
         if self._unmined:
             services.unmined.add(self.payer, self.asset, self.receipt_id, value_nano_usd)
+
+    def settle_first(self) -> None:
+        """Begin no inference before the transfer is mined.
+
+        A contract takes back what it has signed whenever it likes, even by the block's number and at no cost: what an account
+        with a key has to pay for, a transaction that overtakes ours, limits how often it can be done.
+        """
+        self.may_start_early = False
+        if self._exposed:
+            self._exposed = False
+            self._services.cover(self.payer, self.maximum_nano_usd)
 
     async def look_up_transaction(self) -> None:
         """Find the transaction of a payment that was mined before, for `payment_response`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from payments.chain.networks import Token
+from payments.errors import PaymentError
 from payments.settlement.orders import SettlementOrder
 from payments.store import Store
 from payments.x402.wire import Payment
@@ -46,9 +47,17 @@ class Settling(Protocol):
 class ChainCheck(Protocol):
     """What the chain says of a payment before it is settled."""
 
-    async def check(self, payment: Payment, token: Token, pay_to: str, other_open: Callable[[], int]) -> None:
-        """Raise a `PaymentError` if the transfer would fail now; `other_open` tells what the payer has under way besides, in
-        nano-USD, at the moment that it is called."""
+    async def check(
+        self,
+        payment: Payment,
+        token: Token,
+        pay_to: str,
+        other_open: Callable[[], int],
+        unproven: PaymentError | None = None,
+    ) -> bool:
+        """Whether the payer has code, if the transfer would succeed now; else raise a `PaymentError`, which is `unproven` if
+        the payer has no code that could make its signature good. `other_open` tells what the payer has under way besides,
+        in nano-USD, at the moment that it is called."""
 
 
 class ExactServices:

@@ -27,6 +27,7 @@ from payments.chain.transactions import (
 from payments.errors import AllowanceRequired, PaymentError, PaymentRefused, SettlementUnavailable
 from payments.money import nano_to_atomic_up
 from payments.settlement.outbox import gas_limit
+from payments.verification.wallet_signatures import unwrap
 from payments.x402.wire import Payment, Permit2Authorization
 
 WINDOW_S = 0.0005
@@ -50,8 +51,10 @@ def _nothing() -> int:
 class _Check:
     payment: Payment
     token: Token
-    verdict: asyncio.Future[PaymentError | None]
+    verdict: asyncio.Future[PaymentError | bool]
+    """An error, or whether the payer has code."""
     other_open: OtherOpen
+    unproven: PaymentError | None
     looks: int = 1
 
     def calls(self) -> list[tuple[str, bytes]]:
@@ -63,10 +66,11 @@ class _Check:
             calls.append((token, encode_allowance(payer, PERMIT2_ADDRESS)))
         else:
             calls.append((token, encode_authorization_state(payer, nonce)))
-        calls.append(settle_call(self.payment, self.token))
+        if self.unproven is None:
+            calls.append(settle_call(self.payment, self.token))
         return calls
 
-    def conclude(self, verdict: PaymentError | None) -> None:
+    def conclude(self, verdict: PaymentError | bool) -> None:
         if not self.verdict.done():
             self.verdict.set_result(verdict)
 
@@ -82,7 +86,14 @@ class ChainStates:
         self._waiting: list[_Check] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def check(self, payment: Payment, token: Token, pay_to: str, other_open: OtherOpen = _nothing) -> None:
+    async def check(
+        self,
+        payment: Payment,
+        token: Token,
+        pay_to: str,
+        other_open: OtherOpen = _nothing,
+        unproven: PaymentError | None = None,
+    ) -> bool:
         """Return if the payment would succeed now: nonce unused, balance and allowance there, the very call succeeds.
 
         Args:
@@ -90,23 +101,29 @@ class ChainStates:
             token: What it pays in.
             pay_to: Whom it pays, lower-case hex.
             other_open: What else the payer has under way.
+            unproven: What is wrong with the signature if the payer is no contract: no key of its own made it.
+
+        Returns:
+            Whether the payer has code: then the chain's word may be another one in the next block, at no cost to the payer.
 
         Raises:
+            PaymentError: `unproven`.
             PaymentRefused: ``authorization_used``, ``insufficient_funds`` or ``transfer_would_fail``.
             AllowanceRequired: Permit2 may not move the token yet.
             SettlementUnavailable: The chain cannot be asked.
         """
         assert payment.authorization.recipient == pay_to
         loop = asyncio.get_running_loop()
-        verdict: asyncio.Future[PaymentError | None] = loop.create_future()
+        verdict: asyncio.Future[PaymentError | bool] = loop.create_future()
         if not self._waiting:
             loop.call_later(WINDOW_S, self._depart)
-        self._waiting.append(_Check(payment, token, verdict, other_open))
+        self._waiting.append(_Check(payment, token, verdict, other_open, unproven))
         self.checks += 1
-        error = await verdict
-        if error is not None:
+        found = await verdict
+        if isinstance(found, PaymentError):
             self.refusals += 1
-            raise error
+            raise found
+        return found
 
     def _depart(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -149,25 +166,27 @@ class ChainStates:
                 again.append(self._look_again(check))
                 continue
             has_code = len(codes[index]) > 2
-            if verdict is not None and len(checks) > 1:
+            if check.unproven is not None and not has_code and unwrap(check.payment.signature)[1] is None:
+                check.conclude(check.unproven)
+            elif verdict is not None and len(checks) > 1:
                 again.append(self._run([check]))
-            elif verdict is None and has_code:
-                again.append(self._simulate_alone(check))
+            elif verdict is None and (has_code or check.unproven is not None):
+                again.append(self._simulate_alone(check, has_code))
             else:
-                check.conclude(verdict)
+                check.conclude(verdict or has_code)
         await asyncio.gather(*again)
 
     async def _look_again(self, check: _Check) -> None:
         await asyncio.sleep(LOOK_AGAIN_S)
         await self._run([replace(check, looks=check.looks + 1)])
 
-    async def _simulate_alone(self, check: _Check) -> None:
-        """A payer with code: the chain's own judgement under the gas limit that the settlement will have.
+    async def _simulate_alone(self, check: _Check, has_code: bool) -> None:
+        """A contract wallet: the chain's own judgement under the gas limit that the settlement will have.
 
         Its code may see who calls and how much gas there is, and behave for a simulation only.
         """
-        to, data = settle_call(check.payment, check.token)
-        call = {"to": to, "data": "0x" + data.hex(), "gas": hex(gas_limit(to, check.token.address))}
+        to, data = settle_call(check.payment, check.token, deploy=not has_code)
+        call = {"to": to, "data": "0x" + data.hex(), "gas": hex(gas_limit(to, data, check.token.address))}
         try:
             await self._rpc.call("eth_call", [call, "latest"])
         except RpcError as error:
@@ -175,7 +194,7 @@ class ChainStates:
         except RpcUnavailable as error:
             check.conclude(_unavailable(error))
         else:
-            check.conclude(None)
+            check.conclude(has_code)
 
 
 def _judge(check: _Check, results: Sequence[CallResult], in_use: int) -> PaymentError | None:
@@ -199,6 +218,8 @@ def _judge(check: _Check, results: Sequence[CallResult], in_use: int) -> Payment
             f"the payer must once approve Permit2 for {token.symbol}: call approve({PERMIT2_ADDRESS}, amount) on"
             f" {token.address} with at least {authorization.value}, then send the same payment again",
         )
+    if check.unproven is not None:
+        return None  # simulated alone
     succeeded, returned = results[-1]
     return None if succeeded else _would_fail(decode_revert(returned))
 

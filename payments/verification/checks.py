@@ -10,7 +10,13 @@ from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, Network, Token
 from payments.errors import PaymentRefused
 from payments.verification.eip712 import eip3009_digest, permit2_exact_digest
 from payments.verification.signatures import recover
+from payments.verification.wallet_signatures import unwrap
 from payments.x402.wire import Payment, Permit2Authorization, Requirement
+
+
+class SignatureUnproven(PaymentRefused):
+    """No key of the payer's made the signature: it is bad, unless the payer is a contract that says otherwise."""
+
 
 SETTLEMENT_MARGIN_S = 6
 """An authorization must hold that much longer, so that its transfer can still be mined in one of the next blocks."""
@@ -32,7 +38,8 @@ def check_offline(payment: Payment, requirement: Requirement, network: Network, 
     Raises:
         PaymentRefused: With one of the codes ``wrong_scheme``, ``wrong_network``, ``wrong_token``, ``wrong_amount``,
             ``wrong_recipient``, ``wrong_timeout``, ``wrong_extra``, ``wrong_transfer_method``, ``wrong_spender``,
-            ``not_yet_valid``, ``expired``, ``bad_signature``, ``unsupported_signature``.
+            ``not_yet_valid``, ``expired``.
+        SignatureUnproven: ``bad_signature``: all the rest is right, and if the payer has code the chain may be asked about it.
         PaymentMalformed: ``malformed_signature``, if the signature is shorter than any can be.
     """
     assert requirement.network == network.caip2
@@ -43,11 +50,21 @@ def check_offline(payment: Payment, requirement: Requirement, network: Network, 
         _check_v1(payment, requirement, network)
     _check_authorization(payment, requirement, token)
     _check_times(payment, now)
-    if recover(payment_digest(payment, token), payment.signature) != payment.payer:
-        raise PaymentRefused(
+    check_signature(payment_digest(payment, token), payment.signature, payment.payer)
+    return payment.payer
+
+
+def check_signature(digest: bytes, signature: bytes, payer: str) -> None:
+    """Return if `payer`'s key signed `digest`; raises as `check_offline` does."""
+    unwrap(signature)
+    try:
+        signer = recover(digest, signature)
+    except PaymentRefused as error:
+        raise SignatureUnproven(error.code, error.message) from error
+    if signer != payer:
+        raise SignatureUnproven(
             "bad_signature", "the signature is not the payer's for this authorization, token and network"
         )
-    return payment.payer
 
 
 def payment_digest(payment: Payment, token: Token) -> bytes:

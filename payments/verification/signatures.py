@@ -1,7 +1,7 @@
 """Who signed a digest: libsecp256k1's public key recovery, on canonical signatures only.
 
 The library is called directly: coincurve's classes around it check and copy more than is needed here, and what they cost pays
-for the digest. Contract wallets' signatures (ERC-1271, ERC-6492) are refused: only the chain can judge them.
+for the digest. Contract wallets' signatures (ERC-1271, ERC-6492) are not judged here: only the chain can.
 
 Source: SEC 1 section 4.1.6, EIP-2 (low s), the Yellow Paper's appendix F.
 """
@@ -39,8 +39,7 @@ def recover(digest: bytes, signature: bytes) -> str:
 
     Raises:
         PaymentMalformed: ``malformed_signature`` if it is shorter than an ECDSA signature.
-        PaymentRefused: ``unsupported_signature`` if it is longer (a contract wallet's), ``bad_signature`` if it is not
-            canonical or no key can have made it.
+        PaymentRefused: ``bad_signature`` if it is longer (a contract wallet's), not canonical, or no key can have made it.
     """
     assert len(digest) == DIGEST_BYTES
     if len(signature) != ECDSA_BYTES:
@@ -84,6 +83,6 @@ def _wrong_length(length: int) -> PaymentError:
     if length < ECDSA_BYTES:
         return PaymentMalformed("malformed_signature", f"a signature has {ECDSA_BYTES} bytes, not {length}")
     return PaymentRefused(
-        "unsupported_signature",
-        f"a signature of {length} bytes is a contract wallet's, not taken here; pay from an account with a private key",
+        "bad_signature",
+        f"a signature of {length} bytes can only be a contract wallet's, and the payer is none; one of a key has {ECDSA_BYTES}",
     )

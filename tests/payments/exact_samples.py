@@ -158,14 +158,23 @@ class HandChain:
     """What the chain says of payments: nothing, unless the test sets an error."""
 
     refusal: PaymentError | None = None
+    payer_has_code: bool = False
     checked: int = 0
     others: list[int] = field(default_factory=list)
 
-    async def check(self, payment: Payment, token: Token, pay_to: str, other_open: Callable[[], int]) -> None:
+    async def check(
+        self,
+        payment: Payment,
+        token: Token,
+        pay_to: str,
+        other_open: Callable[[], int],
+        unproven: PaymentError | None = None,
+    ) -> bool:
         self.checked += 1
         self.others.append(other_open())
         if self.refusal is not None:
             raise self.refusal
+        return self.payer_has_code
 
 
 @dataclass

@@ -189,7 +189,7 @@ def test_somebody_elses_signature_is_refused() -> None:
 def test_signatures_of_other_lengths_are_told_apart() -> None:
     long, short = usdc_payload(), usdc_payload()
     long["signature"] += "00" * 32
-    assert refusal(usdc(long)) == "unsupported_signature"
+    assert refusal(usdc(long)) == "bad_signature"
     short["signature"] = short["signature"][:-2]
     with pytest.raises(PaymentMalformed):
         check_offline(usdc(short), USDC_OFFER, NETWORK, USDC, now=NOW)

@@ -14,7 +14,14 @@ import pytest
 import payments.store
 from payments import receipts
 from payments.chain.networks import Token
-from payments.errors import AllowanceRequired, PaymentConflict, PaymentRefused, SettlementPending, SettlementUnavailable
+from payments.errors import (
+    AllowanceRequired,
+    PaymentConflict,
+    PaymentError,
+    PaymentRefused,
+    SettlementPending,
+    SettlementUnavailable,
+)
 from payments.ledger import transfers
 from payments.ledger.transfers import Balance
 from payments.money import nano_to_usd
@@ -527,13 +534,21 @@ async def test_of_two_payments_that_one_balance_covers_the_first_goes_on(desk: D
     both = asyncio.Event()
 
     class OneBalance(HandChain):
-        async def check(self, payment: Payment, token: Token, pay_to: str, other_open: Callable[[], int]) -> None:
+        async def check(
+            self,
+            payment: Payment,
+            token: Token,
+            pay_to: str,
+            other_open: Callable[[], int],
+            unproven: PaymentError | None = None,
+        ) -> bool:
             waiting.append(other_open)
             if len(waiting) == 2:
                 both.set()
             await both.wait()
             if other_open() >= QUOTED:
                 raise PaymentRefused("insufficient_funds", "too little")
+            return False
 
     desk.services.chain_states = OneBalance()
     results = await asyncio.gather(again(desk, payment_of()), again(desk, payment_of()), return_exceptions=True)
