@@ -21,10 +21,9 @@ def guarded_protocol(header_bytes_max: int) -> type[HttpToolsProtocol]:
         header_bytes_max: Request line and headers together, in bytes; beyond it the answer is 431 and the connection closes.
     """
     message = f"request line and headers may have at most {header_bytes_max} bytes together"
-    body = orjson.dumps({"error": error_object(431, "headers_too_large", message)})
-    refusal = (
-        b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        b"content-length: " + str(len(body)).encode() + b"\r\n\r\n" + body
+    too_large = _last_answer(431, "Request Header Fields Too Large", "headers_too_large", message)
+    not_http = _last_answer(
+        400, "Bad Request", "invalid_http", "this is no HTTP request, or one that two readers would read differently"
     )
 
     class GuardedProtocol(HttpToolsProtocol):
@@ -63,16 +62,26 @@ def guarded_protocol(header_bytes_max: int) -> type[HttpToolsProtocol]:
             self._bytes_beside_bodies += len(data)
             super().data_received(data)
 
-        def _refuse(self) -> None:
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(not_http)
+
+        def _refuse(self, answer: bytes = too_large) -> None:
             self._refused = True
             if self.transport.is_closing():
                 return
             # While a request is under way the refusal would be taken for its answer.
             if self.cycle is None or self.cycle.response_complete:
-                self.transport.write(refusal)
+                self.transport.write(answer)
             self.transport.close()
 
     return GuardedProtocol
+
+
+def _last_answer(status: int, phrase: str, code: str, message: str) -> bytes:
+    """An answer in the one form that errors have, after which the connection closes."""
+    body = orjson.dumps({"error": error_object(status, code, message)})
+    head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 class QuoteLimiter:

@@ -17,6 +17,8 @@ from payments.errors import PaymentConflict, PaymentError, SettlementPending
 from payments.store import StoreBusy
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_PRIVATE = frozenset({*PAYMENT_HEADERS, b"authorization"})
+_NO_STORE = (b"cache-control", b"no-store")
 log = structlog.get_logger("farebox.http")
 
 
@@ -43,9 +45,12 @@ class Guard:
         started = time.perf_counter()
         request_id = _request_id(scope)
         marks = [(b"x-request-id", request_id)]
-        if any(name in PAYMENT_HEADERS for name, _ in scope["headers"]):
+        names = {name for name, _ in scope["headers"]}
+        if not names.isdisjoint(PAYMENT_HEADERS):
             # The stock OpenAI SDK retries 409 and 5xx, and through a paying transport that would be a new payment.
             marks.append((b"x-should-retry", b"false"))
+        # What somebody paid for is nobody else's: a shared cache that kept it would serve it for free (arXiv 2605.11781).
+        is_private = not names.isdisjoint(_PRIVATE)
         status = 0
 
         async def send_marked(message: Message) -> None:
@@ -53,6 +58,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], *marks]
+                if is_private and not any(name == b"cache-control" for name, _ in message["headers"]):
+                    message["headers"].append(_NO_STORE)
             await send(message)
 
         self.under_way += 1

@@ -31,6 +31,8 @@ from payments.store import Store, Transaction
 log = logging.getLogger(__name__)
 
 OUTCOMES_KEPT = 4_096
+LOOK_BACK_S = 900
+"""Older than this is no authorization that a payer signed for a quote of ours which is still good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +200,30 @@ class Settlements:
         """
         assert order.chain_id == self.network.chain_id
         if not self._running:
-            raise SettlementUnavailable(
-                "settlement_unavailable", "payments on this network are not being settled right now"
-            )
+            raise _not_running()
         if order.id not in self._entries:
             await self._dispatcher.submit(order)
+
+    async def book_executed(self, order: SettlementOrder) -> bool:
+        """Book an order whose authorization was used before we could: if it paid us, it is paid, whoever submitted it.
+
+        Returns:
+            False, with nothing written, if nothing of the last `LOOK_BACK_S` proves that.
+
+        Raises:
+            SettlementUnavailable: The engine is not running, or the chain cannot be asked; nothing was written.
+            StoreBusy: The database takes nothing now; nothing was written.
+        """
+        if not self._running:
+            raise _not_running()
+        try:
+            head = int(await self.rpc.call(*HEAD), 16)
+            from_block = max(head - LOOK_BACK_S * 1000 // self.network.block_time_ms, 0)
+            return await asyncio.shield(self._spawn(self._judge.book_executed(order, from_block, head)))
+        except (RpcUnavailable, RpcError) as error:
+            raise SettlementUnavailable(
+                "chain_unavailable", "the chain cannot be asked; send the same payment again"
+            ) from error
 
     async def outcome(self, settlement_id: str, timeout_s: float) -> SettlementOutcome:
         """Wait until the fate of a settlement is known, or `timeout_s` is over: then its state is an open one.
@@ -324,7 +345,7 @@ class Settlements:
             moved = [
                 entry
                 for entry in vanished
-                if states.move(tx, entry.id, "submitted", transfer_log_index=None, block_number=None)
+                if states.move(tx, entry.id, _before_evidence(entry), transfer_log_index=None, block_number=None)
             ]
             ids = {entry.transaction_id for entry in moved if entry.transaction_id is not None}
             transactions = self._with_entries(tx, outgoing.load(tx, sorted(ids), self.accounts)) if ids else []
@@ -335,11 +356,13 @@ class Settlements:
         moved, transactions = await self._store.write(unit)
         for entry in moved:
             log.warning("settlement %s was reorganised out of block %s", entry.id, entry.block_number)
-            entry.state, entry.block_number, entry.block_hash, entry.own = "submitted", None, None, True
+            entry.state, entry.block_number, entry.block_hash, entry.own = _before_evidence(entry), None, None, True
             self._entries[entry.id] = entry
             self._outcomes.pop(entry.id, None)
             # Counted once nobody is told the old outcome any more.
             self.reorganised += 1
+            if entry.state == "queued":
+                self._dispatcher.take(entry)
         for transaction in transactions:
             self._adopt(transaction)
 
@@ -397,8 +420,17 @@ class Settlements:
             log.error("settlement work failed", exc_info=error)
 
 
+def _before_evidence(entry: Entry) -> str:
+    """What an entry is again when its evidence is gone; nothing of ours carries what somebody else executed before us."""
+    return "queued" if entry.transaction_id is None else "submitted"
+
+
 def _outcome(entry: Entry) -> SettlementOutcome:
     return SettlementOutcome(entry.state, entry.transaction_hash, entry.block_number, entry.reason)
+
+
+def _not_running() -> SettlementUnavailable:
+    return SettlementUnavailable("settlement_unavailable", "payments on this network are not being settled right now")
 
 
 def _finish(waiter: asyncio.Future[None]) -> None:

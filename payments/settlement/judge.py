@@ -13,7 +13,7 @@ from payments.chain.batches import logs_of_call
 from payments.chain.rpc import Rpc, RpcError, RpcUnavailable
 from payments.settlement import evidence as proof
 from payments.settlement import outbox, outgoing, states
-from payments.settlement.orders import Evidence, Kind, NoEvidence
+from payments.settlement.orders import Evidence, Kind, NoEvidence, SettlementOrder
 from payments.settlement.outbox import Entry
 from payments.settlement.outgoing import Outgoing
 from payments.store import Store, Transaction
@@ -111,6 +111,29 @@ class Judge:
             else:
                 return
             await asyncio.sleep(RETRY_S)
+
+    async def book_executed(self, order: SettlementOrder, from_block: int, head: int) -> bool:
+        """Write an order that somebody else has executed already, as paid. False, with nothing written, if nothing proves that.
+
+        Raises:
+            RpcError: A node refused.
+            RpcUnavailable: No node answered.
+            StoreBusy: The database takes nothing now.
+        """
+        evidence = await self._kinds[order.kind].proof.search(self._rpc, order, from_block, head)
+        if not isinstance(evidence, Evidence):
+            return False
+        entry = Entry(order, "queued", from_block)
+
+        def unit(tx: Transaction) -> str | None:
+            if outbox.is_evidence_of_another(tx, entry, evidence.transaction_hash, evidence.transfer_log_index):
+                return None
+            return self._pay(tx, entry, evidence) if outbox.enqueue(tx, order) else None
+
+        state = await self._store.write(unit)
+        if state is not None:
+            self._paid(entry, evidence, state)
+        return state is not None
 
     async def _reason(self, entry: Entry, found: NoEvidence, sender: str | None, reverted: bool) -> str:
         if found.nonce_consumed:

@@ -25,12 +25,14 @@ from typing import Any
 from payments.store import Transaction
 
 TRANSITIONS: dict[str, frozenset[str]] = {
-    "queued": frozenset({"submitted", "failed"}),
+    # Straight to superseded when somebody had executed the authorization before we could.
+    "queued": frozenset({"submitted", "superseded", "failed"}),
     # Back to queued when the transaction that carried it among others reverted as a whole.
     "submitted": frozenset({"mined", "superseded", "failed", "queued"}),
     # Back to submitted when a reorganisation took the block away.
     "mined": frozenset({"final", "submitted"}),
-    "superseded": frozenset({"submitted"}),
+    # Back to queued if we had sent nothing for it.
+    "superseded": frozenset({"submitted", "queued"}),
     # Money that arrives after we gave up is the payer's all the same.
     "failed": frozenset({"mined", "superseded"}),
     "final": frozenset(),

@@ -70,7 +70,7 @@ def on_mined(tx: Transaction, row: dict[str, Any]) -> None:
         on_failed(tx, row | {"reason": "nothing arrived"})
         return
     authorizations.mark(tx, receipt_id, "paid")
-    _credit(tx, row["id"], found, received_nano_usd)
+    _credit(tx, row, found, received_nano_usd)
     receipts.set_paid(tx, receipt_id, received_nano_usd)
     if found.receipt_state == "open":
         use = Use(receipt_id, found.asset, {}, found.uses)
@@ -106,11 +106,13 @@ def _find(tx: Transaction, receipt_id: str) -> _Paid:
     return _Paid(*row)
 
 
-def _credit(tx: Transaction, settlement_id: str, found: _Paid, received_nano_usd: int) -> None:
+def _credit(tx: Transaction, row: dict[str, Any], found: _Paid, received_nano_usd: int) -> None:
+    settlement_id = row["id"]
     reversals = _reversals(tx, settlement_id) if found.state == "failed" else 0
-    _post(
-        tx, f"settle:{_round(settlement_id, reversals)}", found.custody, found.account, received_nano_usd, settlement_id
-    )
+    # A check of the books may have seen the money before anybody knew whose it is.
+    seen = transfers.find(tx, f"log:{row.get('transaction_hash')}:{row.get('transfer_log_index')}")
+    source = found.custody if seen is None else seen.credit
+    _post(tx, f"settle:{_round(settlement_id, reversals)}", source, found.account, received_nano_usd, settlement_id)
     if reversals == 0:
         return
     # What was taken back arrives after all, so the operator's loss is made good.

@@ -151,9 +151,20 @@ class ExactTender:
         submitting = False
         try:
             others = partial(services.unmined.before, hold.payer, hold.asset, hold.receipt_id)
-            has_code = await services.chain_states.check(
-                self._payment, self._token, self._pay_to, others, self._unproven
-            )
+            try:
+                has_code = await services.chain_states.check(
+                    self._payment, self._token, self._pay_to, others, self._unproven
+                )
+            except PaymentRefused as refused:
+                # Whose signature nobody has proven could be anybody who read the chain.
+                if refused.code != "authorization_used" or self._unproven is not None:
+                    raise
+                # Whoever saw the payment on its way may have executed it before us: then it has paid, and is not paid again.
+                submitting = True
+                if await services.settlements.book_executed(self._order(hold.receipt_id, deploy=False)):
+                    return
+                submitting = False
+                raise
             if has_code or self._unproven is not None:
                 hold.settle_first()
             order = self._order(hold.receipt_id, deploy=not has_code)

@@ -40,6 +40,9 @@ class Settling(Protocol):
         """Write an order durably and broadcast it; the same id again changes nothing. `SettlementUnavailable` or `StoreBusy`
         mean that nothing was written."""
 
+    async def book_executed(self, order: SettlementOrder) -> bool:
+        """Book an order that somebody else executed before us; False if nobody did. Errors as for `submit`."""
+
     async def outcome(self, settlement_id: str, timeout_s: float) -> Settled:
         """Wait for the fate of a settlement, at most `timeout_s`."""
 

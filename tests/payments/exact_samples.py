@@ -106,6 +106,9 @@ class HandSettlements:
             self.submitted.append(order)
         self.after_submit()
 
+    async def book_executed(self, order: SettlementOrder) -> bool:
+        return False
+
     async def outcome(self, settlement_id: str, timeout_s: float) -> SettlementOutcome:
         if self.mine_at_once and timeout_s:
             await self.mine(settlement_id)
