@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import uvicorn
-import uvloop
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -18,8 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway import logs
-from gateway.access.limits import guarded_protocol
+from gateway import serving
 from gateway.api import models
 from gateway.api.errors import ApiError, error_object
 from gateway.api.guard import Guard
@@ -30,9 +25,6 @@ from gateway.offers import PaymentNeeded
 from gateway.services import Services
 from gateway.settings import Settings
 from payments import receipts
-
-KEEP_ALIVE_S = 75
-BACKLOG = 2048
 
 Handler = Callable[[Services, Call], Awaitable[None]]
 
@@ -184,33 +176,12 @@ def serve(settings: Settings) -> None:
         TokenMismatch, RpcUnavailable, RpcError: A chain is not what the configuration says, or cannot be asked.
         StoreOwned, SchemaTooNew: The database belongs to another process, or to a newer Farebox.
     """
-    logs.configure()
-    # uvicorn raises the signal that ended it once more, for whoever listened before: nobody, the services close in order.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings))
 
+    @contextlib.asynccontextmanager
+    async def opened() -> AsyncIterator[Starlette]:
+        app = create_app(settings)
+        # Entered here, so that what keeps the services from starting is raised and not only logged.
+        async with app.router.lifespan_context(app):
+            yield app
 
-async def _serve(settings: Settings) -> None:
-    app = create_app(settings)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            # Entered here, so that what keeps the services from starting is raised and not only logged.
-            lifespan="off",
-            http=guarded_protocol(settings.limits.header_bytes),
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            timeout_graceful_shutdown=settings.limits.drain_s,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            backlog=BACKLOG,
-        )
-    )
-    async with app.router.lifespan_context(app):
-        await server.serve()
+    serving.run(opened(), settings.host, settings.port, settings.limits)

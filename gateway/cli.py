@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gateway.commands import ask, configuration, doctor, explain, keys, ledger, receipts, serving
+from gateway.commands import ask, configuration, doctor, explain, facilitator, keys, ledger, receipts, serving
 from gateway.commands.shared import show_failure
 
 app = typer.Typer(
@@ -54,6 +54,7 @@ app.command(
 )(ask.ask)
 app.command("dev", rich_help_panel=OPERATORS)(serving.dev)
 app.command("serve", rich_help_panel=OPERATORS)(serving.serve)
+app.command("facilitator", rich_help_panel=OPERATORS, epilog=facilitator.EXAMPLES)(facilitator.facilitator)
 app.add_typer(configuration.app, name="config", rich_help_panel=OPERATORS)
 app.command("doctor", rich_help_panel=OPERATORS)(doctor.doctor)
 app.add_typer(keys.app, name="keys", rich_help_panel=OPERATORS)

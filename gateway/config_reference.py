@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from gateway.config import SECRETS
 from gateway.settings import Settings
 
-KINDS: dict[Any, str] = {str: "text", int: "integer", float: "number", Path: "path"}
+KINDS: dict[Any, str] = {str: "text", int: "integer", bool: "true or false", float: "number", Path: "path"}
 
 
 def markdown() -> str:
@@ -69,4 +69,6 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is None or value in ([], {}):
         return ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     return f"`{', '.join(value) if isinstance(value, list) else value}`"

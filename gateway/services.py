@@ -30,6 +30,7 @@ from payments import recovery
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
 from payments.doctor import verify_tokens
+from payments.facilitator import records as facilitated
 from payments.migrate import upgrade
 from payments.money import nano_to_atomic_down, usd_to_nano
 from payments.quotes import QuoteSealer
@@ -160,6 +161,7 @@ async def _open_chain(
         confirmations=own.confirmations,
     )
     settlements.handle("payment", PAYMENT)
+    settlements.handle(facilitated.KIND, facilitated.kind())
     refunds = None
     threshold_nano_usd = usd_to_nano(settings.payments.refund_threshold_usd)
     if settings.treasury_key is not None and threshold_nano_usd > 0:

@@ -242,6 +242,27 @@ class PaymentSettings(Section):
     """How long a wallet's sign-in lasts."""
 
 
+class FacilitatorSettings(Section):
+    """`farebox facilitator`: verifies and settles payments for other resource servers."""
+
+    port: int = Field(default=8403, ge=0, le=65535)
+    """The port to listen on, at the address `host`; 0 takes a free one."""
+    require_key: bool = True
+    """Whether resource servers need an API key of this database (`farebox keys create`); otherwise anybody's gas is paid."""
+    pay_to: list[Address] = Field(default_factory=list)
+    """Whom payments are settled for; empty: anybody."""
+    minimum_usd: Usd = "0"
+    """The least that a payment must be worth."""
+    settlement_wait_s: int = Field(default=30, gt=0)
+    """How long /settle waits for the transfer before it answers settlement_pending; at most `limits.drain_s` counts."""
+    calls_per_minute: int = Field(default=6_000, gt=0)
+    """Of one client, /verify and /settle together."""
+    payer_failures_per_hour: int = Field(default=3, gt=0)
+    """Settlements of one payer that may fail and cost gas, before it has to wait."""
+    client_failures_per_hour: int = Field(default=100, gt=0)
+    """Of one client, likewise."""
+
+
 class LimitSettings(Section):
     """What one caller can ask of the gateway."""
 
@@ -294,6 +315,7 @@ class Settings(BaseSettings):
     timeouts: TimeoutSettings = TimeoutSettings()
     payments: PaymentSettings = PaymentSettings()
     limits: LimitSettings = LimitSettings()
+    facilitator: FacilitatorSettings = FacilitatorSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.api.errors import ApiError, error_object
-
-ADDRESSES_MAX = 100_000
+from payments.buckets import Buckets
 
 
 def guarded_protocol(header_bytes_max: int) -> type[HttpToolsProtocol]:
@@ -93,10 +91,7 @@ class QuoteLimiter:
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._capacity = float(per_minute)
-        self._per_second = per_minute / 60
-        self._clock = clock
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._buckets = Buckets(per_minute, 60, clock)
 
     def take(self, address: str) -> None:
         """Count one quote.
@@ -113,11 +108,8 @@ class QuoteLimiter:
         Raises:
             ApiError: 429 with `Retry-After`, if it has asked for too many.
         """
-        level = self._level(address, self._clock())
-        if level < 1:
-            # Whoever goes on asking is not the one to forget.
-            self._buckets.move_to_end(address)
-            wait_s = int((1 - level) / self._per_second) + 1
+        wait_s = self._buckets.wait_s(address)
+        if wait_s:
             raise ApiError(
                 429,
                 "too_many_quotes",
@@ -127,12 +119,4 @@ class QuoteLimiter:
 
     def count(self, address: str) -> None:
         """Count one quote, or anything else that was asked without being paid."""
-        now = self._clock()
-        self._buckets[address] = (max(self._level(address, now) - 1, 0.0), now)
-        self._buckets.move_to_end(address)
-        if len(self._buckets) > ADDRESSES_MAX:
-            self._buckets.popitem(last=False)
-
-    def _level(self, address: str, now: float) -> float:
-        level, since = self._buckets.get(address, (self._capacity, now))
-        return min(self._capacity, level + (now - since) * self._per_second)
+        self._buckets.take(address)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -29,15 +31,27 @@ def serve(
     changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update=changes)
     from gateway import app
+
+    if as_json:
+        print_json({"host": settings.host, "port": settings.port, "database": str(settings.database_path)})
+    with telling_why_not():
+        app.serve(settings)
+
+
+@contextlib.contextmanager
+def telling_why_not() -> Iterator[None]:
+    """Turn what keeps a server from starting into a sentence.
+
+    Raises:
+        Failed: With it.
+    """
     from payments.chain.rpc import RpcError, RpcUnavailable
     from payments.doctor import TokenMismatch
     from payments.migrate import SchemaTooNew
     from payments.store import StoreOwned
 
-    if as_json:
-        print_json({"host": settings.host, "port": settings.port, "database": str(settings.database_path)})
     try:
-        app.serve(settings)
+        yield
     except TokenMismatch as error:
         raise Failed(f"a token is not what the configuration says: {error}", "Run: farebox doctor") from None
     except (RpcUnavailable, RpcError) as error:

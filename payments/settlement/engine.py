@@ -101,6 +101,7 @@ class Settlements:
         self._entries: dict[str, Entry] = {}
         self._transactions: dict[str, Outgoing] = {}
         self._outcomes: dict[str, SettlementOutcome] = {}
+        self._taking: dict[str, asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._running = False
         self._housekeeping_s = housekeeping_s
@@ -231,6 +232,8 @@ class Settlements:
         Raises:
             KeyError: There is no such settlement.
         """
+        if timeout_s > 0 and (taking := self._taking.get(settlement_id)) is not None:
+            await asyncio.wait({taking})
         entry = self._entries.get(settlement_id)
         if entry is not None and entry.state in states.OPEN and self._running and timeout_s > 0:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -251,8 +254,9 @@ class Settlements:
 
     def take_queued(self, settlement_id: str) -> None:
         """Take up an order that a unit has written with `outbox.enqueue`, now that it is durable."""
-        if self._running:
-            self._spawn(self._take_queued(settlement_id))
+        if self._running and settlement_id not in self._taking:
+            task = self._taking[settlement_id] = self._spawn(self._take_queued(settlement_id))
+            task.add_done_callback(lambda _: self._taking.pop(settlement_id))
 
     @property
     def in_flight(self) -> int:

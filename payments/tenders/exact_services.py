@@ -153,7 +153,7 @@ class Unmined:
     def before(self, payer: str, asset: str, receipt_id: str) -> int:
         """Nano-USD of the payments that set out before this one: of two that only one balance covers, the first goes on."""
         total = 0
-        for other, value in self._values[payer, asset].items():
+        for other, value in self._values.get((payer, asset), {}).items():
             if other == receipt_id:
                 break
             total += value

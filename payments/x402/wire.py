@@ -43,6 +43,8 @@ __all__ = [
     "decode_payment",
     "payment_required",
     "payment_response",
+    "read_payment",
+    "read_requirement",
     "requirement_for",
 ]
 
@@ -197,7 +199,20 @@ def decode_payment(header: str, header_name: HeaderName) -> PaymentHeader:
         raise PaymentMalformed(
             "unsupported_version", f"x402Version must be {_VERSIONS[header_name]} in {header_name.upper()}"
         )
-    accepted = None if version == 1 else _read_requirement(document.get("accepted"))
+    return read_payment(document, version)
+
+
+def read_payment(document: dict[str, Any], version: int) -> PaymentHeader:
+    """Read a payment that is JSON already, as in a call of a facilitator.
+
+    Args:
+        document: The payment, nested no deeper than `JSON_DEPTH_MAX`.
+        version: Which x402 it is in, 1 or 2.
+
+    Raises:
+        PaymentMalformed: As for `decode_payment`.
+    """
+    accepted = None if version == 1 else read_requirement(document.get("accepted"), "accepted")
     scheme = read_text(document.get("scheme"), "scheme") if accepted is None else accepted.scheme
     network = read_text(document.get("network"), "network") if accepted is None else accepted.network
     decode = SCHEMES.get(scheme)
@@ -237,17 +252,22 @@ def _read_document(header: str, header_name: HeaderName) -> dict[str, Any]:
     return read_object(document, header_name.upper())
 
 
-def _read_requirement(value: object) -> Requirement:
-    members = read_object(value, "accepted")
+def read_requirement(value: object, field: str) -> Requirement:
+    """A v2 requirement; `field` is its name for errors.
+
+    Raises:
+        PaymentMalformed: ``malformed_payment``, naming the member.
+    """
+    members = read_object(value, field)
     extra = members.get("extra")
     return Requirement(
-        scheme=read_text(members.get("scheme"), "accepted.scheme"),
-        network=read_text(members.get("network"), "accepted.network"),
-        asset=read_address(members.get("asset"), "accepted.asset"),
-        amount=read_uint256(members.get("amount"), "accepted.amount"),
-        pay_to=read_address(members.get("payTo"), "accepted.payTo"),
-        max_timeout_s=read_seconds(members.get("maxTimeoutSeconds"), "accepted.maxTimeoutSeconds"),
-        extra={} if extra is None else read_object(extra, "accepted.extra"),
+        scheme=read_text(members.get("scheme"), f"{field}.scheme"),
+        network=read_text(members.get("network"), f"{field}.network"),
+        asset=read_address(members.get("asset"), f"{field}.asset"),
+        amount=read_uint256(members.get("amount"), f"{field}.amount"),
+        pay_to=read_address(members.get("payTo"), f"{field}.payTo"),
+        max_timeout_s=read_seconds(members.get("maxTimeoutSeconds"), f"{field}.maxTimeoutSeconds"),
+        extra={} if extra is None else read_object(extra, f"{field}.extra"),
     )
 
 

@@ -12,9 +12,9 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from gateway.access import limits
 from gateway.access.limits import QuoteLimiter, guarded_protocol
 from gateway.api.errors import ApiError
+from payments import buckets
 
 LIMIT = 4096
 SMALL = b"GET /small HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -308,12 +308,12 @@ def test_asking_while_refused_does_not_prolong_the_wait() -> None:
 
 
 def test_remembered_addresses_are_bounded_and_the_longest_silent_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "ADDRESSES_MAX", 100)
+    monkeypatch.setattr(buckets, "NAMES_MAX", 100)
     limiter = QuoteLimiter(per_minute=1, clock=Clock())
     assert taken(limiter, "busy", 1) == 1
     for number in range(1_000):
         assert taken(limiter, f"10.0.{number}", 1) == 1
         assert taken(limiter, "busy", 1) == 0
-    assert len(limiter._buckets) <= 100
+    assert len(limiter._buckets._levels) <= 100
     assert taken(limiter, "10.0.999", 1) == 0
     assert taken(limiter, "10.0.0", 1) == 1

@@ -1,0 +1,109 @@
+"""The scheme `exact` for others: a signed transfer to whoever the resource server names, over EIP-3009 and Permit2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from payments.chain.networks import Network, Token
+from payments.chain.transactions import settle_call
+from payments.errors import PaymentRefused
+from payments.facilitator.records import KIND, settlement_id
+from payments.facilitator.wire import FacilitatorCall
+from payments.settlement.orders import SettlementOrder
+from payments.verification import checks
+from payments.verification.chain_state import ChainStates
+from payments.x402.requirements import Requirement
+from payments.x402.wire import Payment
+
+
+@dataclass(frozen=True, slots=True)
+class ExactFacilitated:
+    """See `payments.facilitator.schemes.Facilitated`."""
+
+    identity: str
+    order: SettlementOrder
+    token: Token
+    refusal: PaymentRefused | None
+    payment: Payment
+    chain_states: ChainStates
+
+    async def check_chain(self, other_open: Callable[[], int]) -> None:
+        """See `payments.facilitator.schemes.Facilitated`."""
+        await self.chain_states.check(self.payment, self.token, self.order.pay_to, other_open)
+
+
+class ExactFacilitation:
+    """`exact` on one network, in every token that the operator configured there.
+
+    Args:
+        network: Where it is.
+        chain_states: Judges payments by the chain.
+    """
+
+    name = "exact"
+
+    def __init__(self, network: Network, chain_states: ChainStates) -> None:
+        self.network = network
+        self._chain_states = chain_states
+
+    def kinds(self) -> list[dict[str, Any]]:
+        """See `payments.facilitator.schemes.FacilitatedScheme`."""
+        kinds: list[dict[str, Any]] = [{"x402Version": 2, "scheme": self.name, "network": self.network.caip2}]
+        if self.network.v1_name is not None:
+            kinds.append({"x402Version": 1, "scheme": self.name, "network": self.network.v1_name})
+        return kinds
+
+    def read(self, call: FacilitatorCall, now: int) -> ExactFacilitated:
+        """See `payments.facilitator.schemes.FacilitatedScheme`."""
+        payment, requirement = call.payment, call.requirement
+        if not isinstance(payment, Payment) or payment.scheme != requirement.scheme:
+            raise PaymentRefused("wrong_scheme", f"the payment's scheme must be {requirement.scheme}")
+        token = self._token(requirement)
+        refusal: PaymentRefused | None = None
+        try:
+            checks.check_offline(payment, requirement, self.network, token, now=now)
+        except PaymentRefused as error:
+            # Times pass: whoever settled in time is told of the outcome all the same.
+            if error.code != "expired":
+                raise
+            refusal = error
+        identity = payment.identity(self.network.chain_id, token)
+        authorization = payment.authorization
+        call_to, call_data = settle_call(payment, token)
+        order = SettlementOrder(
+            id=settlement_id(identity),
+            kind=KIND,
+            reference=identity,
+            chain_id=self.network.chain_id,
+            token=token.address,
+            payer=authorization.payer,
+            pay_to=requirement.pay_to,
+            value=authorization.value,
+            authorization_nonce=authorization.nonce,
+            call_to=call_to,
+            call_data=call_data,
+            valid_before=authorization.expires_at,
+        )
+        return ExactFacilitated(identity, order, token, refusal, payment, self._chain_states)
+
+    def _token(self, requirement: Requirement) -> Token:
+        """The token as it is to be moved: any may be moved by Permit2, only some by their own EIP-3009."""
+        token = self.network.token_at(requirement.asset)
+        if token is None:
+            known = ", ".join(known.symbol for known in self.network.tokens)
+            raise PaymentRefused("invalid_requirements", f"on {self.network.caip2} these tokens are settled: {known}")
+        if requirement.amount == 0:
+            raise PaymentRefused("invalid_requirements", "the amount must be more than 0")
+        method = requirement.extra.get("assetTransferMethod", "eip3009")
+        if method == "permit2":
+            return replace(token, transfer_method="permit2")
+        if method != "eip3009" or token.transfer_method != "eip3009":
+            raise PaymentRefused(
+                "invalid_requirements", f"{token.symbol} is settled by {token.transfer_method}, not by {method}"
+            )
+        for name, ours in (("name", token.domain_name), ("version", token.domain_version)):
+            if requirement.extra.get(name, ours) != ours:
+                raise PaymentRefused("invalid_requirements", f"extra.{name} of {token.symbol} must be {ours}")
+        return token

@@ -1,0 +1,143 @@
+"""Everything that a running facilitator is made of, opened in order and closed in reverse."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from payments.chain.networks import Network
+from payments.chain.rpc import Rpc
+from payments.doctor import verify_tokens
+from payments.facilitator.access import Clients
+from payments.facilitator.discovery import BAZAAR
+from payments.facilitator.exact import ExactFacilitation
+from payments.facilitator.metrics import FacilitatorMetrics
+from payments.facilitator.schemes import FacilitatedScheme
+from payments.facilitator.service import Facilitator
+from payments.migrate import upgrade
+from payments.settlement.alarms import Alarms
+from payments.settlement.engine import Settlements
+from payments.store import Store
+from payments.tenders.exact import PAYMENT
+from payments.verification.chain_state import ChainStates
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkOptions:
+    """A network to settle on."""
+
+    network: Network
+    rpc_urls: list[str]
+    confirmations: int = 2
+    batch_contract: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What an operator decides."""
+
+    database_path: Path
+    networks: tuple[NetworkOptions, ...]
+    signer_keys: tuple[str, ...]
+    """Private keys (hex) of the accounts that pay the gas."""
+    require_key: bool = True
+    pay_to: frozenset[str] = frozenset()
+    """Whom payments are settled for, lower-case hex; empty for anybody."""
+    minimum_nano_usd: int = 0
+    settlement_wait_s: float = 30
+    calls_per_minute: int = 6_000
+    payer_failures_per_hour: int = 3
+    client_failures_per_hour: int = 100
+    gas_alarm_wei: int = 0
+
+
+@dataclass(slots=True)
+class Services:
+    """What handlers use."""
+
+    store: Store
+    facilitator: Facilitator
+    clients: Clients
+    metrics: FacilitatorMetrics
+    watchers: list[Alarms]
+
+    def alarms(self) -> list[dict[str, str]]:
+        """What is wrong; empty if payments can be settled."""
+        return [asdict(alarm) for watcher in self.watchers for alarm in watcher.raised()]
+
+
+@contextlib.asynccontextmanager
+async def opened(options: Options) -> AsyncIterator[Services]:
+    """Open the database, take up the settlements that a crash left behind, and start every part.
+
+    Raises:
+        TokenMismatch, RpcUnavailable, RpcError: A chain is not what the configuration says, or cannot be asked.
+        StoreOwned, SchemaTooNew: The database belongs to another process, or to a newer Farebox.
+    """
+    async with contextlib.AsyncExitStack() as cleanup:
+        options.database_path.parent.mkdir(parents=True, exist_ok=True)
+        upgrade(options.database_path)
+        store = Store(options.database_path)
+        cleanup.callback(store.close)
+        store.own()
+        engines: list[Settlements] = []
+        schemes: list[FacilitatedScheme] = []
+        for entry in options.networks:
+            rpc = Rpc(entry.rpc_urls, chain_id=entry.network.chain_id, lag_blocks_max=entry.network.lag_blocks_max)
+            cleanup.push_async_callback(rpc.aclose)
+            await verify_tokens(rpc, entry.network)
+            engine = Settlements(
+                store,
+                rpc,
+                entry.network,
+                options.signer_keys,
+                batch_contract=entry.batch_contract,
+                confirmations=entry.confirmations,
+            )
+            # A gateway may have worked on this database: what it left under way goes on.
+            engine.handle("payment", PAYMENT)
+            engines.append(engine)
+            schemes.append(ExactFacilitation(entry.network, ChainStates(rpc, entry.network)))
+        facilitator = Facilitator(
+            store,
+            {engine.network.chain_id: engine for engine in engines},
+            schemes,
+            extensions=[BAZAAR],
+            pay_to=options.pay_to,
+            minimum_nano_usd=options.minimum_nano_usd,
+            settlement_wait_s=options.settlement_wait_s,
+            payer_failures_per_hour=options.payer_failures_per_hour,
+            client_failures_per_hour=options.client_failures_per_hour,
+        )
+        await facilitator.start()
+        watchers = []
+        for engine in engines:
+            await engine.start()
+            cleanup.push_async_callback(engine.stop)
+            watcher = Alarms(
+                engine,
+                engine.signers[0].address,
+                gas_minimum_wei=options.gas_alarm_wei,
+                treasury_minimum_nano_usd=0,
+            )
+            await watcher.start()
+            cleanup.push_async_callback(watcher.stop)
+            watchers.append(watcher)
+        clients = Clients(store, require_key=options.require_key, calls_per_minute=options.calls_per_minute)
+        metrics = FacilitatorMetrics(lambda: _gauges(engines, watchers))
+        yield Services(store, facilitator, clients, metrics, watchers)
+
+
+def _gauges(engines: list[Settlements], watchers: list[Alarms]) -> Iterator[tuple[str, str, dict[str, str], float]]:
+    for engine, watcher in zip(engines, watchers, strict=True):
+        labels = {"network": engine.network.caip2}
+        yield "farebox_settlements_in_flight", "Settlements neither paid nor failed", labels, engine.in_flight
+        yield "farebox_settlements_paid", "Settlements with evidence since the start", labels, engine.paid
+        yield "farebox_settlements_failed", "Settlements that failed since the start", labels, engine.failed
+        yield "farebox_rpc_round_trips", "POSTs to the chain's nodes since the start", labels, engine.rpc.round_trips
+        yield "farebox_rpc_available", "1 if the last POST was answered", labels, float(engine.rpc.available)
+        for name, text, own_labels, value in watcher.gauges():
+            yield name, text, labels | own_labels, value
+        yield "farebox_alarms", "Alarms that /readyz shows", labels, len(watcher.raised())
