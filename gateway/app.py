@@ -20,6 +20,7 @@ from gateway.api.errors import ApiError, error_object
 from gateway.api.guard import Guard
 from gateway.api.http import Call, read_call, send_body, send_json
 from gateway.api.wallet import WalletApi
+from gateway.api.withdrawals import WithdrawalApi
 from gateway.metrics import Metrics
 from gateway.offers import PaymentNeeded
 from gateway.services import Services
@@ -79,6 +80,9 @@ def create_app(settings: Settings) -> Starlette:
             route("GET", "/v1/wallet/keys", wallet(WalletApi.list_keys)),
             route("POST", "/v1/wallet/keys", wallet(WalletApi.create_key)),
             route("DELETE", "/v1/wallet/keys/{key}", wallet(WalletApi.revoke_key)),
+            route("GET", "/v1/wallet/withdrawals", withdrawals(WithdrawalApi.list)),
+            route("POST", "/v1/wallet/withdrawals", withdrawals(WithdrawalApi.create)),
+            route("GET", "/v1/wallet/withdrawals/{withdrawal}", withdrawals(WithdrawalApi.get)),
             route("GET", "/healthz", healthz),
             route("GET", "/readyz", readyz),
             route("GET", "/metrics", metrics_text),
@@ -139,6 +143,15 @@ def wallet(method: Callable[[WalletApi, Call], Awaitable[dict[str, Any]]]) -> Ha
 
     async def handler(services: Services, call: Call) -> None:
         await send_json(call.send, 200, await method(services.wallet, call), {"cache-control": "no-store"})
+
+    return handler
+
+
+def withdrawals(method: Callable[[WithdrawalApi, Call], Awaitable[dict[str, Any]]]) -> Handler:
+    """What a wallet takes out."""
+
+    async def handler(services: Services, call: Call) -> None:
+        await send_json(call.send, 200, await method(services.withdrawals, call), {"cache-control": "no-store"})
 
     return handler
 

@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from gateway.commands import ask, configuration, doctor, explain, facilitator, keys, ledger, receipts, serving
+from gateway.commands import (
+    ask,
+    configuration,
+    doctor,
+    explain,
+    facilitator,
+    keys,
+    ledger,
+    receipts,
+    serving,
+    withdrawals,
+)
 from gateway.commands.shared import show_failure
 
 app = typer.Typer(
@@ -58,6 +69,7 @@ app.command("facilitator", rich_help_panel=OPERATORS, epilog=facilitator.EXAMPLE
 app.add_typer(configuration.app, name="config", rich_help_panel=OPERATORS)
 app.command("doctor", rich_help_panel=OPERATORS)(doctor.doctor)
 app.add_typer(keys.app, name="keys", rich_help_panel=OPERATORS)
+app.add_typer(withdrawals.app, name="withdrawals", rich_help_panel=OPERATORS)
 app.command("explain", rich_help_panel=INSIGHT)(explain.explain)
 app.add_typer(ledger.app, name="ledger", rich_help_panel=INSIGHT)
 app.add_typer(receipts.app, name="receipts", rich_help_panel=INSIGHT)

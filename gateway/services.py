@@ -15,6 +15,7 @@ import structlog
 from gateway.access.keys import Access
 from gateway.access.limits import QuoteLimiter
 from gateway.api.wallet import WalletApi
+from gateway.api.withdrawals import WithdrawalApi
 from gateway.execution.failover import Executor
 from gateway.flow import Flow
 from gateway.metrics import Metrics
@@ -25,7 +26,7 @@ from gateway.replays import Replays
 from gateway.routing.catalog import Catalog
 from gateway.routing.engine import Engine
 from gateway.routing.tokens import count_input, count_text
-from gateway.settings import Settings
+from gateway.settings import Settings, WalletSettings
 from payments import recovery
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
@@ -38,12 +39,14 @@ from payments.reconciliation import open_books
 from payments.settlement.alarms import Alarms
 from payments.settlement.engine import Settlements
 from payments.settlement.refunds import Refunds
+from payments.settlement.withdrawer import Withdrawer
 from payments.sign_in import SignIn
 from payments.store import Store
 from payments.tenders.exact import PAYMENT
 from payments.tenders.exact_scheme import ExactScheme
 from payments.tenders.exact_services import ExactServices
 from payments.verification.chain_state import ChainStates
+from payments.withdrawals import Limits
 
 SWEEP_INTERVAL_S = 60.0
 WEI_DECIMALS = 18
@@ -60,6 +63,7 @@ class Chain:
     rpc: Rpc
     settlements: Settlements
     refunds: Refunds | None
+    withdrawer: Withdrawer
     alarms: Alarms
 
 
@@ -74,6 +78,7 @@ class Services:
     offers: Offers
     flow: Flow
     wallet: WalletApi
+    withdrawals: WithdrawalApi
     chains: list[Chain]
 
     def alarms(self) -> list[dict[str, str]]:
@@ -135,11 +140,14 @@ class Services:
                 credit_assets=assets,
                 json_depth_max=settings.limits.json_depth,
             )
-            wallet = WalletApi(store, sign_in, access, assets, settings.limits.json_depth)
+            depth = settings.limits.json_depth
+            withdrawers = [chain.withdrawer for chain in chains]
+            withdrawals = WithdrawalApi(store, access, withdrawers, _withdrawal_limits(settings.wallet), depth)
+            wallet = WalletApi(store, sign_in, access, assets, withdrawals.limits_json(), depth)
             metrics.add_gauges(lambda: _gauges(chains))
             sweeper = asyncio.create_task(_sweep(store))
             cleanup.callback(sweeper.cancel)
-            yield cls(store, catalog, metrics, limiter, offers, flow, wallet, chains)
+            yield cls(store, catalog, metrics, limiter, offers, flow, wallet, withdrawals, chains)
 
 
 async def _open_chain(
@@ -166,8 +174,11 @@ async def _open_chain(
     threshold_nano_usd = usd_to_nano(settings.payments.refund_threshold_usd)
     if settings.treasury_key is not None and threshold_nano_usd > 0:
         refunds = Refunds(store, settlements, network.tokens, threshold_nano_usd)
+    withdrawer = Withdrawer(store, settlements, network.tokens, pay_to)
     await settlements.start()
     cleanup.push_async_callback(settlements.stop)
+    await withdrawer.start()
+    cleanup.push_async_callback(withdrawer.stop)
     if refunds is not None:
         await refunds.start()
         cleanup.push_async_callback(refunds.stop)
@@ -188,7 +199,17 @@ async def _open_chain(
         credited=None if refunds is None else refunds.consider,
     )
     schemes = (ExactScheme(network, pay_to, services, own.wallet_factories),)
-    return Chain(network, rpc, settlements, refunds, alarms), NetworkPayments(network, schemes)
+    return Chain(network, rpc, settlements, refunds, withdrawer, alarms), NetworkPayments(network, schemes)
+
+
+def _withdrawal_limits(settings: WalletSettings) -> Limits:
+    return Limits(
+        minimum=usd_to_nano(settings.withdrawal_minimum_usd),
+        maximum=usd_to_nano(settings.withdrawal_maximum_usd),
+        daily=usd_to_nano(settings.withdrawal_daily_usd),
+        review=usd_to_nano(settings.withdrawal_review_usd),
+        fee=usd_to_nano(settings.withdrawal_fee_usd),
+    )
 
 
 def _sign_in(settings: Settings, secret: bytes, chains: list[Chain]) -> SignIn:

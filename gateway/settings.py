@@ -263,6 +263,21 @@ class FacilitatorSettings(Section):
     """Of one client, likewise."""
 
 
+class WalletSettings(Section):
+    """Balances that wallets keep here on purpose."""
+
+    withdrawal_minimum_usd: Usd = "1"
+    """The least that a wallet can withdraw at once; withdrawals need the treasury key."""
+    withdrawal_maximum_usd: Usd = "10000"
+    """The most that a wallet can withdraw at once."""
+    withdrawal_daily_usd: Usd = "20000"
+    """The most that a wallet can withdraw of one token within 24 hours."""
+    withdrawal_review_usd: Usd = "1000"
+    """From here on, counted over 24 hours, a withdrawal waits for `farebox withdrawals approve`."""
+    withdrawal_fee_usd: Usd = "0"
+    """Charged with each withdrawal, for its gas."""
+
+
 class LimitSettings(Section):
     """What one caller can ask of the gateway."""
 
@@ -302,7 +317,7 @@ class Settings(BaseSettings):
     signer_keys: list[str] = Field(default_factory=list, repr=False)
     """FAREBOX_SIGNER_KEYS (JSON list): pay the gas of settlements."""
     treasury_key: str | None = Field(default=None, repr=False)
-    """FAREBOX_TREASURY_KEY: sends refunds; its address must be `pay_to`."""
+    """FAREBOX_TREASURY_KEY: sends refunds and withdrawals; its address must be `pay_to`."""
     pay_to: Address | None = None
     """The treasury: who is paid."""
     networks: list[NetworkSettings] = Field(default_factory=list)
@@ -314,6 +329,7 @@ class Settings(BaseSettings):
     routing: RoutingSettings = RoutingSettings()
     timeouts: TimeoutSettings = TimeoutSettings()
     payments: PaymentSettings = PaymentSettings()
+    wallet: WalletSettings = WalletSettings()
     limits: LimitSettings = LimitSettings()
     facilitator: FacilitatorSettings = FacilitatorSettings()
 

@@ -25,14 +25,14 @@ from payments.store import Store, Transaction
 _PAID = "('mined', 'superseded', 'final')"
 _SETTLED_LOG = (
     f"SELECT 1 FROM settlement WHERE chain_id=? AND token=? AND transaction_hash=? AND state IN {_PAID}"  # noqa: S608
-    " AND (transfer_log_index=? OR kind='refund')"
+    " AND (transfer_log_index=? OR kind IN ('refund', 'withdrawal'))"
 )
 # A payment is under way from its submission on; its transfer is in the log before its row says so.
 _OPEN = "SELECT 1 FROM settlement WHERE chain_id=? AND token=? AND payer=? AND pay_to=? AND state IN ('queued', 'submitted')"
 _ANY_OPEN = "SELECT 1 FROM settlement WHERE chain_id=? AND token=? AND state IN ('queued', 'submitted')"
 _SETTLED_ABOVE = (
     f"SELECT kind, value, received_value FROM settlement WHERE chain_id=? AND token=? AND state IN {_PAID}"  # noqa: S608
-    " AND kind IN ('payment', 'refund') AND block_number>?"
+    " AND kind IN ('payment', 'refund', 'withdrawal') AND block_number>?"
 )
 
 
@@ -243,7 +243,7 @@ def _settled_above(tx: Transaction, chain: _Chain) -> Iterable[int]:
     for kind, value, received in rows:
         yield (
             -atomic_to_nano_down(int(value), token.decimals)
-            if kind == "refund"
+            if kind in ("refund", "withdrawal")
             else atomic_to_nano_down(int(received), token.decimals)
         )
 

@@ -272,6 +272,27 @@ class WalletAccount(SQLModel, table=True):
     opened_ms: int = Field(sa_column=_big())
 
 
+class Withdrawal(SQLModel, table=True):
+    """What a wallet takes out, to its own address. The settlement that pays it has the same id."""
+
+    __tablename__ = "withdrawal"
+    __table_args__ = (UniqueConstraint("address", "idempotency_key"),)
+
+    id: str = Field(primary_key=True)
+    address: str
+    """Who asked and who is paid, lower-case hex."""
+    idempotency_key: str
+    asset: str
+    amount_nano_usd: int = Field(sa_column=_big())
+    """What arrives: whole units of the token."""
+    fee_nano_usd: int = Field(sa_column=_big())
+    state: str = Field(index=True)
+    """review | approved | queued | paid | failed | rejected; the transitions stand in `payments.withdrawals`."""
+    reason: str | None = None
+    created_ms: int = Field(sa_column=_big())
+    updated_ms: int = Field(sa_column=_big())
+
+
 class SignInNonce(SQLModel, table=True):
     """A sign-in message's nonce that was used; kept until the message would have expired."""
 

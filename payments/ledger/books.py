@@ -52,6 +52,14 @@ _CHARGES = """
     GROUP BY receipt.id, receipt.charged_nano_usd
     HAVING COALESCE(receipt.charged_nano_usd, -1) <> COALESCE(SUM(transfer.posted_amount), 0)
 """
+# What a withdrawal says of itself, and what its money does.
+_WITHDRAWALS = """
+    SELECT withdrawal.id, withdrawal.state, COALESCE(transfer.state, 'missing') FROM withdrawal
+    LEFT JOIN ledger_transfer AS transfer ON transfer.id = 'withdrawal:' || withdrawal.id
+    WHERE COALESCE(transfer.state, 'missing') <> CASE withdrawal.state
+        WHEN 'paid' THEN 'posted' WHEN 'failed' THEN 'voided' WHEN 'rejected' THEN 'voided' ELSE 'pending' END
+      AND NOT (withdrawal.state = 'failed' AND transfer.state = 'posted')
+"""
 
 
 def check(tx: Transaction) -> list[Finding]:
@@ -59,7 +67,7 @@ def check(tx: Transaction) -> list[Finding]:
 
     Each asset's balances sum to zero; each balance is what the transfers make it, and what is held is what is pending; no
     account but the books' own is below zero; no transfer mixes assets; every pending hold has an open receipt; every closed
-    receipt says what its hold posted.
+    receipt says what its hold posted; a withdrawal's money is where its state says.
     """
     findings = [
         Finding("sum_not_zero", asset, f"the balances in {asset} sum to {total} nano-USD instead of 0")
@@ -88,5 +96,9 @@ def check(tx: Transaction) -> list[Finding]:
     findings += [
         Finding("charge_wrong", receipt, f"the receipt says {charged} nano-USD were charged, its holds posted {posted}")
         for receipt, charged, posted in tx.execute(_CHARGES).fetchall()
+    ]
+    findings += [
+        Finding("withdrawal_wrong", withdrawal, f"it is {state}, but its transfer is {transfer}")
+        for withdrawal, state, transfer in tx.execute(_WITHDRAWALS).fetchall()
     ]
     return findings

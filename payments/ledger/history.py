@@ -28,6 +28,7 @@ WORDS = {
     "refund": "refund",
     "withdrawal": "withdrawal",
     "withdrawal-fee": "network_fee",
+    "returned": "withdrawal_returned",
     "loss": "adjustment",
     "made-good": "adjustment",
 }

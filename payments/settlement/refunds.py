@@ -1,8 +1,8 @@
 """Credit is not a dead end: above a threshold it is sent back to its payer on chain, from the treasury, by itself. Wallets that
 keep a balance here on purpose (`payments.wallet_accounts`) are left alone.
 
-A refund is a pending ledger transfer payer → custody and an outbox row, written in one unit; the transfer is posted on the
-evidence of the treasury's own transaction and voided if that failed. What is sent rounds down to the token's unit.
+A refund is a payout (`payments.settlement.payouts`) that is held and ordered in one unit. What is sent rounds down to the
+token's unit.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from payments.chain.networks import Token
 from payments.chain.rpc import RpcError, RpcUnavailable
 from payments.chain.transactions import encode_transfer
 from payments.ledger import transfers
-from payments.ledger.accounts import account_id, payer_account
-from payments.money import atomic_to_nano_down, nano_to_atomic_down
-from payments.settlement import outbox
+from payments.ledger.accounts import payer_account
+from payments.money import nano_to_atomic_down
+from payments.settlement import payouts
 from payments.settlement.engine import Settlements
-from payments.settlement.evidence import TransferProof
-from payments.settlement.orders import Kind, SettlementOrder
 from payments.store import Store, StoreBusy, Transaction
 
 log = logging.getLogger(__name__)
@@ -62,9 +60,7 @@ class Refunds:
         self._considered: set[tuple[str, str]] = set()
         self._not_before: dict[tuple[str, str], float] = {}
         self._task: asyncio.Task[None] | None = None
-        settlements.handle(
-            "refund", Kind(TransferProof(), self._mined, self._failed, outbox.order_gas, signed_by="treasury")
-        )
+        settlements.handle("refund", payouts.kind(self._mined, self._failed))
 
     def consider(self, payer: str, asset: str) -> None:
         """A payer's credit may have grown: look at it soon. Costs nothing."""
@@ -143,40 +139,16 @@ class Refunds:
             return None
         value = nano_to_atomic_down(credit, token.decimals)
         settlement_id = f"refund_{secrets.token_hex(16)}"
-        reference = f"refund:{settlement_id}"
-        transfers.hold(
-            tx,
-            id=reference,
-            debit=account,
-            credit=account_id("custody", token.asset),
-            amount=atomic_to_nano_down(value, token.decimals),
-            reference=settlement_id,
-        )
-        order = SettlementOrder(
-            id=settlement_id,
-            kind="refund",
-            reference=reference,
-            chain_id=token.chain_id,
-            token=token.address,
-            payer=self._treasury,
-            pay_to=payer,
-            value=value,
-            authorization_nonce=None,
-            call_to=token.address,
-            call_data=encode_transfer(payer, value),
-            valid_before=0,
-        )
-        outbox.enqueue(tx, order)
+        payouts.hold(tx, "refund", settlement_id, payer, token, value)
+        payouts.enqueue(tx, "refund", settlement_id, payer, token, value, self._treasury)
         return settlement_id
 
     def _mined(self, tx: Transaction, row: dict[str, Any]) -> None:
-        token = self._by_address[row["token"]]
-        # The treasury paid the whole value, whatever a token with a fee let arrive.
-        transfers.capture(tx, row["reference"], atomic_to_nano_down(int(row["value"]), token.decimals))
+        payouts.paid(tx, row, self._by_address[row["token"]])
         self.sent += 1
 
     def _failed(self, tx: Transaction, row: dict[str, Any]) -> None:
-        transfers.void(tx, row["reference"])
+        payouts.failed(tx, row)
         self._wait(row["pay_to"], self._by_address[row["token"]].asset)
 
     def _wait(self, payer: str, asset: str) -> None:

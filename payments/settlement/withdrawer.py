@@ -1,0 +1,104 @@
+"""Carries withdrawals on one network: says beforehand whether the token lets one through, and sends what was approved."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from payments import withdrawals
+from payments.chain.networks import Token
+from payments.chain.rpc import RpcError, RpcUnavailable
+from payments.chain.transactions import encode_transfer
+from payments.errors import SettlementUnavailable
+from payments.money import nano_to_atomic_down
+from payments.settlement import payouts
+from payments.settlement.engine import Settlements
+from payments.store import Store, StoreBusy, Transaction
+from payments.withdrawals import WithdrawalRefused
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0
+
+
+class Withdrawer:
+    """The withdrawals of one network.
+
+    Args:
+        store: The database.
+        settlements: Started after this is made. Without the treasury's key nothing new can be withdrawn.
+        tokens: What can be withdrawn.
+        treasury: Who pays, lower-case hex.
+    """
+
+    def __init__(self, store: Store, settlements: Settlements, tokens: Sequence[Token], treasury: str) -> None:
+        self.treasury = treasury
+        self.tokens = {token.asset: token for token in tokens}
+        self._by_address = {token.address: token for token in tokens}
+        self._store, self._settlements = store, settlements
+        self._task: asyncio.Task[None] | None = None
+        settlements.handle("withdrawal", payouts.kind(self._paid, withdrawals.on_failed))
+
+    @property
+    def open(self) -> bool:
+        """Whether withdrawals can be made: the treasury's key is there."""
+        return self._settlements.treasury is not None
+
+    async def start(self) -> None:
+        """Send what is approved, now and whenever a person approves more."""
+        if self.open:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """Send no more; what is in the outbox is the settlement engine's."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def require_possible(self, address: str, token: Token, amount_nano_usd: int) -> None:
+        """Ask the token whether it would pay this out now: a transfer that reverts costs gas and helps nobody.
+
+        Raises:
+            WithdrawalRefused: It would not: the wallet is blocked, the token paused, or the treasury short.
+            SettlementUnavailable: No node answers.
+        """
+        value = nano_to_atomic_down(amount_nano_usd, token.decimals)
+        call = {"from": self.treasury, "to": token.address, "data": "0x" + encode_transfer(address, value).hex()}
+        try:
+            await self._settlements.rpc.call("eth_call", [call, "latest"])
+        except RpcError as error:
+            raise WithdrawalRefused(
+                "withdrawal_impossible",
+                f"{token.asset} refuses this transfer now ({error.message}); your balance is untouched, try again later",
+            ) from None
+        except RpcUnavailable:
+            raise SettlementUnavailable(
+                "settlement_unavailable", "the chain cannot be asked right now; your balance is untouched, try again"
+            ) from None
+
+    def take(self, withdrawal_id: str) -> None:
+        """A withdrawal's order is durable: put it on its way."""
+        self._settlements.take_queued(withdrawal_id)
+
+    async def round(self) -> int:
+        """Send what is approved; returns how many that were."""
+        waiting = await self._store.read(lambda tx: withdrawals.listed(tx, ("approved",), 1))
+        if not waiting:
+            return 0
+        enqueued = await self._store.write(lambda tx: withdrawals.enqueue_approved(tx, self.tokens, self.treasury))
+        for withdrawal_id in enqueued:
+            self.take(withdrawal_id)
+        return len(enqueued)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.round()
+            except StoreBusy as error:
+                log.warning("approved withdrawals must wait: %s", error)
+            await asyncio.sleep(INTERVAL_S)
+
+    def _paid(self, tx: Transaction, row: dict[str, Any]) -> None:
+        withdrawals.on_paid(tx, row, self._by_address[row["token"]])
