@@ -13,7 +13,20 @@ const EVM_VERSION = "cancun"; // transient storage; every chain that we settle o
 const OPTIMIZER_RUNS = 200;
 
 // Placed at an address without running their constructors.
-const PLACED = ["UsdcLike", "UsdtLike", "X402ExactPermit2Proxy", "X402UptoPermit2Proxy"];
+const PLACED = [
+  "UsdcLike",
+  "UsdtLike",
+  "X402BatchSettlement",
+  "X402Erc3009DepositCollector",
+  "X402ExactPermit2Proxy",
+  "X402Permit2DepositCollector",
+  "X402UptoPermit2Proxy",
+];
+// Contracts that share a file with others.
+const FILES = {
+  X402Erc3009DepositCollector: "X402DepositCollectors",
+  X402Permit2DepositCollector: "X402DepositCollectors",
+};
 // Every operator's own, created with constructor arguments.
 const CREATED = ["DepositForwarder", "DepositForwarders", "FareboxBatch"];
 
@@ -69,7 +82,7 @@ function compile() {
   if (messages.length > 0) fail("compiler errors or warnings, see above");
 
   return [...CREATED, ...PLACED].map((contract) => {
-    const source = `contracts/src/${contract}.sol`;
+    const source = `contracts/src/${FILES[contract] ?? contract}.sol`;
     const { abi, evm, storageLayout } = output.contracts[source][contract];
     // Without its constructor, a contract with immutables would be wrong.
     const immutables = Object.keys(evm.deployedBytecode.immutableReferences ?? {}).length > 0;

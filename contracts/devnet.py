@@ -1,9 +1,9 @@
 """The development chain: everything that a payment needs, at its canonical address, on an empty Anvil.
 
-`load` places USDC-like and USDT-like tokens, Permit2, Multicall3 and the two x402 proxies from the checked-in artifacts,
-and gives wallets a balance. It writes code and storage directly, so it sends no transaction, works whatever the mining
-mode is, and takes well under a second. The rest of the module acts on the tokens for tests and demonstrations. None of it
-works on a real network: it needs Anvil's own methods.
+`load` places USDC-like and USDT-like tokens, Permit2, Multicall3, the two x402 proxies and x402's channel contracts from the
+checked-in artifacts, and gives wallets a balance. It writes code and storage directly, so it sends no transaction, works
+whatever the mining mode is, and takes well under a second. The rest of the module acts on the tokens for tests and
+demonstrations. None of it works on a real network: it needs Anvil's own methods.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ PERMIT2_ADDRESS = "0x000000000022D473030F116dDEE9F6B43aC78BA3"
 MULTICALL3_ADDRESS = "0xcA11bde05977b3631167028862bE2a173976CA11"
 EXACT_PROXY_ADDRESS = "0x402085c248EeA27D92E8b30b2C58ed07f9E20001"
 UPTO_PROXY_ADDRESS = "0x4020A4f3b7b90ccA423B9fabCc0CE57C6C240002"
+BATCH_SETTLEMENT_ADDRESS = "0x4020074e9dF2ce1deE5A9C1b5c3f541D02a10003"
+ERC3009_DEPOSIT_COLLECTOR_ADDRESS = "0x4020806089470a89826cB9fB1f4059150b550004"
+PERMIT2_DEPOSIT_COLLECTOR_ADDRESS = "0x4020425FAf3B746C082C2f942b4E5159887B0005"
 
 # Circle's own on Base Sepolia, whose chain id the development chain has: stock x402 clients have it on their list.
 USDC_ADDRESS = "0x036CbD53842c5426634e7929541eC2318f3dCF7e"
@@ -301,6 +304,9 @@ def _codes(chain_id: int) -> dict[str, str]:
         MULTICALL3_ADDRESS: artifact("Multicall3")["deployedBytecode"],
         EXACT_PROXY_ADDRESS: artifact("X402ExactPermit2Proxy")["deployedBytecode"],
         UPTO_PROXY_ADDRESS: artifact("X402UptoPermit2Proxy")["deployedBytecode"],
+        BATCH_SETTLEMENT_ADDRESS: artifact("X402BatchSettlement")["deployedBytecode"],
+        ERC3009_DEPOSIT_COLLECTOR_ADDRESS: artifact("X402Erc3009DepositCollector")["deployedBytecode"],
+        PERMIT2_DEPOSIT_COLLECTOR_ADDRESS: artifact("X402Permit2DepositCollector")["deployedBytecode"],
     }
 
 

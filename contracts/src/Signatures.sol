@@ -18,20 +18,33 @@ library Signatures {
         return answered && answer.length >= 32 && abi.decode(answer, (bytes32)) == bytes32(ERC1271_MAGIC);
     }
 
+    /// Like `isValidNow`, but a malformed signature is one that does not count.
+    function signed(address signer, bytes32 digest, bytes memory signature) internal view returns (bool) {
+        return signer.code.length == 0 ? signedByKey(signer, digest, signature) : isValidNow(signer, digest, signature);
+    }
+
+    /// Whether the key behind an address made a canonical signature, whatever code the address has.
+    function signedByKey(address signer, bytes32 digest, bytes memory signature) internal pure returns (bool) {
+        if (signature.length != 65) return false;
+        (bytes32 r, bytes32 s, uint8 v) = _split(signature);
+        return signer != address(0) && uint256(s) <= S_MAX && ecrecover(digest, v, r, s) == signer;
+    }
+
     /// The address of the key that made a canonical signature; reverts for every other one.
     function recover(bytes32 digest, bytes memory signature) internal pure returns (address signer) {
         require(signature.length == 65, "ECRecover: invalid signature length");
-        bytes32 r;
-        bytes32 s;
-        uint8 v;
+        (bytes32 r, bytes32 s, uint8 v) = _split(signature);
+        require(uint256(s) <= S_MAX, "ECRecover: invalid signature 's' value");
+        require(v == 27 || v == 28, "ECRecover: invalid signature 'v' value");
+        signer = ecrecover(digest, v, r, s);
+        require(signer != address(0), "ECRecover: invalid signature");
+    }
+
+    function _split(bytes memory signature) private pure returns (bytes32 r, bytes32 s, uint8 v) {
         assembly ("memory-safe") {
             r := mload(add(signature, 0x20))
             s := mload(add(signature, 0x40))
             v := byte(0, mload(add(signature, 0x60)))
         }
-        require(uint256(s) <= S_MAX, "ECRecover: invalid signature 's' value");
-        require(v == 27 || v == 28, "ECRecover: invalid signature 'v' value");
-        signer = ecrecover(digest, v, r, s);
-        require(signer != address(0), "ECRecover: invalid signature");
     }
 }
