@@ -17,6 +17,7 @@ from gateway.access.limits import QuoteLimiter
 from gateway.api.wallet import WalletApi
 from gateway.api.withdrawals import WithdrawalApi
 from gateway.execution.failover import Executor
+from gateway.extensions import Extensions
 from gateway.flow import Flow
 from gateway.metrics import Metrics
 from gateway.offers import NetworkPayments, Offers
@@ -47,6 +48,8 @@ from payments.tenders.exact_scheme import ExactScheme
 from payments.tenders.exact_services import ExactServices
 from payments.verification.chain_state import ChainStates
 from payments.withdrawals import Limits
+from payments.x402.extensions.offer_receipt import OfferSigner
+from payments.x402.extensions.sign_in_with_x import SignInWithX
 
 SWEEP_INTERVAL_S = 60.0
 WEI_DECIMALS = 18
@@ -76,6 +79,7 @@ class Services:
     metrics: Metrics
     limiter: QuoteLimiter
     offers: Offers
+    extensions: Extensions
     flow: Flow
     wallet: WalletApi
     withdrawals: WithdrawalApi
@@ -120,6 +124,14 @@ class Services:
             access = Access(store, sign_in)
             limiter = QuoteLimiter(settings.limits.quotes_per_minute)
             timeout_s = settings.payments.quote_ttl_s + QUOTE_MARGIN_S
+            extensions = Extensions(
+                store,
+                OfferSigner(secret),
+                SignInWithX(secret, [chain.network.caip2 for chain in chains]),
+                _origin(settings),
+                settings.payments.extensions,
+                settings.models[0].id if settings.models else None,
+            )
             offers = Offers(
                 payable,
                 QuoteSealer(secret),
@@ -127,12 +139,14 @@ class Services:
                 settings.public_url,
                 timeout_s,
                 tuple(settings.payments.schemes),
+                extensions,
             )
             flow = Flow(
                 planner=planner,
                 offers=offers,
                 executor=executor,
                 access=access,
+                extensions=extensions,
                 store=store,
                 replays=Replays(store, settings.payments.replay_ttl_s),
                 limiter=limiter,
@@ -147,7 +161,7 @@ class Services:
             metrics.add_gauges(lambda: _gauges(chains))
             sweeper = asyncio.create_task(_sweep(store))
             cleanup.callback(sweeper.cancel)
-            yield cls(store, catalog, metrics, limiter, offers, flow, wallet, withdrawals, chains)
+            yield cls(store, catalog, metrics, limiter, offers, extensions, flow, wallet, withdrawals, chains)
 
 
 async def _open_chain(
@@ -212,8 +226,12 @@ def _withdrawal_limits(settings: WalletSettings) -> Limits:
     )
 
 
+def _origin(settings: Settings) -> str:
+    return settings.public_url or f"http://{settings.host}:{settings.port}"
+
+
 def _sign_in(settings: Settings, secret: bytes, chains: list[Chain]) -> SignIn:
-    url = settings.public_url or f"http://{settings.host}:{settings.port}"
+    url = _origin(settings)
     return SignIn(
         secret=secret,
         domain=urlsplit(url).netloc,

@@ -32,6 +32,7 @@ TokenizerFamily = Literal[
     "o200k_base", "cl100k_base", "llama3", "deepseek", "qwen", "mistral", "gemini", "claude", "other"
 ]
 Scheme = Literal["exact"]
+Extension = Literal["payment-identifier", "sign-in-with-x", "offer-receipt", "bazaar"]
 StrategyName = Literal["balanced", "cost-first", "latency-first", "availability-first"]
 
 
@@ -222,6 +223,8 @@ class PaymentSettings(Section):
     """Added to the models' prices."""
     schemes: list[Scheme] = ["exact"]
     """x402 schemes that a 402 offers to whoever asks for none (by `Accept-Payment`), the first choice first."""
+    extensions: list[Extension] = ["payment-identifier"]
+    """x402 extensions that a 402 declares to whoever asks for none (by `Accept-Payment`); what does not fit is left out."""
     network_fee_usd: Usd = "0"
     """What a quote passes on for settling the payment, as an item of its own."""
     minimum_charge_usd: Usd = "0"

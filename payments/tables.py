@@ -209,6 +209,17 @@ class ChainTransaction(SQLModel, table=True):
     updated_ms: int = Field(sa_column=_big())
 
 
+class PaymentIdentifier(SQLModel, table=True):
+    """A payer's own name for what it pays for: at most one of its payments bears it."""
+
+    __tablename__ = "payment_identifier"
+
+    payer: str = Field(primary_key=True)
+    identifier: str = Field(primary_key=True)
+    receipt_id: str
+    """Gone if the payment was forgotten: then the name is free again."""
+
+
 class FacilitatedPayment(SQLModel, table=True):
     """A payment that was settled for another resource server; its terms and its fate are the settlement's."""
 

@@ -144,6 +144,7 @@ class ExactTender:
             value_nano_usd=self._value_nano_usd,
             details=details,
             refusal=self._refusal,
+            identifier=self._payment.identifier,
         )
 
     async def _settle(self, hold: ExactHold) -> None:
