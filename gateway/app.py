@@ -84,6 +84,7 @@ def create_app(settings: Settings) -> Starlette:
             route("GET", "/v1/wallet/keys", wallet(WalletApi.list_keys)),
             route("POST", "/v1/wallet/keys", wallet(WalletApi.create_key)),
             route("DELETE", "/v1/wallet/keys/{key}", wallet(WalletApi.revoke_key)),
+            route("POST", "/v1/wallet/topups", top_up),
             route("GET", "/v1/wallet/withdrawals", withdrawals(WithdrawalApi.list)),
             route("POST", "/v1/wallet/withdrawals", withdrawals(WithdrawalApi.create)),
             route("GET", "/v1/wallet/withdrawals/{withdrawal}", withdrawals(WithdrawalApi.get)),
@@ -151,6 +152,11 @@ def wallet(method: Callable[[WalletApi, Call], Awaitable[dict[str, Any]]]) -> Ha
         await send_json(call.send, 200, await method(services.wallet, call), {"cache-control": "no-store"})
 
     return handler
+
+
+async def top_up(services: Services, call: Call) -> None:
+    """A payment becomes its payer's balance."""
+    await services.topups.serve(call)
 
 
 def withdrawals(method: Callable[[WithdrawalApi, Call], Awaitable[dict[str, Any]]]) -> Handler:

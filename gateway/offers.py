@@ -101,15 +101,17 @@ class Offers:
         answer.body["quote"] = needed.plan.quote_json()
         return answer
 
-    def required_for(self, call: Call, quote: Quote, error: str) -> wire.PaymentRequiredAnswer:
-        """The 402 for anything that has a quote; `error` says why there is one."""
+    def required_for(
+        self, call: Call, quote: Quote, error: str, only: frozenset[str] | None = None
+    ) -> wire.PaymentRequiredAnswer:
+        """The 402 for anything that has a quote; `error` says why there is one, `only` which schemes can pay it."""
         accept_payment = call.header(b"accept-payment")
         networks, schemes = self._offered(accept_payment)
         requirements = [
             scheme.requirement(token, quote.maximum_nano_usd, self._timeout_s)
             for entry in networks
             for name in schemes
-            if (scheme := entry.scheme(name)) is not None
+            if (only is None or name in only) and (scheme := entry.scheme(name)) is not None
             for token in scheme.tokens
         ]
         resource_url = self._resource(call)

@@ -28,6 +28,7 @@ from gateway.routing.catalog import Catalog
 from gateway.routing.engine import Engine
 from gateway.routing.tokens import count_input, count_text
 from gateway.settings import Settings, WalletSettings
+from gateway.topups import TopUps
 from payments import recovery
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
@@ -83,6 +84,7 @@ class Services:
     flow: Flow
     wallet: WalletApi
     withdrawals: WithdrawalApi
+    topups: TopUps
     chains: list[Chain]
 
     def alarms(self) -> list[dict[str, str]]:
@@ -157,11 +159,22 @@ class Services:
             depth = settings.limits.json_depth
             withdrawers = [chain.withdrawer for chain in chains]
             withdrawals = WithdrawalApi(store, access, withdrawers, _withdrawal_limits(settings.wallet), depth)
-            wallet = WalletApi(store, sign_in, access, assets, withdrawals.limits_json(), depth)
+            topups = TopUps(
+                store=store,
+                offers=offers,
+                access=access,
+                limiter=limiter,
+                minimum_nano_usd=usd_to_nano(settings.wallet.topup_minimum_usd),
+                maximum_nano_usd=usd_to_nano(settings.wallet.topup_maximum_usd),
+                quote_ttl_s=settings.payments.quote_ttl_s,
+                json_depth_max=depth,
+            )
+            limits = {"topups": topups.limits_json() if payable else None, "withdrawals": withdrawals.limits_json()}
+            wallet = WalletApi(store, sign_in, access, assets, limits, depth)
             metrics.add_gauges(lambda: _gauges(chains))
             sweeper = asyncio.create_task(_sweep(store))
             cleanup.callback(sweeper.cancel)
-            yield cls(store, catalog, metrics, limiter, offers, extensions, flow, wallet, withdrawals, chains)
+            yield cls(store, catalog, metrics, limiter, offers, extensions, flow, wallet, withdrawals, topups, chains)
 
 
 async def _open_chain(

@@ -269,6 +269,10 @@ class FacilitatorSettings(Section):
 class WalletSettings(Section):
     """Balances that wallets keep here on purpose."""
 
+    topup_minimum_usd: Usd = "0.10"
+    """The least that a payment can top a balance up with; its gas is the operator's."""
+    topup_maximum_usd: Usd = "10000"
+    """The most that a payment can top a balance up with."""
     withdrawal_minimum_usd: Usd = "1"
     """The least that a wallet can withdraw at once; withdrawals need the treasury key."""
     withdrawal_maximum_usd: Usd = "10000"
