@@ -14,7 +14,7 @@ from gateway.access.keys import Access, WalletCaller, WalletKeyCaller
 from gateway.access.limits import QuoteLimiter
 from gateway.api.errors import ApiError
 from gateway.api.http import Call, read_json, send_json
-from gateway.offers import Offers, SentPayment, payment_headers
+from gateway.offers import Offers, SentPayment
 from payments import receipts, wallet_accounts
 from payments.errors import PaymentRefused
 from payments.money import nano_to_usd, usd_to_nano
@@ -166,7 +166,7 @@ class TopUps:
             "cache-control": "no-store",
         }
         if response is not None:
-            headers |= payment_headers(sent.payment, response)
+            headers |= self._offers.payment_headers(call, sent, response)
         body = {
             "address": receipt.payer,
             "asset": receipt.asset,
