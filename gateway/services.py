@@ -194,6 +194,7 @@ async def _open_chain(
         treasury_key=settings.treasury_key,
         batch_contract=own.batch_contract,
         confirmations=own.confirmations,
+        cross_check_nano_usd=usd_to_nano(settings.payments.cross_check_usd),
     )
     settlements.handle("payment", PAYMENT)
     settlements.handle(facilitated.KIND, facilitated.kind())

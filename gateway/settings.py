@@ -237,6 +237,8 @@ class PaymentSettings(Section):
     """How long an answer is kept, encrypted, for the same payment sent again; 0 keeps none."""
     refund_threshold_usd: Usd = "1"
     """Credit at or above this is sent back on chain by itself; needs the treasury key."""
+    cross_check_usd: Usd = "1"
+    """What settles more than this at once counts only when two nodes have it, on networks with several `rpc_urls`."""
     gas_alarm_native: Usd = "0.005"
     """A signer below this balance of the chain's own coin raises an alarm."""
     treasury_alarm_usd: Usd = "0"

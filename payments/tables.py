@@ -131,6 +131,13 @@ class Settlement(SQLModel, table=True):
         # One Transfer log is the evidence of at most one settlement, or one transfer could be credited twice.
         UniqueConstraint("chain_id", "transaction_hash", "transfer_log_index"),
         Index("settlement_open", "state"),
+        # Few are asked for at a time, and the engine looks for them all the time.
+        Index(
+            "settlement_look_again",
+            "chain_id",
+            sqlite_where=text("look_again_ms IS NOT NULL"),
+            postgresql_where=text("look_again_ms IS NOT NULL"),
+        ),
     )
 
     id: str = Field(primary_key=True)
@@ -170,6 +177,8 @@ class Settlement(SQLModel, table=True):
     reason: str | None = None
     created_ms: int = Field(sa_column=_big())
     updated_ms: int = Field(sa_column=_big())
+    look_again_ms: int | None = Field(default=None, sa_column=_big(nullable=True))
+    """When somebody asked the engine to look at it again; None once it has."""
 
 
 class ChainTransaction(SQLModel, table=True):

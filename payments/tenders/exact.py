@@ -151,6 +151,7 @@ class ExactTender:
         services = self._services
         submitting = False
         try:
+            services.settlements.admit(self._payment.payer)
             others = partial(services.unmined.before, hold.payer, hold.asset, hold.receipt_id)
             try:
                 has_code = await services.chain_states.check(

@@ -88,6 +88,9 @@ COMMANDS = [
     ["ledger", "check"],
     ["ledger", "statement"],
     ["receipts", "show"],
+    ["settlements", "list"],
+    ["settlements", "explain"],
+    ["settlements", "retry"],
 ]
 
 
