@@ -29,7 +29,7 @@ from gateway.routing.engine import Engine
 from gateway.routing.tokens import count_input, count_text
 from gateway.settings import Settings, WalletSettings
 from gateway.topups import TopUps
-from payments import recovery
+from payments import anchors, recovery
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
 from payments.doctor import verify_tokens
@@ -66,7 +66,7 @@ class Chain:
     network: Network
     rpc: Rpc
     settlements: Settlements
-    refunds: Refunds | None
+    refunds: Refunds
     withdrawer: Withdrawer
     alarms: Alarms
 
@@ -185,6 +185,7 @@ async def _open_chain(
     rpc = Rpc(own.rpc_urls, chain_id=network.chain_id, lag_blocks_max=network.lag_blocks_max)
     cleanup.push_async_callback(rpc.aclose)
     await verify_tokens(rpc, network)
+    await anchors.hold_fast(store, rpc, network)
     await open_books(store, rpc, network, pay_to)
     settlements = Settlements(
         store,
@@ -198,16 +199,16 @@ async def _open_chain(
     )
     settlements.handle("payment", PAYMENT)
     settlements.handle(facilitated.KIND, facilitated.kind())
-    refunds = None
     threshold_nano_usd = usd_to_nano(settings.payments.refund_threshold_usd)
-    if settings.treasury_key is not None and threshold_nano_usd > 0:
-        refunds = Refunds(store, settlements, network.tokens, threshold_nano_usd)
+    # Also where none are to be begun: those that were begun before must come to their end.
+    refunds = Refunds(store, settlements, network.tokens, threshold_nano_usd)
+    sends_back = settings.treasury_key is not None and threshold_nano_usd > 0
     withdrawer = Withdrawer(store, settlements, network.tokens, pay_to)
     await settlements.start()
     cleanup.push_async_callback(settlements.stop)
     await withdrawer.start()
     cleanup.push_async_callback(withdrawer.stop)
-    if refunds is not None:
+    if sends_back:
         await refunds.start()
         cleanup.push_async_callback(refunds.stop)
     alarms = Alarms(
@@ -224,7 +225,7 @@ async def _open_chain(
         chain_states=ChainStates(rpc, network),
         payer_exposure_nano_usd=usd_to_nano(settings.payments.payer_exposure_usd),
         settlement_wait_s=settings.payments.settlement_wait_s,
-        credited=None if refunds is None else refunds.consider,
+        credited=refunds.consider if sends_back else None,
     )
     schemes = (ExactScheme(network, pay_to, services, own.wallet_factories),)
     return Chain(network, rpc, settlements, refunds, withdrawer, alarms), NetworkPayments(network, schemes)

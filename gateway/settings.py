@@ -49,8 +49,8 @@ class TokenSettings(Section):
     """Such as USDC."""
     address: Address | None = None
     """The contract."""
-    decimals: int | None = Field(default=None, ge=0, le=36)
-    """Of the contract."""
+    decimals: int | None = Field(default=None, ge=6, le=36)
+    """Of the contract; in units coarser than a millionth of a dollar nobody can pay what one answer costs."""
     transfer_method: Literal["eip3009", "permit2"] | None = None
     """eip3009 needs no set-up of the payer; permit2 needs one approval."""
     domain_name: str | None = None

@@ -350,3 +350,14 @@ class Lease(SQLModel, table=True):
     """`instance:<id>`, `signer:<chain>:<address>`, `watcher:<chain>`, …"""
     owner: str
     expires_ms: int = Field(sa_column=_big())
+
+
+class Anchor(SQLModel, table=True):
+    """Which chain and which contracts the books are about, see `payments.anchors`."""
+
+    __tablename__ = "anchor"
+
+    name: str = Field(primary_key=True)
+    """`chain:eip155:<id>`, `token:<asset>`."""
+    value: str
+    """The hash of the first block, the contract's address."""
