@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import binascii
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -18,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import serving
 from gateway.api import models
+from gateway.api.channels import refund
 from gateway.api.errors import ApiError, error_object
 from gateway.api.guard import Guard
 from gateway.api.http import Call, read_call, send_body, send_json
@@ -28,8 +27,6 @@ from gateway.offers import PaymentNeeded
 from gateway.services import Services
 from gateway.settings import Settings
 from payments import receipts
-from payments.x402.extensions import bazaar
-from payments.x402.v1 import RESOURCE_DESCRIPTION
 
 Handler = Callable[[Services, Call], Awaitable[None]]
 
@@ -74,6 +71,8 @@ def create_app(settings: Settings) -> Starlette:
         routes=[
             route("POST", "/v1/chat/completions", chat_completions),
             route("POST", "/v1/quote", quote),
+            # Official clients ask for a refund with GET at the address that they paid.
+            route("GET", "/v1/chat/completions", refund_channel),
             route("GET", "/v1/models", list_models),
             route("GET", "/v1/models/{model:path}", get_model),
             route("GET", "/v1/receipts/{receipt}", get_receipt),
@@ -84,12 +83,9 @@ def create_app(settings: Settings) -> Starlette:
             route("GET", "/v1/wallet/keys", wallet(WalletApi.list_keys)),
             route("POST", "/v1/wallet/keys", wallet(WalletApi.create_key)),
             route("DELETE", "/v1/wallet/keys/{key}", wallet(WalletApi.revoke_key)),
-            route("POST", "/v1/wallet/topups", top_up),
             route("GET", "/v1/wallet/withdrawals", withdrawals(WithdrawalApi.list)),
             route("POST", "/v1/wallet/withdrawals", withdrawals(WithdrawalApi.create)),
             route("GET", "/v1/wallet/withdrawals/{withdrawal}", withdrawals(WithdrawalApi.get)),
-            route("GET", "/discovery/resources", discovery),
-            route("GET", "/.well-known/farebox-keys", public_keys),
             route("GET", "/healthz", healthz),
             route("GET", "/readyz", readyz),
             route("GET", "/metrics", metrics_text),
@@ -112,6 +108,11 @@ async def quote(services: Services, call: Call) -> None:
     answer = services.offers.required(call, PaymentNeeded(await services.flow.plan(call)))
     body = {"quote": answer.body["quote"], "payment_required": answer.header, "accepts": answer.body["accepts"]}
     await send_json(call.send, 200, body, {"cache-control": "no-store"})
+
+
+async def refund_channel(services: Services, call: Call) -> None:
+    """Give back what a payment channel holds beyond what was charged."""
+    await refund(call, services.offers, services.channels, services.limiter)
 
 
 async def list_models(services: Services, call: Call) -> None:
@@ -154,11 +155,6 @@ def wallet(method: Callable[[WalletApi, Call], Awaitable[dict[str, Any]]]) -> Ha
     return handler
 
 
-async def top_up(services: Services, call: Call) -> None:
-    """A payment becomes its payer's balance."""
-    await services.topups.serve(call)
-
-
 def withdrawals(method: Callable[[WithdrawalApi, Call], Awaitable[dict[str, Any]]]) -> Handler:
     """What a wallet takes out."""
 
@@ -166,25 +162,6 @@ def withdrawals(method: Callable[[WithdrawalApi, Call], Awaitable[dict[str, Any]
         await send_json(call.send, 200, await method(services.withdrawals, call), {"cache-control": "no-store"})
 
     return handler
-
-
-async def discovery(services: Services, call: Call) -> None:
-    """What is sold here, for catalogues: the paid route with the offers for an example (x402's discovery)."""
-    services.limiter.take(call.client)
-    extensions = services.extensions
-    call.scope["path"] = bazaar.CHAT_PATH
-    call.scope["method"] = "POST"
-    call.body = extensions.example()
-    answer = services.offers.required(call, PaymentNeeded(await services.flow.plan(call)))
-    accepts = orjson.loads(binascii.a2b_base64(answer.header))["accepts"]
-    url = extensions.origin + bazaar.CHAT_PATH
-    body = bazaar.listing(url, RESOURCE_DESCRIPTION, accepts, extensions.example_model or "")
-    await send_json(call.send, 200, body, {"cache-control": "max-age=60"})
-
-
-async def public_keys(services: Services, call: Call) -> None:
-    """Whose signatures on offers and receipts are this gateway's."""
-    await send_json(call.send, 200, services.extensions.keys(), {"cache-control": "max-age=3600"})
 
 
 async def healthz(services: Services, call: Call) -> None:

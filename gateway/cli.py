@@ -18,7 +18,6 @@ from gateway.commands import (
     ledger,
     receipts,
     serving,
-    settlements,
     withdrawals,
 )
 from gateway.commands.shared import show_failure
@@ -74,7 +73,6 @@ app.add_typer(withdrawals.app, name="withdrawals", rich_help_panel=OPERATORS)
 app.command("explain", rich_help_panel=INSIGHT)(explain.explain)
 app.add_typer(ledger.app, name="ledger", rich_help_panel=INSIGHT)
 app.add_typer(receipts.app, name="receipts", rich_help_panel=INSIGHT)
-app.add_typer(settlements.app, name="settlements", rich_help_panel=INSIGHT)
 
 
 def main() -> None:

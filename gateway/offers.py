@@ -7,16 +7,16 @@ from typing import Any
 
 from gateway.api.errors import ApiError
 from gateway.api.http import Call
-from gateway.extensions import Extensions
 from gateway.planning import Plan, Planner
 from payments.chain.networks import Network, Token
+from payments.channels.requests import OutOfStep
 from payments.errors import PaymentError, PaymentMalformed, PaymentRefused
 from payments.money import atomic_to_nano_down, nano_to_usd
 from payments.quotes import Quote, QuoteClaim, QuoteInvalid, QuoteItem, QuoteSealer
 from payments.tenders.base import Tender
 from payments.tenders.schemes import Scheme
 from payments.x402 import wire
-from payments.x402.answers import HEADER_BYTES_ASKED_MAX, HEADER_BYTES_MAX
+from payments.x402.channels import SCHEME
 
 PAYMENT_HEADERS: dict[bytes, wire.HeaderName] = {b"payment-signature": "payment-signature", b"x-payment": "x-payment"}
 
@@ -56,12 +56,22 @@ class PaymentNeeded(Exception):
     """The answer is a 402 with a quote. `code` and `message` say why, if a payment was there and did not do."""
 
     def __init__(
-        self, plan: Plan, code: str = "payment_required", message: str = "this request has to be paid"
+        self,
+        plan: Plan,
+        code: str = "payment_required",
+        message: str = "this request has to be paid",
+        refused: PaymentRefused | None = None,
     ) -> None:
         super().__init__(message)
         self.plan = plan
         self.code = code
         self.message = message
+        self.refused = refused
+
+    @property
+    def error(self) -> str:
+        """What the 402 says is wrong: a code of the standard's own stands alone, for clients compare it."""
+        return self.code if self.code.startswith("invalid_") else f"{self.code}: {self.message}"
 
 
 class Offers:
@@ -74,7 +84,6 @@ class Offers:
         public_url: How clients reach this gateway, or None to take it from each request.
         timeout_s: How long a payment must be good for, in seconds.
         default_schemes: Offered to whoever asks for none.
-        extensions: What the answers are extended with, if anything.
     """
 
     def __init__(
@@ -85,9 +94,7 @@ class Offers:
         public_url: str | None,
         timeout_s: int,
         default_schemes: tuple[str, ...] = ("exact",),
-        extensions: Extensions | None = None,
     ) -> None:
-        self._extensions = extensions
         self._networks = networks
         self._sealer = sealer
         self._planner = planner
@@ -97,46 +104,50 @@ class Offers:
 
     def required(self, call: Call, needed: PaymentNeeded) -> wire.PaymentRequiredAnswer:
         """The 402 for a request."""
-        answer = self.required_for(call, needed.plan.quote, f"{needed.code}: {needed.message}")
+        answer = self.required_for(call, needed.plan.quote, needed.error, needed.refused)
         answer.body["quote"] = needed.plan.quote_json()
         return answer
 
     def required_for(
-        self, call: Call, quote: Quote, error: str, only: frozenset[str] | None = None
+        self,
+        call: Call,
+        quote: Quote,
+        error: str,
+        refused: PaymentRefused | None = None,
+        only: tuple[str, ...] = (),
     ) -> wire.PaymentRequiredAnswer:
-        """The 402 for anything that has a quote; `error` says why there is one, `only` which schemes can pay it."""
-        accept_payment = call.header(b"accept-payment")
-        networks, schemes = self._offered(accept_payment)
+        """The 402 for anything that has a quote; `error` says why there is one.
+
+        Args:
+            call: The request.
+            quote: What it costs.
+            error: Why it is not served.
+            refused: What its payment was refused with; a payer that is out of step is told where it stands.
+            only: The only schemes to offer; by default those asked for and the configured ones.
+        """
+        networks, schemes = self._offered(call.header(b"accept-payment"))
+        schemes = list(only) or schemes
+        if isinstance(refused, OutOfStep):
+            networks = list(dict.fromkeys([*networks, *self._networks]))
+            schemes = list(dict.fromkeys([SCHEME, *schemes]))
         requirements = [
             scheme.requirement(token, quote.maximum_nano_usd, self._timeout_s)
             for entry in networks
             for name in schemes
-            if (only is None or name in only) and (scheme := entry.scheme(name)) is not None
+            if (scheme := entry.scheme(name)) is not None
             for token in scheme.tokens
         ]
-        resource_url = self._resource(call)
-        asked = [] if self._extensions is None else self._extensions.asked(accept_payment)
+        if isinstance(refused, OutOfStep):
+            corrected = [offer for offer in map(refused.correct, requirements) if offer is not None]
+            requirements = corrected + [offer for offer in requirements if offer.scheme != SCHEME]
         return wire.payment_required(
             requirements,
             quote,
             self._sealer.seal(quote),
-            resource_url,
+            self._resource(call),
             error,
             [entry.network for entry in networks],
-            None if self._extensions is None else self._extensions.declared(call, asked, requirements, resource_url),
-            HEADER_BYTES_ASKED_MAX if asked else HEADER_BYTES_MAX,
         )
-
-    def payment_headers(self, call: Call, sent: SentPayment, response: dict[str, Any]) -> dict[str, str]:
-        """The header that tells an x402 client how its payment went, with a signed receipt for those who asked for offers."""
-        payment = sent.payment
-        if self._extensions is not None and payment.wants_receipt and response["success"]:
-            receipt = self._extensions.receipt(
-                sent.scheme.network.caip2, self._resource(call), response["payer"], response["tx_hash"]
-            )
-            response = response | {"extensions": receipt}
-        name = "X-PAYMENT-RESPONSE" if payment.version == 1 else "PAYMENT-RESPONSE"
-        return {name: wire.payment_response(**response, v1=payment.version == 1)}
 
     def sent(self, call: Call) -> SentPayment | None:
         """The payment that a request carries; None if it carries none.
@@ -171,7 +182,7 @@ class Offers:
             sent = self.sent(call)
             return None if sent is None else self._check(sent, fresh, now)
         except PaymentRefused as error:
-            raise PaymentNeeded(fresh, error.code, error.message) from None
+            raise PaymentNeeded(fresh, error.code, error.message, error) from None
 
     def tender(self, sent: SentPayment, quote: Quote, now: int, refusal: PaymentRefused | None = None) -> Tender:
         """What a payment is worth for what `quote` is of; errors and `refusal` as for `Scheme.tender`."""
@@ -267,6 +278,12 @@ class Offers:
             return self._public_url.rstrip("/") + call.path
         host = call.header(b"host") or "localhost"
         return f"{call.scope.get('scheme', 'http')}://{host}{call.path}"
+
+
+def payment_headers(payment: wire.PaymentHeader, response: dict[str, Any]) -> dict[str, str]:
+    """The header that tells an x402 client how its payment went."""
+    name = "X-PAYMENT-RESPONSE" if payment.version == 1 else "PAYMENT-RESPONSE"
+    return {name: wire.payment_response(**response, v1=payment.version == 1)}
 
 
 def as_api_error(error: PaymentError) -> ApiError:

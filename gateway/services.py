@@ -16,8 +16,8 @@ from gateway.access.keys import Access
 from gateway.access.limits import QuoteLimiter
 from gateway.api.wallet import WalletApi
 from gateway.api.withdrawals import WithdrawalApi
+from gateway.channels import open_channels
 from gateway.execution.failover import Executor
-from gateway.extensions import Extensions
 from gateway.flow import Flow
 from gateway.metrics import Metrics
 from gateway.offers import NetworkPayments, Offers
@@ -28,12 +28,15 @@ from gateway.routing.catalog import Catalog
 from gateway.routing.engine import Engine
 from gateway.routing.tokens import count_input, count_text
 from gateway.settings import Settings, WalletSettings
-from gateway.topups import TopUps
-from payments import anchors, recovery
+from payments import recovery
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
+from payments.channels.kinds import register as register_channel_kinds
+from payments.channels.refunds import Refunder
+from payments.channels.services import has_channels
 from payments.doctor import verify_tokens
 from payments.facilitator import records as facilitated
+from payments.leases import Leases
 from payments.migrate import upgrade
 from payments.money import nano_to_atomic_down, usd_to_nano
 from payments.quotes import QuoteSealer
@@ -47,10 +50,9 @@ from payments.store import Store
 from payments.tenders.exact import PAYMENT
 from payments.tenders.exact_scheme import ExactScheme
 from payments.tenders.exact_services import ExactServices
+from payments.tenders.schemes import Scheme
 from payments.verification.chain_state import ChainStates
 from payments.withdrawals import Limits
-from payments.x402.extensions.offer_receipt import OfferSigner
-from payments.x402.extensions.sign_in_with_x import SignInWithX
 
 SWEEP_INTERVAL_S = 60.0
 WEI_DECIMALS = 18
@@ -66,9 +68,10 @@ class Chain:
     network: Network
     rpc: Rpc
     settlements: Settlements
-    refunds: Refunds
+    refunds: Refunds | None
     withdrawer: Withdrawer
     alarms: Alarms
+    refunder: Refunder | None
 
 
 @dataclass(slots=True)
@@ -80,12 +83,15 @@ class Services:
     metrics: Metrics
     limiter: QuoteLimiter
     offers: Offers
-    extensions: Extensions
     flow: Flow
     wallet: WalletApi
     withdrawals: WithdrawalApi
-    topups: TopUps
     chains: list[Chain]
+
+    @property
+    def channels(self) -> dict[int, Refunder]:
+        """Who refunds payment channels, by chain id."""
+        return {chain.network.chain_id: chain.refunder for chain in self.chains if chain.refunder is not None}
 
     def alarms(self) -> list[dict[str, str]]:
         """What is wrong, for `/readyz`; empty if the gateway can take payments and serve."""
@@ -114,10 +120,13 @@ class Services:
             planner = Planner(settings, catalog, engine, count_input)
 
             await recovery.recover(store)
+            leases = Leases(store, f"instance:{secrets.token_hex(8)}")
+            await leases.start()
+            cleanup.push_async_callback(leases.stop)
             chains: list[Chain] = []
             payable: list[NetworkPayments] = []
             for network in settings.resolved_networks():
-                chain, payments = await _open_chain(settings, network, store, cleanup)
+                chain, payments = await _open_chain(settings, network, store, leases, cleanup)
                 chains.append(chain)
                 payable.append(payments)
 
@@ -126,14 +135,6 @@ class Services:
             access = Access(store, sign_in)
             limiter = QuoteLimiter(settings.limits.quotes_per_minute)
             timeout_s = settings.payments.quote_ttl_s + QUOTE_MARGIN_S
-            extensions = Extensions(
-                store,
-                OfferSigner(secret),
-                SignInWithX(secret, [chain.network.caip2 for chain in chains]),
-                _origin(settings),
-                settings.payments.extensions,
-                settings.models[0].id if settings.models else None,
-            )
             offers = Offers(
                 payable,
                 QuoteSealer(secret),
@@ -141,14 +142,12 @@ class Services:
                 settings.public_url,
                 timeout_s,
                 tuple(settings.payments.schemes),
-                extensions,
             )
             flow = Flow(
                 planner=planner,
                 offers=offers,
                 executor=executor,
                 access=access,
-                extensions=extensions,
                 store=store,
                 replays=Replays(store, settings.payments.replay_ttl_s),
                 limiter=limiter,
@@ -159,33 +158,21 @@ class Services:
             depth = settings.limits.json_depth
             withdrawers = [chain.withdrawer for chain in chains]
             withdrawals = WithdrawalApi(store, access, withdrawers, _withdrawal_limits(settings.wallet), depth)
-            topups = TopUps(
-                store=store,
-                offers=offers,
-                access=access,
-                limiter=limiter,
-                minimum_nano_usd=usd_to_nano(settings.wallet.topup_minimum_usd),
-                maximum_nano_usd=usd_to_nano(settings.wallet.topup_maximum_usd),
-                quote_ttl_s=settings.payments.quote_ttl_s,
-                json_depth_max=depth,
-            )
-            limits = {"topups": topups.limits_json() if payable else None, "withdrawals": withdrawals.limits_json()}
-            wallet = WalletApi(store, sign_in, access, assets, limits, depth)
+            wallet = WalletApi(store, sign_in, access, assets, withdrawals.limits_json(), depth)
             metrics.add_gauges(lambda: _gauges(chains))
             sweeper = asyncio.create_task(_sweep(store))
             cleanup.callback(sweeper.cancel)
-            yield cls(store, catalog, metrics, limiter, offers, extensions, flow, wallet, withdrawals, topups, chains)
+            yield cls(store, catalog, metrics, limiter, offers, flow, wallet, withdrawals, chains)
 
 
 async def _open_chain(
-    settings: Settings, network: Network, store: Store, cleanup: contextlib.AsyncExitStack
+    settings: Settings, network: Network, store: Store, leases: Leases, cleanup: contextlib.AsyncExitStack
 ) -> tuple[Chain, NetworkPayments]:
     own = next(entry for entry in settings.networks if entry.chain_id == network.chain_id)
     pay_to = settings.pay_to_for(network.chain_id).lower()
     rpc = Rpc(own.rpc_urls, chain_id=network.chain_id, lag_blocks_max=network.lag_blocks_max)
     cleanup.push_async_callback(rpc.aclose)
     await verify_tokens(rpc, network)
-    await anchors.hold_fast(store, rpc, network)
     await open_books(store, rpc, network, pay_to)
     settlements = Settlements(
         store,
@@ -195,20 +182,20 @@ async def _open_chain(
         treasury_key=settings.treasury_key,
         batch_contract=own.batch_contract,
         confirmations=own.confirmations,
-        cross_check_nano_usd=usd_to_nano(settings.payments.cross_check_usd),
     )
     settlements.handle("payment", PAYMENT)
+    register_channel_kinds(settlements, store, network)
     settlements.handle(facilitated.KIND, facilitated.kind())
+    refunds = None
     threshold_nano_usd = usd_to_nano(settings.payments.refund_threshold_usd)
-    # Also where none are to be begun: those that were begun before must come to their end.
-    refunds = Refunds(store, settlements, network.tokens, threshold_nano_usd)
-    sends_back = settings.treasury_key is not None and threshold_nano_usd > 0
+    if settings.treasury_key is not None and threshold_nano_usd > 0:
+        refunds = Refunds(store, settlements, network.tokens, threshold_nano_usd)
     withdrawer = Withdrawer(store, settlements, network.tokens, pay_to)
     await settlements.start()
     cleanup.push_async_callback(settlements.stop)
     await withdrawer.start()
     cleanup.push_async_callback(withdrawer.stop)
-    if sends_back:
+    if refunds is not None:
         await refunds.start()
         cleanup.push_async_callback(refunds.stop)
     alarms = Alarms(
@@ -225,10 +212,15 @@ async def _open_chain(
         chain_states=ChainStates(rpc, network),
         payer_exposure_nano_usd=usd_to_nano(settings.payments.payer_exposure_usd),
         settlement_wait_s=settings.payments.settlement_wait_s,
-        credited=refunds.consider if sends_back else None,
+        credited=None if refunds is None else refunds.consider,
     )
-    schemes = (ExactScheme(network, pay_to, services, own.wallet_factories),)
-    return Chain(network, rpc, settlements, refunds, withdrawer, alarms), NetworkPayments(network, schemes)
+    schemes: list[Scheme] = [ExactScheme(network, pay_to, services, own.wallet_factories)]
+    refunder = None
+    if settlements.signers and await has_channels(rpc):
+        channels, refunder = await open_channels(settings, settlements, services, pay_to, leases, cleanup)
+        schemes.append(channels)
+    chain = Chain(network, rpc, settlements, refunds, withdrawer, alarms, refunder)
+    return chain, NetworkPayments(network, tuple(schemes))
 
 
 def _withdrawal_limits(settings: WalletSettings) -> Limits:
@@ -241,12 +233,8 @@ def _withdrawal_limits(settings: WalletSettings) -> Limits:
     )
 
 
-def _origin(settings: Settings) -> str:
-    return settings.public_url or f"http://{settings.host}:{settings.port}"
-
-
 def _sign_in(settings: Settings, secret: bytes, chains: list[Chain]) -> SignIn:
-    url = _origin(settings)
+    url = settings.public_url or f"http://{settings.host}:{settings.port}"
     return SignIn(
         secret=secret,
         domain=urlsplit(url).netloc,

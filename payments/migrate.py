@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
-HEAD = "0009"
+HEAD = "0007"
 """The newest revision in `payments/migrations/versions`."""
 BUSY_TIMEOUT_S = 60
 

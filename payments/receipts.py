@@ -140,7 +140,7 @@ def open_receipt(
     tx: Transaction,
     *,
     id: str,
-    tender: Literal["exact", "prepaid", "account"],
+    tender: Literal["exact", "channel", "prepaid", "account"],
     payer: str,
     asset: str,
     quoted_nano_usd: int,

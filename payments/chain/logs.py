@@ -15,7 +15,13 @@ Log = dict[str, Any]
 
 
 async def get_logs(
-    rpc: Rpc, address: str, topics: Sequence[str | None], from_block: int, to_block: int, *, range_max: int = RANGE_MAX
+    rpc: Rpc,
+    address: str,
+    topics: Sequence[str | list[str] | None],
+    from_block: int,
+    to_block: int,
+    *,
+    range_max: int = RANGE_MAX,
 ) -> list[Log]:
     """The logs of one contract that match `topics`, both blocks included, in the chain's order.
 

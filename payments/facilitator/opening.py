@@ -32,7 +32,6 @@ class NetworkOptions:
     rpc_urls: list[str]
     confirmations: int = 2
     batch_contract: str | None = None
-    wallet_factories: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ async def opened(options: Options) -> AsyncIterator[Services]:
             # A gateway may have worked on this database: what it left under way goes on.
             engine.handle("payment", PAYMENT)
             engines.append(engine)
-            schemes.append(ExactFacilitation(entry.network, ChainStates(rpc, entry.network), entry.wallet_factories))
+            schemes.append(ExactFacilitation(entry.network, ChainStates(rpc, entry.network)))
         facilitator = Facilitator(
             store,
             {engine.network.chain_id: engine for engine in engines},

@@ -25,7 +25,6 @@ from payments.facilitator.schemes import Facilitated, FacilitatedScheme
 from payments.facilitator.wire import FacilitatorCall
 from payments.money import atomic_to_nano_down
 from payments.settlement.engine import Settlements
-from payments.settlement.orders import SettlementOrder
 from payments.store import Store, Transaction
 from payments.tenders.exact_services import Unmined
 
@@ -169,8 +168,8 @@ class Facilitator:
             raise PaymentRefused("not_accepted_here", "this payment is less than what is worth settling here")
         return payment
 
-    async def _check_first(self, payment: Facilitated, client: str) -> SettlementOrder:
-        """That a payment which nobody settled here before can be; returns what settles it."""
+    async def _check_first(self, payment: Facilitated, client: str) -> None:
+        """That a payment which nobody settled here before can be."""
         if payment.refusal is not None:
             raise payment.refusal
         order = payment.order
@@ -181,10 +180,10 @@ class Facilitator:
                     "payer_suspended", f"too many settlements failed and cost gas; try again in {wait_s} s"
                 )
         before = partial(self._unmined.before, order.payer, payment.token.asset)
-        return await payment.check_chain(lambda: before(order.id))
+        await payment.check_chain(lambda: before(order.id))
 
     def _check_known(self, record: Record, payment: Facilitated) -> None:
-        if not record.is_same(payment.calls, payment.order.value):
+        if not record.is_same(payment.order):
             raise PaymentRefused("authorization_used", "this authorization was used for another payment")
 
     # --- settle -------------------------------------------------------------------------------------------------------
@@ -231,7 +230,7 @@ class Facilitator:
         self._count_open(order.id, order.payer, payment.token.asset, _worth_nano_usd(payment))
         begun = False
         try:
-            order = await self._check_first(payment, client)
+            await self._check_first(payment, client)
             begun = await self._store.write(lambda tx: records.begin(tx, payment.identity, order, client))
         finally:
             if not begun:

@@ -1,7 +1,8 @@
 """The books' accounts: how they are named, and which of them may go below zero.
 
 A balance above zero is what we owe the account's owner. `custody` is the counter side of everything on chain, so its balance
-is minus what the treasury should hold; `variance` is what the operator lost on overruns. What settlements cost is kept in the
+is minus what the treasury should hold; `variance` is what the operator lost on overruns;
+`receivable` is minus what is earned and not on chain yet. What settlements cost is kept in the
 chain's own coin (`native_asset`, in gwei): `signer` accounts are minus what each has paid, `gas` is the sum.
 """
 
@@ -9,9 +10,9 @@ from __future__ import annotations
 
 from payments.store import Transaction
 
-OVERDRAFT_KINDS = frozenset({"custody", "variance", "owner", "grants", "signer"})
+OVERDRAFT_KINDS = frozenset({"custody", "variance", "owner", "grants", "signer", "receivable"})
 OWNERLESS_KINDS = frozenset({"custody", "revenue", "variance", "dust", "unattributed", "owner", "grants", "gas"})
-OWNED_KINDS = frozenset({"payer", "pool", "key", "signer"})
+OWNED_KINDS = frozenset({"payer", "pool", "key", "signer", "receivable"})
 
 _INSERT = (
     "INSERT INTO ledger_account (id, kind, owner, asset, balance, pending_out, overdraft) VALUES (?, ?, ?, ?, 0, 0, ?)"

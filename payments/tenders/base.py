@@ -85,8 +85,12 @@ class Hold(Protocol):
         """Give up before there is anything to charge or to tell. The money is free; where the tender knows a second use of
         the same payment, that use takes the request up again."""
 
-    def payment_response(self) -> dict[str, Any] | None:
-        """What the `PAYMENT-RESPONSE` header says, decoded; None for tenders that are not x402, and while nothing is known."""
+    def payment_response(self, charge_nano_usd: int | None = None) -> dict[str, Any] | None:
+        """What the `PAYMENT-RESPONSE` header says, decoded; None for tenders that are not x402, and while nothing is known.
+
+        Args:
+            charge_nano_usd: What is going to be captured, where that is known before the answer begins.
+        """
 
 
 class Tender(Protocol):

@@ -174,7 +174,7 @@ class LedgerHold:
     def _over(self, charge: Charge) -> None:
         """The hold has ended, durably."""
 
-    def payment_response(self) -> dict[str, Any] | None:
+    def payment_response(self, charge_nano_usd: int | None = None) -> dict[str, Any] | None:
         """None: this is not x402."""
         return None
 

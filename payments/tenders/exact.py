@@ -144,14 +144,12 @@ class ExactTender:
             value_nano_usd=self._value_nano_usd,
             details=details,
             refusal=self._refusal,
-            identifier=self._payment.identifier,
         )
 
     async def _settle(self, hold: ExactHold) -> None:
         services = self._services
         submitting = False
         try:
-            services.settlements.admit(self._payment.payer)
             others = partial(services.unmined.before, hold.payer, hold.asset, hold.receipt_id)
             try:
                 has_code = await services.chain_states.check(
@@ -285,7 +283,7 @@ class ExactHold(LedgerHold):
             self._end()
             raise
 
-    def payment_response(self) -> dict[str, Any] | None:
+    def payment_response(self, charge_nano_usd: int | None = None) -> dict[str, Any] | None:
         """What `payments.x402.wire.payment_response` takes; None while the transfer's fate is unknown."""
         settled = self._settled
         if settled is None:

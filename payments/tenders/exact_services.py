@@ -36,9 +36,6 @@ class Settled(Protocol):
 class Settling(Protocol):
     """The settlement engine, as far as this tender needs it."""
 
-    def admit(self, payer: str) -> None:
-        """Raise `PaymentRefused` if too many payments failed on chain lately."""
-
     async def submit(self, order: SettlementOrder) -> None:
         """Write an order durably and broadcast it; the same id again changes nothing. `SettlementUnavailable` or `StoreBusy`
         mean that nothing was written."""
@@ -152,6 +149,10 @@ class Unmined:
         del values[receipt_id]
         if not values:
             del self._values[payer, asset]
+
+    def total(self, payer: str, asset: str) -> int:
+        """Nano-USD of all payments under way."""
+        return sum(self._values.get((payer, asset), {}).values())
 
     def before(self, payer: str, asset: str, receipt_id: str) -> int:
         """Nano-USD of the payments that set out before this one: of two that only one balance covers, the first goes on."""

@@ -45,7 +45,7 @@ def check_offline(payment: Payment, requirement: Requirement, network: Network, 
     assert requirement.network == network.caip2
     assert requirement.asset == token.address
     if payment.accepted is not None:
-        _check_accepted(payment.accepted, requirement)
+        check_accepted(payment.accepted, requirement)
     else:
         _check_v1(payment, requirement, network)
     _check_authorization(payment, requirement, token)
@@ -75,7 +75,7 @@ def payment_digest(payment: Payment, token: Token) -> bytes:
     return eip3009_digest(authorization, token)
 
 
-def _check_accepted(accepted: Requirement, requirement: Requirement) -> None:
+def check_accepted(accepted: Requirement, requirement: Requirement) -> None:
     """v2: the offer that the payer signed for must be ours, field by field."""
     _check_same("wrong_scheme", "accepted.scheme", accepted.scheme, requirement.scheme)
     _check_same("wrong_network", "accepted.network", accepted.network, requirement.network)

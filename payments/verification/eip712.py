@@ -38,7 +38,7 @@ def eip3009_digest(authorization: Eip3009Authorization, token: Token) -> bytes:
     valid_before = authorization.valid_before.to_bytes(32, "big")
     nonce = authorization.nonce.to_bytes(32, "big")
     struct = keccak256(_TRANSFER_WITH_AUTHORIZATION + payer + to + value + valid_after + valid_before + nonce)
-    return keccak256(_token_prefix(token) + struct)
+    return keccak256(token_prefix(token) + struct)
 
 
 def permit2_exact_digest(authorization: Permit2Authorization, chain_id: int) -> bytes:
@@ -49,7 +49,7 @@ def permit2_exact_digest(authorization: Permit2Authorization, chain_id: int) -> 
     nonce = authorization.nonce.to_bytes(32, "big")
     deadline = authorization.deadline.to_bytes(32, "big")
     struct = keccak256(_PERMIT_WITNESS_TRANSFER_FROM + permitted + spender + nonce + deadline + witness)
-    return keccak256(_permit2_prefix(chain_id) + struct)
+    return keccak256(permit2_prefix(chain_id) + struct)
 
 
 def token_domain_separator(token: Token) -> bytes:
@@ -71,12 +71,14 @@ def permit2_domain_separator(chain_id: int) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def _token_prefix(token: Token) -> bytes:
+def token_prefix(token: Token) -> bytes:
+    """What every digest in the token's own domain begins with."""
     return b"\x19\x01" + token_domain_separator(token)
 
 
 @lru_cache(maxsize=256)
-def _permit2_prefix(chain_id: int) -> bytes:
+def permit2_prefix(chain_id: int) -> bytes:
+    """What every digest in Permit2's domain begins with."""
     return b"\x19\x01" + permit2_domain_separator(chain_id)
 
 

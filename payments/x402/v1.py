@@ -1,7 +1,7 @@
 """The x402 v1 form of what a 402 offers, for clients that read the body instead of the header.
 
-v1 names networks by words (``base-sepolia``) and knows EIP-3009 only, so a Permit2 token and a network without such a word
-have no v1 form.
+v1 names networks by words (``base-sepolia``) and knows the scheme exact by EIP-3009 only, so other schemes, a Permit2 token and
+a network without such a word have no v1 form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ def v1_requirement(requirement: Requirement, network: Network, resource_url: str
         network: Its chain.
         resource_url: What is being paid for.
     """
-    if network.v1_name is None or requirement.extra.get("assetTransferMethod") != "eip3009":
+    if (
+        requirement.scheme != "exact"
+        or network.v1_name is None
+        or requirement.extra.get("assetTransferMethod") != "eip3009"
+    ):
         return None
     return {
         "scheme": requirement.scheme,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
@@ -19,7 +19,7 @@ import orjson
 from payments.chain.networks import PERMIT2_ADDRESS, Token, TransferMethod
 from payments.errors import PaymentMalformed
 from payments.x402.answers import QUOTE_EXTENSION, PaymentRequiredAnswer, payment_required, payment_response
-from payments.x402.extensions import identifier
+from payments.x402.channels import decode_channel_payment
 from payments.x402.fields import (
     is_deeper_than,
     read_address,
@@ -31,6 +31,7 @@ from payments.x402.fields import (
     read_text,
     read_uint256,
 )
+from payments.x402.headers import PaymentHeader
 from payments.x402.requirements import Requirement, requirement_for
 
 __all__ = [
@@ -55,8 +56,6 @@ HEADER_CHARACTERS_MAX = 16_384
 JSON_DEPTH_MAX = 16
 """The deepest part that stock clients send, a schema echoed within `extensions`, is about half of it."""
 QUOTE_TOKEN_CHARACTERS_MAX = 512
-
-OFFER_RECEIPT = "offer-receipt"
 
 _INT64_MAX = 2**63 - 1
 _VERSIONS: dict[HeaderName, int] = {"payment-signature": 2, "x-payment": 1}
@@ -121,32 +120,6 @@ class Permit2Authorization:
     def expires_at(self) -> int:
         """`deadline`, cut to 64 bits so that a far-away one fits a database column."""
         return min(self.deadline, _INT64_MAX)
-
-
-@dataclass(frozen=True, slots=True)
-class PaymentHeader:
-    """What every decoded payment header says, whatever its scheme."""
-
-    version: int
-    """1 or 2."""
-    scheme: str
-    network: str
-    """As the payer wrote it: CAIP-2 in v2, a name such as ``base-sepolia`` in v1."""
-    accepted: Requirement | None
-    """The offer that the payer chose; v1 does not send it."""
-    quote_token: str | None
-    """Our quote as the payer echoed it; v1 cannot carry it."""
-    digest: bytes
-    """SHA-256 over the whole payment in canonical JSON: the same payment sent again has the same digest, any other has not."""
-    identifier: str | None = field(default=None, kw_only=True)
-    """The payer's own name for it, see `payments.x402.extensions.identifier`."""
-    wants_receipt: bool = field(default=False, kw_only=True)
-    """Whether the payer was offered a signed receipt and echoed that."""
-
-    @property
-    def token_address(self) -> str | None:
-        """The token that the payer says it pays in, lower-case hex; None if it does not say."""
-        return None if self.accepted is None else self.accepted.asset
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,11 +207,7 @@ def read_payment(document: dict[str, Any], version: int) -> PaymentHeader:
         quote_token=None if version == 1 else _read_quote_token(document.get("extensions")),
         digest=hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).digest(),
     )
-    payment = decode(envelope, read_object(document.get("payload"), "payload"))
-    extensions = document.get("extensions")
-    if version == 1 or not isinstance(extensions, dict):
-        return payment
-    return replace(payment, identifier=identifier.read(extensions), wants_receipt=OFFER_RECEIPT in extensions)
+    return decode(envelope, read_object(document.get("payload"), "payload"))
 
 
 def _read_document(header: str, header_name: HeaderName) -> dict[str, Any]:
@@ -302,7 +271,7 @@ def _decode_exact(header: PaymentHeader, payload: dict[str, Any]) -> Payment:
     )
 
 
-SCHEMES: dict[str, Decode] = {"exact": _decode_exact}
+SCHEMES: dict[str, Decode] = {"exact": _decode_exact, "batch-settlement": decode_channel_payment}
 """The schemes that can be read, by name. v1 knows ``exact`` only."""
 
 

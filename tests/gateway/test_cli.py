@@ -88,9 +88,6 @@ COMMANDS = [
     ["ledger", "check"],
     ["ledger", "statement"],
     ["receipts", "show"],
-    ["settlements", "list"],
-    ["settlements", "explain"],
-    ["settlements", "retry"],
 ]
 
 

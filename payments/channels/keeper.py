@@ -1,0 +1,273 @@
+"""Keeps a network's channels: looks at the chain where something happened, and claims what was charged.
+
+What is charged is claimed in batches once it is worth it or old enough, and at once where the payer has announced a withdrawal:
+only what is claimed is safe from it. One process of all that share the database does this at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+
+from payments.chain.channel_contract import (
+    CHANNEL_TOPICS,
+    GAS_CLAIM_BASE,
+    GAS_CLAIM_EACH,
+    Claim,
+    encode_claim_and_settle,
+)
+from payments.chain.logs import get_logs
+from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, Token
+from payments.chain.rpc import Rpc, RpcError, RpcUnavailable
+from payments.channels import book
+from payments.channels.book import Channel
+from payments.channels.kinds import CLAIM_RETRY_MS
+from payments.channels.services import ChannelServices
+from payments.errors import PaymentError
+from payments.leases import LeaseLost, Leases, require
+from payments.money import atomic_to_nano_down, nano_to_atomic_down
+from payments.settlement import outbox
+from payments.settlement.engine import Settlements
+from payments.settlement.orders import SettlementOrder
+from payments.store import StoreBusy, Transaction
+from payments.verification.vouchers import claim_batch_digest, sign_digest
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0
+CLAIMS_MAX = 100
+"""Channels in one claim: about 5 million gas."""
+GAS_MAX = GAS_CLAIM_BASE + CLAIMS_MAX * GAS_CLAIM_EACH
+DUE_MAX = 1_000
+"""Channels looked at in one round."""
+REORGANISED_BLOCKS = 64
+"""Blocks that are read again each time: what a reorganisation changed is looked at once more."""
+
+_UNSYNCED = "chain_id = ? AND (marks <> synced_marks OR synced_block < 0) AND created_ms < ?"
+_DUE = """
+    chain_id = ? AND claim_id IS NULL AND claim_from_ms <= ? AND unclaimed_since_ms IS NOT NULL
+    AND marks = synced_marks
+    ORDER BY CASE WHEN state = 'withdrawing' THEN 0 ELSE 1 END, unclaimed_since_ms LIMIT ?
+"""
+
+
+class ChannelKeeper:
+    """Looks after the channels of one network.
+
+    Args:
+        services: Of the network.
+        settlements: Started before this is.
+        leases: This process's.
+        claim_nano_usd: Claim once this much is outstanding in a token.
+        claim_age_s: Claim what has been outstanding for this long.
+        interval_s: How often to look.
+        watch_s: How often to read the contract's events; far less than a channel's withdrawal delay.
+    """
+
+    def __init__(
+        self,
+        services: ChannelServices,
+        settlements: Settlements,
+        leases: Leases,
+        *,
+        claim_nano_usd: int,
+        claim_age_s: float,
+        interval_s: float = INTERVAL_S,
+        watch_s: float = 15.0,
+    ) -> None:
+        self.claims = 0
+        self._services = services
+        self._store = services.store
+        self._settlements = settlements
+        self._rpc: Rpc = settlements.rpc
+        self._leases = leases
+        self._chain_id = services.network.chain_id
+        self._lease = f"channels:{self._chain_id}"
+        self._claim_nano_usd = claim_nano_usd
+        self._claim_age_ms = int(claim_age_s * 1000)
+        self._interval_s = interval_s
+        self._watch_s = watch_s
+        self._next_watch = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin; what a crash left half-known is looked at first."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """Stop beginning anything; what is durable is the settlement engine's."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                if self._leases.held(self._lease) or await self._leases.acquire(self._lease):
+                    if time.monotonic() >= self._next_watch:
+                        await self.watch()
+                        self._next_watch = time.monotonic() + self._watch_s
+                    await self.sync_marked()
+                    await self.claim_due()
+            except (RpcUnavailable, RpcError, StoreBusy, PaymentError, LeaseLost) as error:
+                log.warning("channels must wait: %s", error)
+            except Exception:
+                # Nothing that one channel meets may keep the others from being claimed in time.
+                log.exception("looking after channels failed")
+            await asyncio.sleep(self._interval_s)
+
+    # --- the chain ----------------------------------------------------------------------------------------------------
+
+    async def watch(self) -> int:
+        """Look at every channel of ours that the contract has had an event of since the last time; returns how many."""
+        head = int(await self._rpc.call("eth_blockNumber", []), 16)
+        cursor = await self._store.read(self._cursor)
+        start = max(0, (head if cursor is None else min(cursor, head)) - REORGANISED_BLOCKS)
+        logs = await get_logs(self._rpc, BATCH_SETTLEMENT_ADDRESS, [list(CHANNEL_TOPICS)], start, head)
+        touched = list(dict.fromkeys(entry["topics"][1] for entry in logs))
+        known = await self._store.read(
+            lambda tx: [channel_id for channel_id in touched if book.find(tx, channel_id) is not None]
+        )
+        if cursor is None:
+            # The first look at this chain: whatever happened before is in the channels' states.
+            known = await self._store.read(
+                lambda tx: [channel.id for channel in book.select(tx, "chain_id = ?", (self._chain_id,))]
+            )
+        await self._services.sync(known)
+        await self._store.write(lambda tx: self._set_cursor(tx, head))
+        return len(known)
+
+    async def sync_marked(self) -> None:
+        """Ask the chain about every channel that something happened to, as after a crash between the two."""
+        # A channel that has just been entered is being looked at by the request that entered it.
+        before = book.now_ms() - 60_000
+        channels = await self._store.read(
+            lambda tx: book.select(tx, f"{_UNSYNCED} LIMIT ?", (self._chain_id, before, DUE_MAX))
+        )
+        marked = [channel for channel in channels if channel.synced_block >= 0 or channel.marks]
+        if marked:
+            await self._services.sync([channel.id for channel in marked])
+
+    # --- claims -------------------------------------------------------------------------------------------------------
+
+    async def claim_due(self) -> int:
+        """Begin to claim what is due; returns how many channels."""
+        now = book.now_ms()
+        channels = await self._store.read(lambda tx: book.select(tx, _DUE, (self._chain_id, now, DUE_MAX)))
+        begun = 0
+        for token in self._services.network.tokens:
+            of_token = [channel for channel in channels if channel.config.token == token.address]
+            due = self._due(of_token, now)
+            for start in range(0, len(due), CLAIMS_MAX):
+                begun += await self.claim(due[start : start + CLAIMS_MAX], token)
+        return begun
+
+    def _due(self, channels: Sequence[Channel], now: int) -> list[Channel]:
+        outstanding = sum(channel.charged_nano_usd - channel.claimed_nano_usd for channel in channels)
+        oldest = min((channel.unclaimed_since_ms or now for channel in channels), default=now)
+        if outstanding >= self._claim_nano_usd or oldest + self._claim_age_ms <= now:
+            return list(channels)
+        return [channel for channel in channels if channel.state == "withdrawing"]
+
+    async def claim(self, channels: Sequence[Channel], token: Token) -> int:
+        """Claim everything that is outstanding in these channels, as one settlement; returns how many channels it is of.
+
+        The very call is tried first: a channel for which it would fail must not take the others' claims with it.
+        """
+        claims = [(channel, _claim_of(channel, token)) for channel in channels]
+        claims = [(channel, claim) for channel, claim in claims if claim.total > channel.on_chain.total_claimed]
+        if not claims:
+            return 0
+        if not await self._would_succeed(claims, token):
+            if len(claims) == 1:
+                await self._postpone(claims[0][0])
+                return 0
+            middle = len(claims) // 2
+            halves = (claims[:middle], claims[middle:])
+            return sum([await self.claim([channel for channel, _ in half], token) for half in halves])
+        settlement_id = await self._store.write(lambda tx: self._begin(tx, claims, token))
+        if settlement_id is None:
+            return 0
+        self.claims += 1
+        self._settlements.take_queued(settlement_id)
+        return len(claims)
+
+    async def _would_succeed(self, claims: Sequence[tuple[Channel, Claim]], token: Token) -> bool:
+        data = self._call_data([claim for _, claim in claims], [channel.number for channel, _ in claims], token)
+        call = {"to": BATCH_SETTLEMENT_ADDRESS, "data": "0x" + data.hex()}
+        try:
+            await self._rpc.call("eth_call", [call, "latest"])
+        except RpcError as error:
+            log.warning("a claim of %d channels would fail: %s", len(claims), error.message)
+            return False
+        return True
+
+    def _call_data(self, claims: Sequence[Claim], numbers: Sequence[int], token: Token) -> bytes:
+        entries = [(number, claim.voucher_amount, claim.total) for number, claim in zip(numbers, claims, strict=True)]
+        signature = sign_digest(self._services.authorizer.key, claim_batch_digest(entries, self._chain_id))
+        return encode_claim_and_settle(claims, signature, self._services.receiver, token.address)
+
+    def _begin(self, tx: Transaction, claims: Sequence[tuple[Channel, Claim]], token: Token) -> str | None:
+        require(tx, self._lease, self._leases.owner)
+        free = []
+        for channel, claim in claims:
+            current = book.find(tx, channel.id)
+            if current is not None and current.claim_id is None and claim.total > current.on_chain.total_claimed:
+                free.append((channel, claim))
+        if not free:
+            return None
+        settlement_id = f"claim_{secrets.token_hex(16)}"
+        for channel, claim in free:
+            gain = claim.total - channel.on_chain.total_claimed
+            tx.execute(
+                "INSERT INTO channel_claim (settlement_id, channel_id, amount_nano_usd, total) VALUES (?, ?, ?, ?)",
+                (settlement_id, channel.id, atomic_to_nano_down(gain, token.decimals), str(claim.total)),
+            )
+            book.put(tx, channel.id, claim_id=settlement_id)
+        order = SettlementOrder(
+            id=settlement_id,
+            kind="channel_claim",
+            reference=settlement_id,
+            chain_id=self._chain_id,
+            token=token.address,
+            payer=BATCH_SETTLEMENT_ADDRESS,
+            pay_to=self._services.receiver,
+            value=sum(claim.total - channel.on_chain.total_claimed for channel, claim in free),
+            authorization_nonce=None,
+            call_to=BATCH_SETTLEMENT_ADDRESS,
+            call_data=self._call_data([claim for _, claim in free], [channel.number for channel, _ in free], token),
+            valid_before=0,
+        )
+        outbox.enqueue(tx, order)
+        return settlement_id
+
+    async def _postpone(self, channel: Channel) -> None:
+        """Ask the chain what has become of a channel before its claim is tried again."""
+
+        def unit(tx: Transaction) -> None:
+            book.put(tx, channel.id, claim_from_ms=book.now_ms() + CLAIM_RETRY_MS)
+            book.mark(tx, channel.id, None)
+
+        await self._store.write(unit)
+
+    def _cursor(self, tx: Transaction) -> int | None:
+        row = tx.execute("SELECT block_number FROM chain_cursor WHERE asset = ?", (self._lease,)).fetchone()
+        return None if row is None else int(row[0])
+
+    def _set_cursor(self, tx: Transaction, block_number: int) -> None:
+        require(tx, self._lease, self._leases.owner)
+        tx.execute(
+            "INSERT INTO chain_cursor (asset, block_number) VALUES (?, ?)"
+            " ON CONFLICT (asset) DO UPDATE SET block_number = excluded.block_number",
+            (self._lease, block_number),
+        )
+
+
+def _claim_of(channel: Channel, token: Token) -> Claim:
+    """All that was charged, as far as the payer signed for it and the channel holds it."""
+    charged = nano_to_atomic_down(channel.charged_nano_usd, token.decimals)
+    total = min(charged, channel.voucher, channel.on_chain.balance)
+    return Claim(channel.config, channel.voucher, channel.signature, total)

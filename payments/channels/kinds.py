@@ -1,0 +1,226 @@
+"""How deposits, claims and refunds of channels are proven on the chain, and what they do to the book.
+
+The proof is the contract's own event for this very channel; what the channel holds afterwards is never computed from it but
+read from the chain, since the book marks the channel. So it makes no difference who submitted what.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from payments.chain.channel_contract import (
+    DEPOSITED_TOPIC,
+    GAS_CLAIM_BASE,
+    GAS_CLAIM_EACH,
+    GAS_DEPOSIT,
+    GAS_REFUND,
+    REFUNDED_TOPIC,
+    SETTLED_TOPIC,
+    decode_states,
+    states_call,
+)
+from payments.chain.logs import Log, get_logs, transferred
+from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, PERMIT2_ADDRESS, Network
+from payments.chain.rpc import Rpc
+from payments.chain.transactions import (
+    WORD,
+    address_topic,
+    encode_authorization_state,
+    encode_nonce_bitmap,
+    nonce_is_set,
+)
+from payments.channels import book
+from payments.money import atomic_to_nano_down
+from payments.settlement.engine import Settlements
+from payments.settlement.orders import Evidence, Kind, NoEvidence, SettlementOrder
+from payments.store import Store, Transaction
+
+CLAIM_RETRY_MS = 60_000
+_CLAIMS = "SELECT channel_id, total FROM channel_claim WHERE settlement_id = ?"
+
+
+class DepositProof:
+    """A deposit: the contract's `Deposited` for this channel and amount."""
+
+    def of_call(self, order: SettlementOrder, receipt: dict[str, Any], logs: list[Log]) -> Evidence | None:
+        """See `payments.settlement.orders.Proof`."""
+        return _pick(receipt, logs, DEPOSITED_TOPIC, order)
+
+    async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
+        """See `payments.settlement.orders.Proof`. If somebody else submitted the deposit, it is in the channel all the same."""
+        if not await _nonce_is_used(rpc, order, head):
+            return NoEvidence(nonce_consumed=False)
+        return await _search(rpc, DEPOSITED_TOPIC, order, from_block, head) or NoEvidence(nonce_consumed=True)
+
+
+class RefundProof:
+    """A refund: the contract's `Refunded` for this channel."""
+
+    def of_call(self, order: SettlementOrder, receipt: dict[str, Any], logs: list[Log]) -> Evidence | None:
+        """See `payments.settlement.orders.Proof`."""
+        return _pick(receipt, logs, REFUNDED_TOPIC, order)
+
+    async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
+        """See `payments.settlement.orders.Proof`: anybody can submit the refund that we signed."""
+        (answer,) = await rpc.ask([states_call([int(order.reference, 16)])])
+        _, (state,), _ = decode_states(answer, 1)
+        assert order.authorization_nonce is not None
+        if state.refund_nonce <= order.authorization_nonce:
+            return NoEvidence(nonce_consumed=False)
+        return await _search(rpc, REFUNDED_TOPIC, order, from_block, head) or NoEvidence(nonce_consumed=True)
+
+
+class ClaimProof:
+    """A batch of claims that is settled in the same call: the Transfer from the contract to the treasury.
+
+    Args:
+        store: Knows what each claim is of.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def of_call(self, order: SettlementOrder, receipt: dict[str, Any], logs: list[Log]) -> Evidence | None:
+        """See `payments.settlement.orders.Proof`."""
+        topics = [SETTLED_TOPIC, address_topic(order.pay_to), address_topic(order.token)]
+        if not any(log["address"].lower() == BATCH_SETTLEMENT_ADDRESS and log["topics"][:3] == topics for log in logs):
+            return None
+        for log in logs:
+            value = transferred(log, order.token, BATCH_SETTLEMENT_ADDRESS, order.pay_to)
+            if value:
+                return _evidence(receipt, log, value)
+        return None
+
+    async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
+        """See `payments.settlement.orders.Proof`: anybody can submit the claims that we signed, and settle them."""
+        claims = await self._store.read(lambda tx: tx.execute(_CLAIMS, (order.id,)).fetchall())
+        (answer,) = await rpc.ask([states_call([int(channel, 16) for channel, _ in claims])])
+        _, found, _ = decode_states(answer, len(claims))
+        if any(state.total_claimed < int(total) for state, (_, total) in zip(found, claims, strict=True)):
+            return NoEvidence(nonce_consumed=False)
+        topics = [SETTLED_TOPIC, address_topic(order.pay_to), address_topic(order.token)]
+        for log in reversed(await get_logs(rpc, BATCH_SETTLEMENT_ADDRESS, topics, from_block, head)):
+            receipt = await rpc.call("eth_getTransactionReceipt", [log["transactionHash"]])
+            evidence = None if receipt is None else self.of_call(order, receipt, receipt["logs"])
+            if evidence is not None:
+                return evidence
+        return NoEvidence(nonce_consumed=True)
+
+
+def register(settlements: Settlements, store: Store, network: Network, *, batchable: bool = True) -> None:
+    """Teach the engine the three kinds; before it starts.
+
+    Args:
+        settlements: The engine.
+        store: The database.
+        network: Its tokens.
+        batchable: Whether the batch contract may carry them.
+    """
+    books = _Books(network)
+    settlements.handle(
+        "channel_deposit",
+        Kind(DepositProof(), books.deposited, books.deposit_failed, lambda _: GAS_DEPOSIT, batchable=batchable),
+    )
+    settlements.handle(
+        "channel_claim", Kind(ClaimProof(store), books.claimed, books.claim_failed, gas_of_claim, batchable=batchable)
+    )
+    settlements.handle(
+        "channel_refund",
+        Kind(RefundProof(), books.refunded, books.refund_failed, lambda _: GAS_REFUND, batchable=batchable),
+    )
+
+
+def gas_of_claim(order: SettlementOrder) -> int:
+    """The most gas that a batch of claims uses, by the length of its calldata: an entry is at least 16 words."""
+    return GAS_CLAIM_BASE + GAS_CLAIM_EACH * max(1, len(order.call_data) // (16 * WORD))
+
+
+class _Books:
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def deposited(self, tx: Transaction, row: dict[str, Any]) -> None:
+        self._mark(tx, row)
+
+    def deposit_failed(self, tx: Transaction, row: dict[str, Any]) -> None:
+        self._mark(tx, row)
+
+    def claimed(self, tx: Transaction, row: dict[str, Any]) -> None:
+        token = self._network.token_at(row["token"])
+        assert token is not None
+        for channel_id, total in tx.execute(_CLAIMS, (row["id"],)).fetchall():
+            channel = book.find(tx, channel_id)
+            assert channel is not None
+            total_nano_usd = atomic_to_nano_down(int(total), token.decimals)
+            if total_nano_usd > channel.claimed_nano_usd:
+                book.book_claimed(tx, channel_id, total_nano_usd, token)
+            self._end_claim(tx, channel, row, claim_from_ms=0)
+
+    def claim_failed(self, tx: Transaction, row: dict[str, Any]) -> None:
+        for channel_id, _ in tx.execute(_CLAIMS, (row["id"],)).fetchall():
+            channel = book.find(tx, channel_id)
+            assert channel is not None
+            # At once again, it would fail again: the chain is asked first, and gas is not burnt without bound.
+            self._end_claim(tx, channel, row, claim_from_ms=book.now_ms() + CLAIM_RETRY_MS)
+
+    def refunded(self, tx: Transaction, row: dict[str, Any]) -> None:
+        # What is given back stays out of reach until the chain was asked what is left.
+        self._end_refund(tx, row)
+
+    def refund_failed(self, tx: Transaction, row: dict[str, Any]) -> None:
+        self._end_refund(tx, row)
+
+    def _end_claim(self, tx: Transaction, channel: book.Channel, row: dict[str, Any], claim_from_ms: int) -> None:
+        if channel.claim_id == row["id"]:
+            book.put(tx, channel.id, claim_id=None, claim_from_ms=claim_from_ms)
+        book.mark(tx, channel.id, row.get("block_number"))
+
+    def _end_refund(self, tx: Transaction, row: dict[str, Any]) -> None:
+        channel = book.find(tx, row["reference"])
+        assert channel is not None
+        if channel.refund_id == row["id"]:
+            book.put(tx, channel.id, refund_id=None)
+        self._mark(tx, row)
+
+    def _mark(self, tx: Transaction, row: dict[str, Any]) -> None:
+        book.mark(tx, row["reference"], row.get("block_number"))
+
+
+def _pick(receipt: dict[str, Any], logs: list[Log], event: str, order: SettlementOrder) -> Evidence | None:
+    for log in logs:
+        if log["address"].lower() != BATCH_SETTLEMENT_ADDRESS or log["topics"][:2] != [event, order.reference]:
+            continue
+        value = int(log["data"][2 : 2 + 2 * WORD], 16)
+        if 0 < value <= order.value:
+            return _evidence(receipt, log, value)
+    return None
+
+
+def _evidence(receipt: dict[str, Any], log: Log, value: int) -> Evidence:
+    return Evidence(
+        transaction_hash=receipt["transactionHash"],
+        block_number=int(receipt["blockNumber"], 16),
+        block_hash=receipt["blockHash"],
+        transfer_log_index=int(log["logIndex"], 16),
+        received_value=value,
+    )
+
+
+async def _search(rpc: Rpc, event: str, order: SettlementOrder, from_block: int, head: int) -> Evidence | None:
+    for log in await get_logs(rpc, BATCH_SETTLEMENT_ADDRESS, [event, order.reference], from_block, head):
+        receipt = await rpc.call("eth_getTransactionReceipt", [log["transactionHash"]])
+        evidence = None if receipt is None else _pick(receipt, [log], event, order)
+        if evidence is not None:
+            return evidence
+    return None
+
+
+async def _nonce_is_used(rpc: Rpc, order: SettlementOrder, head: int) -> bool:
+    nonce = order.authorization_nonce
+    assert nonce is not None
+    if ":permit2:" in order.id:
+        to, data = PERMIT2_ADDRESS, encode_nonce_bitmap(order.payer, nonce)
+    else:
+        to, data = order.token, encode_authorization_state(order.payer, nonce)
+    answer = int(await rpc.call("eth_call", [{"to": to, "data": "0x" + data.hex()}, hex(head)]), 16)
+    return nonce_is_set(answer, nonce) if to == PERMIT2_ADDRESS else answer == 1

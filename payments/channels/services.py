@@ -1,0 +1,183 @@
+"""What all channels on one network share: the database, the engine, the chain, and who waits for whom."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+from payments.chain.channel_contract import decode_states, encode_deposit, states_call
+from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, MULTICALL3_ADDRESS, PERMIT2_ADDRESS, Network, Token
+from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
+from payments.chain.signers import Signer
+from payments.chain.transactions import decode_revert, encode_allowance, encode_balance_of
+from payments.channels import book
+from payments.channels.book import Channel, Seen
+from payments.errors import AllowanceRequired, PaymentError, PaymentRefused, SettlementUnavailable
+from payments.money import nano_to_atomic_up
+from payments.store import Store
+from payments.tenders.exact_services import ExactServices, Settling
+from payments.x402.channels import DEPOSIT_SIMULATION, ChannelConfig, Deposit, Permit2Deposit
+
+LOOKS_AT_ONCE = 50
+"""Channels in one call."""
+
+
+async def has_channels(rpc: Rpc) -> bool:
+    """Whether the chain has the batch-settlement contract and Multicall3; without them channels are not offered."""
+    requests: list[Request] = [
+        ("eth_getCode", (address, "latest")) for address in (BATCH_SETTLEMENT_ADDRESS, MULTICALL3_ADDRESS)
+    ]
+    codes = await rpc.ask(requests)
+    return all(isinstance(code, str) and len(code) > 2 for code in codes)
+
+
+class ChannelServices:
+    """What all channels on one network share.
+
+    Args:
+        store: The database.
+        settlements: Settles deposits.
+        rpc: The chain.
+        network: Its tokens.
+        receiver: The treasury, lower-case hex.
+        authorizer: Signs claims and refunds; part of every channel's identity, so its key must be kept as long as channels are.
+        withdraw_delay_s: What is asked of a channel, see `payments.x402.channels.channel_requirement`.
+        payers: What is known of the payers' other payments under way: a deposit counts with them.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        settlements: Settling,
+        rpc: Rpc,
+        network: Network,
+        receiver: str,
+        authorizer: Signer,
+        withdraw_delay_s: int,
+        payers: ExactServices,
+    ) -> None:
+        self.store = store
+        self.settlements = settlements
+        self.network = network
+        self.receiver = receiver
+        self.authorizer = authorizer
+        self.withdraw_delay_s = withdraw_delay_s
+        self.payers = payers
+        self._rpc = rpc
+        self._changes: dict[str, asyncio.Event] = {}
+
+    # --- the chain ----------------------------------------------------------------------------------------------------
+
+    async def look(self, channels: Sequence[tuple[int, int]]) -> list[Seen]:
+        """What the chain says of channels, given by their ids and marks; one call for each `LOOKS_AT_ONCE`.
+
+        Raises:
+            SettlementUnavailable: The chain cannot be asked.
+        """
+        seen: list[Seen] = []
+        for start in range(0, len(channels), LOOKS_AT_ONCE):
+            some = channels[start : start + LOOKS_AT_ONCE]
+            try:
+                (answer,) = await self._rpc.ask([states_call([number for number, _ in some])])
+                block, found, _ = decode_states(answer, len(some))
+            except (RpcUnavailable, RpcError, ValueError) as error:
+                raise _unavailable() from error
+            seen += [Seen(state, block, marks) for state, (_, marks) in zip(found, some, strict=True)]
+        return seen
+
+    async def sync(self, channel_ids: Sequence[str]) -> list[Channel]:
+        """Read the chain's state of channels that are in the book into it.
+
+        Raises:
+            SettlementUnavailable: The chain cannot be asked.
+            StoreBusy: The database cannot be written to.
+        """
+        known = await self.store.read(lambda tx: [book.find(tx, channel_id) for channel_id in channel_ids])
+        channels = [channel for channel in known if channel is not None]
+        seen = await self.look([(channel.number, channel.marks) for channel in channels])
+        pairs = list(zip(channels, seen, strict=True))
+        synced = await self.store.write(
+            lambda tx: [book.sync(tx, channel.id, each, self.token(channel.config.token)) for channel, each in pairs]
+        )
+        for channel in channels:
+            self.notify(channel.id)
+        return synced
+
+    async def check_deposit(
+        self, channel: int, marks: int, config: ChannelConfig, deposit: Deposit, token: Token
+    ) -> Seen:
+        """Return the channel's state if the deposit would succeed now: funds, allowance and the very call, in one round trip.
+
+        Raises:
+            PaymentRefused: It would fail.
+            AllowanceRequired: Permit2 may not move the token yet.
+            SettlementUnavailable: The chain cannot be asked.
+        """
+        more = [
+            (token.address, encode_balance_of(config.payer)),
+            (token.address, encode_allowance(config.payer, PERMIT2_ADDRESS)),
+            (BATCH_SETTLEMENT_ADDRESS, encode_deposit(config, deposit)),
+        ]
+        try:
+            (answer,) = await self._rpc.ask([states_call([channel], more)])
+            block, (state,), (balance, allowance, simulated) = decode_states(answer, 1, len(more))
+        except (RpcUnavailable, RpcError, ValueError) as error:
+            raise _unavailable() from error
+        in_use = nano_to_atomic_up(self.payers.unmined.total(config.payer, token.asset), token.decimals)
+        problem = _judge(deposit, token, _number(balance) - in_use, _number(allowance), simulated)
+        if problem is not None:
+            raise problem
+        return Seen(state, block, marks)
+
+    # --- waiting ------------------------------------------------------------------------------------------------------
+
+    def notify(self, channel_id: str) -> None:
+        """Something about a channel changed; whoever waits for that looks again."""
+        changed = self._changes.pop(channel_id, None)
+        if changed is not None:
+            changed.set()
+
+    async def change(self, channel_id: str, timeout_s: float) -> None:
+        """Wait until something about a channel changes, at most `timeout_s`: other processes' changes are not told."""
+        changed = self._changes.setdefault(channel_id, asyncio.Event())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+
+    def token(self, address: str) -> Token:
+        """The token with this address, which channels in the book are in."""
+        token = self.network.token_at(address)
+        assert token is not None
+        return token
+
+
+def _judge(
+    deposit: Deposit, token: Token, balance: int, allowance: int, simulated: tuple[bool, bytes]
+) -> PaymentError | None:
+    succeeded, returned = simulated
+    if succeeded and balance >= deposit.amount:
+        return None
+    if balance < deposit.amount:
+        return PaymentRefused(
+            "insufficient_funds",
+            f"the payer has {max(balance, 0)} atomic units of {token.symbol} that are not in use, and {deposit.amount} are to"
+            " be deposited",
+        )
+    if isinstance(deposit, Permit2Deposit) and allowance < deposit.amount:
+        return AllowanceRequired(
+            "permit2_allowance_required",
+            f"the payer must once approve Permit2 for {token.symbol}: call approve({PERMIT2_ADDRESS}, amount) on"
+            f" {token.address} with at least {deposit.amount}, then send the same payment again",
+        )
+    return PaymentRefused(DEPOSIT_SIMULATION, f"the contract refuses the deposit: {decode_revert(returned)}")
+
+
+def _number(result: tuple[bool, bytes]) -> int:
+    succeeded, returned = result
+    return int.from_bytes(returned[:32], "big") if succeeded else 0
+
+
+def _unavailable() -> SettlementUnavailable:
+    return SettlementUnavailable("chain_unavailable", "the chain cannot be asked; send the same payment again")

@@ -1,0 +1,326 @@
+"""Paying through a channel: the x402 scheme `batch-settlement`.
+
+authorize  the voucher covers what was charged, what is under way and this price: hold the price. No chain, no waiting
+ready      nothing to wait for, except for the deposit that opens a channel or tops it up
+capture    charge what was used; it is claimed on chain later, with many others
+release    charge nothing: the voucher is the payer's to use again
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from dataclasses import replace
+from typing import Any
+
+from payments.chain.channel_contract import encode_deposit
+from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, Token
+from payments.channels import book, requests
+from payments.channels.book import Seen
+from payments.channels.requests import MustWait, Taken, Wanted
+from payments.channels.services import ChannelServices
+from payments.errors import PaymentRefused, SettlementPending, SettlementUnavailable
+from payments.money import atomic_to_nano_down, nano_to_atomic_up
+from payments.quotes import Quote
+from payments.settlement.orders import SettlementOrder
+from payments.store import StoreBusy, Transaction
+from payments.tenders.authorizations import AlreadyUsed
+from payments.tenders.base import Also, Charge, Outcome
+from payments.tenders.closing import LedgerHold, because, release_if_open
+from payments.verification.vouchers import erc3009_deposit_nonce
+from payments.x402.channels import (
+    CHANNEL_BUSY,
+    DEPOSIT_FAILED,
+    ChannelPayment,
+    Permit2Deposit,
+    hex32,
+)
+
+QUEUE_WAIT_S = 3.0
+"""How long a request waits for another one on its channel: a stock client signs for one at a time."""
+POLL_S = 0.25
+
+Decision = Taken | MustWait | AlreadyUsed | PaymentRefused
+
+
+def use_digest(payment: ChannelPayment, request_digest: bytes) -> bytes:
+    """What makes a use the same one: the whole payment, and the request that it came with."""
+    return hashlib.sha256(payment.digest + request_digest).digest()
+
+
+def deposit_id(payment: ChannelPayment, chain_id: int) -> str | None:
+    """The settlement of the deposit that a payment carries; the same authorization is the same settlement."""
+    if payment.deposit is None:
+        return None
+    method = "permit2" if isinstance(payment.deposit, Permit2Deposit) else "eip3009"
+    return f"deposit:{chain_id}:{payment.payer}:{method}:{authorization_nonce(payment)}"
+
+
+def authorization_nonce(payment: ChannelPayment) -> int:
+    """The nonce that a payment's deposit uses up."""
+    assert payment.deposit is not None
+    if isinstance(payment.deposit, Permit2Deposit):
+        return payment.deposit.nonce
+    return erc3009_deposit_nonce(payment.voucher.channel_id, payment.deposit.salt)
+
+
+class ChannelTender:
+    """One voucher for one request.
+
+    Args:
+        services: Of the payment's network.
+        payment: Decoded and checked, see `payments.tenders.channel_scheme`.
+        token: What it is in.
+        request_digest: Of the request.
+        refusal: Why it is too late for a first use, if it is: then only an earlier use is found.
+    """
+
+    def __init__(
+        self,
+        services: ChannelServices,
+        payment: ChannelPayment,
+        token: Token,
+        request_digest: bytes,
+        refusal: PaymentRefused | None = None,
+    ) -> None:
+        self._services = services
+        self._payment = payment
+        self._token = token
+        self._channel_id = hex32(payment.voucher.channel_id)
+        self._digest = use_digest(payment, request_digest)
+        self._deposit_id = deposit_id(payment, token.chain_id)
+        self._refusal = refusal
+
+    async def authorize(self, quote: Quote, details: dict[str, Any]) -> ChannelHold:
+        """Hold the price, and put the deposit on the way if there is one.
+
+        Raises:
+            AlreadyUsed: The same payment came before for the same request.
+            OutOfStep: The voucher is not the next one; the channel's state comes with it.
+            PaymentRefused: The channel holds too little, or its deposit would fail.
+            AllowanceRequired: Permit2 is not approved yet.
+            SettlementUnavailable: The chain has to be asked and cannot be.
+        """
+        taken = await self._take(quote, details)
+        hold = ChannelHold(self._services, taken, self._payment, self._token, self._deposit_id)
+        if taken.deposit == "due":
+            await self._submit(hold)
+        return hold
+
+    async def _take(self, quote: Quote, details: dict[str, Any]) -> Taken:
+        services = self._services
+        seen = await self._check_deposit()
+        give_up_at = time.monotonic() + QUEUE_WAIT_S
+        while True:
+            patient = time.monotonic() < give_up_at
+            decision = await services.store.write(
+                lambda tx, seen=seen, patient=patient: self._decide(tx, quote, details, seen, patient),  # type: ignore[misc]
+                if_abandoned=_abandon,
+            )
+            if isinstance(decision, Taken):
+                return decision
+            if isinstance(decision, AlreadyUsed | PaymentRefused):
+                raise decision
+            if decision.why == "unsynced":
+                seen = await self._look()
+            elif patient:
+                await services.change(self._channel_id, POLL_S)
+            else:
+                raise PaymentRefused(
+                    CHANNEL_BUSY, "this channel's deposit is still on its way; send the same payment again"
+                )
+
+    def _decide(
+        self, tx: Transaction, quote: Quote, details: dict[str, Any], seen: Seen | None, patient: bool
+    ) -> Decision:
+        channel = book.ensure(tx, self._channel_id, self._payment.config, self._token)
+        if seen is not None:
+            channel = book.sync(tx, channel.id, seen, self._token)
+        wanted = Wanted(
+            channel=channel,
+            voucher=self._payment.voucher,
+            digest=self._digest,
+            price_nano_usd=quote.maximum_nano_usd,
+            decimals=self._token.decimals,
+            deposit_id=self._deposit_id,
+            deposit_value=0 if self._payment.deposit is None else self._payment.deposit.amount,
+            details=details,
+            refusal=self._refusal,
+        )
+        return requests.take(tx, wanted, patient=patient)
+
+    async def _look(self) -> Seen:
+        channel = await self._services.store.read(lambda tx: book.find(tx, self._channel_id))
+        marks = 0 if channel is None else channel.marks
+        (seen,) = await self._services.look([(self._payment.voucher.channel_id, marks)])
+        return seen
+
+    async def _check_deposit(self) -> Seen | None:
+        """Ask the chain about a deposit that was not sent on its way before."""
+        payment = self._payment
+        if payment.deposit is None or self._refusal is not None:
+            return None
+        known, marks = await self._services.store.read(self._known)
+        if known:
+            return None
+        return await self._services.check_deposit(
+            payment.voucher.channel_id, marks, payment.config, payment.deposit, self._token
+        )
+
+    def _known(self, tx: Transaction) -> tuple[bool, int]:
+        channel = book.find(tx, self._channel_id)
+        known = tx.execute("SELECT 1 FROM settlement WHERE id = ?", (self._deposit_id,)).fetchone() is not None
+        known = known or requests.outcome_of(tx, self._digest) is not None
+        return known, 0 if channel is None else channel.marks
+
+    async def _submit(self, hold: ChannelHold) -> None:
+        payment, deposit = self._payment, self._payment.deposit
+        assert deposit is not None
+        assert self._deposit_id is not None
+        order = SettlementOrder(
+            id=self._deposit_id,
+            kind="channel_deposit",
+            reference=self._channel_id,
+            chain_id=self._token.chain_id,
+            token=self._token.address,
+            payer=payment.payer,
+            pay_to=BATCH_SETTLEMENT_ADDRESS,
+            value=deposit.amount,
+            authorization_nonce=authorization_nonce(payment),
+            call_to=BATCH_SETTLEMENT_ADDRESS,
+            call_data=encode_deposit(payment.config, deposit),
+            valid_before=deposit.expires_at,
+        )
+        try:
+            await self._services.settlements.submit(order)
+        except BaseException as error:
+            # Whoever is cancelled meanwhile cannot know whether the deposit was written; the same payment finds it if it was.
+            await hold.interrupt(because("not_started"))
+            if isinstance(error, StoreBusy):
+                raise SettlementUnavailable("database_busy", "send the same payment again") from error
+            raise
+
+
+class ChannelHold(LedgerHold):
+    """The price of a request, held in its channel."""
+
+    def __init__(
+        self, services: ChannelServices, taken: Taken, payment: ChannelPayment, token: Token, deposit: str | None
+    ) -> None:
+        super().__init__(services.store, taken.use, payment.payer, taken.price_nano_usd)
+        self._services = services
+        self._payment = payment
+        self._token = token
+        self._channel = taken.channel
+        self._deposit_id = deposit
+        self._transaction_hash: str | None = None
+        self._told: int | None = None
+        self._charged_nano_usd: int | None = None
+        self._certain = taken.deposit in ("none", "paid")
+        self._unmined = not self._certain
+        payers = services.payers
+        self._exposed = self._unmined and payers.expose(self.payer, self.maximum_nano_usd)
+        self.may_start_early = self._certain or self._exposed
+        payers.begin_use(self.receipt_id)
+        if self._unmined and payment.deposit is not None:
+            deposited_nano_usd = atomic_to_nano_down(payment.deposit.amount, token.decimals)
+            payers.unmined.add(self.payer, self.asset, self.receipt_id, deposited_nano_usd)
+
+    async def ready(self) -> None:
+        """Wait until the deposit is in the channel.
+
+        Raises:
+            PaymentRefused: It failed; nothing was taken and nothing may be shown.
+            SettlementPending: It is not known after the configured wait.
+        """
+        if self._certain:
+            return
+        assert self._deposit_id is not None
+        settled = await self._services.settlements.outcome(self._deposit_id, self._services.payers.settlement_wait_s)
+        if settled.open:
+            raise SettlementPending(
+                "settlement_pending",
+                "the deposit is on its way and not mined yet; do not deposit again: send the same payment",
+                self.receipt_id,
+            )
+        if not settled.paid:
+            raise PaymentRefused(
+                DEPOSIT_FAILED,
+                f"the deposit failed ({settled.reason or 'no reason is known'}); nothing was taken, sign a new one",
+            )
+        self._transaction_hash = settled.transaction_hash
+        (synced,) = await self._services.sync([self._channel.id])
+        # What is announced goes on from what the payer knew when it signed.
+        self._channel = replace(self._channel, on_chain=synced.on_chain)
+        if (
+            atomic_to_nano_down(synced.spendable, self._token.decimals)
+            < synced.charged_nano_usd + self.maximum_nano_usd
+        ):
+            raise PaymentRefused(DEPOSIT_FAILED, "the channel does not hold what was deposited; nothing was taken")
+        self._certain = True
+        self._cover()
+
+    async def capture(self, amount_nano_usd: int, outcome: Outcome, also: Also | None = None) -> Charge:
+        """See `payments.tenders.base.Hold`."""
+        announced = self._told if self._told is not None else self._announced(amount_nano_usd)
+
+        def unit(tx: Transaction) -> Charge:
+            charge = requests.capture(tx, self._use, self._channel.id, amount_nano_usd, outcome, announced)
+            if also is not None:
+                also(tx)
+            return charge
+
+        return await self._store.write_surely(unit, self._over)
+
+    async def interrupt(self, outcome: Outcome) -> None:
+        """Give the voucher back: the same payment sent again is a new use."""
+        with contextlib.suppress(StoreBusy):
+            await self._store.write_surely(lambda tx: release_if_open(tx, self._use, outcome), lambda _: self._end())
+
+    def payment_response(self, charge_nano_usd: int | None = None) -> dict[str, Any] | None:
+        """What the payer is told: the charge, or for a stream the most that it can be; the next answer makes up for it."""
+        known = self._charged_nano_usd if charge_nano_usd is None else charge_nano_usd
+        amount = self.maximum_nano_usd if known is None else known
+        response: dict[str, Any] = {
+            "success": self._certain,
+            "tx_hash": self._transaction_hash,
+            "network": self._payment.network,
+            "payer": self.payer,
+            "receipt": self.receipt_id,
+        }
+        if not self._certain:
+            return response | {"error_reason": DEPOSIT_FAILED}
+        self._told = self._announced(amount)
+        return response | {
+            "chargedAmount": str(self._told - self._channel.announced),
+            "channelState": self._channel.status(self._told).as_json(),
+        }
+
+    def _announced(self, amount_nano_usd: int) -> int:
+        amount = min(amount_nano_usd, self.maximum_nano_usd)
+        charged = nano_to_atomic_up(self._channel.charged_nano_usd + amount, self._token.decimals)
+        return max(self._channel.announced, charged)
+
+    def _over(self, charge: Charge) -> None:
+        self._charged_nano_usd = charge.charged_nano_usd
+        self._end()
+
+    def _end(self) -> None:
+        self._cover()
+        self._services.payers.end_use(self.receipt_id)
+        self._services.notify(self._channel.id)
+
+    def _cover(self) -> None:
+        if self._unmined:
+            self._unmined = False
+            if self._payment.deposit is not None:
+                self._services.payers.unmined.remove(self.payer, self.asset, self.receipt_id)
+        if self._exposed:
+            self._exposed = False
+            self._services.payers.cover(self.payer, self.maximum_nano_usd)
+
+
+def _abandon(tx: Transaction, decision: Decision) -> None:
+    if isinstance(decision, Taken):
+        release_if_open(tx, decision.use, because("caller_gone"))

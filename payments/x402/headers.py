@@ -1,0 +1,29 @@
+"""What every payment header says before its scheme has a say; `payments.x402.wire` reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from payments.x402.requirements import Requirement
+
+
+@dataclass(frozen=True, slots=True)
+class PaymentHeader:
+    """What every decoded payment header says, whatever its scheme."""
+
+    version: int
+    """1 or 2."""
+    scheme: str
+    network: str
+    """As the payer wrote it: CAIP-2 in v2, a name such as ``base-sepolia`` in v1."""
+    accepted: Requirement | None
+    """The offer that the payer chose; v1 does not send it."""
+    quote_token: str | None
+    """Our quote as the payer echoed it; v1 cannot carry it."""
+    digest: bytes
+    """SHA-256 over the whole payment in canonical JSON: the same payment sent again has the same digest, any other has not."""
+
+    @property
+    def token_address(self) -> str | None:
+        """The token that the payer says it pays in, lower-case hex; None if it does not say."""
+        return None if self.accepted is None else self.accepted.asset
