@@ -130,7 +130,7 @@ def load(rpc_url: str, *, wallets: int = 10, usd_each: str = "1000") -> Devnet:
         token = address in (USDC_ADDRESS, USDT_ADDRESS)
         (last if token else first).append(("anvil_setCode", [address, wanted[address]]))
         if token and present[address] == "0x":
-            first += _initial_storage(address, funded, usd_each)
+            first += initial_storage(address, funded, usd_each)
     if present[USDC_ADDRESS] == "0x":
         first += [
             ("anvil_setBalance", [address, hex(_WEI_EACH)])
@@ -300,7 +300,7 @@ def _codes(chain_id: int) -> dict[str, str]:
     return {
         USDC_ADDRESS: artifact("UsdcLike")["deployedBytecode"],
         USDT_ADDRESS: artifact("UsdtLike")["deployedBytecode"],
-        PERMIT2_ADDRESS: _permit2_code(chain_id),
+        PERMIT2_ADDRESS: permit2_code(chain_id),
         MULTICALL3_ADDRESS: artifact("Multicall3")["deployedBytecode"],
         EXACT_PROXY_ADDRESS: artifact("X402ExactPermit2Proxy")["deployedBytecode"],
         UPTO_PROXY_ADDRESS: artifact("X402UptoPermit2Proxy")["deployedBytecode"],
@@ -310,7 +310,7 @@ def _codes(chain_id: int) -> dict[str, str]:
     }
 
 
-def _permit2_code(chain_id: int) -> str:
+def permit2_code(chain_id: int) -> str:
     """Permit2 with the immutables that its constructor would compute on this chain, at its canonical address."""
     build = artifact("Permit2")
     type_hash = keccak_256(b"EIP712Domain(string name,uint256 chainId,address verifyingContract)").digest()
@@ -323,7 +323,7 @@ def _permit2_code(chain_id: int) -> str:
     return "0x" + code.hex()
 
 
-def _initial_storage(token_address: str, wallets: tuple[Wallet, ...], usd_each: str) -> list[Call]:
+def initial_storage(token_address: str, wallets: tuple[Wallet, ...], usd_each: str) -> list[Call]:
     """What a token's constructor and first issue would have written."""
     layout = artifact("UsdcLike" if token_address == USDC_ADDRESS else "UsdtLike")["storage"]
     assert layout["owner"]["offset"] == 0

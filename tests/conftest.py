@@ -36,6 +36,15 @@ def chain(devnet: Devnet) -> Iterator[Devnet]:
     rpc(devnet.rpc_url, "evm_setTime", int(time.time()))
 
 
+@pytest.fixture
+def circle_chain(chain: Devnet) -> Devnet:
+    """The loaded chain with Circle's own USDC instead of ours, at the same address and with the same balances."""
+    from tests.contracts import circle
+
+    circle.place(chain)
+    return chain
+
+
 @pytest.fixture(scope="session")
 def network(devnet: Devnet) -> Network:
     """The loaded chain as `payments` knows networks."""

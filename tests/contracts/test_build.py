@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from x402.mechanisms.evm import constants as official
 
 from contracts.builds import artifact
+from contracts.devnet import permit2_code
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -63,6 +65,16 @@ def test_public_bytecode_stands_in_the_package_that_the_artifact_names(contract:
     described = json.loads((package / "package.json").read_text())
     assert (described["version"], described["license"]) == (build["provenance"]["version"], "MIT")
     assert f'hex"{build["deployedBytecode"][2:]}"' in (package / build["provenance"]["path"]).read_text()
+
+
+def test_permit2_is_byte_for_byte_the_one_on_the_main_network() -> None:
+    """Another package has a copy of what is deployed on Ethereum; ours comes from Uniswap's own."""
+    package = REPOSITORY / "node_modules" / "@eth-optimism" / "contracts-bedrock"
+    found = re.search(
+        r'Permit2TemplateCode\s*=\s*hex"([0-9a-f]+)"', (package / "src/libraries/Preinstalls.sol").read_text()
+    )
+    assert found is not None
+    assert permit2_code(1) == "0x" + found[1]
 
 
 def shape(entry: dict[str, Any]) -> tuple[Any, ...]:
