@@ -194,6 +194,7 @@ async def test_an_authorization_that_expired_unmined_fails_and_holds_up_nobody(
     expired = order_for(pay(chain.wallets[1], usdc, 700, valid_s=-60), usdc)
     following = order_for(pay(chain.wallets[1], usdc, 800), usdc)
     rpc(chain.rpc_url, "evm_setAutomine", False)
+    mine(chain.rpc_url)  # the chain's own clock decides, and the last block may be old
     async with engine(store, network, chain.rpc_url, [chain.wallets[0]], books) as settlements:
         await settlements.submit(expired)
         await settlements.submit(following)
