@@ -2,34 +2,41 @@
 
 A *unit* is a plain function of a `Transaction` that makes one atomic change. Units submitted while a commit is running
 are committed together by the next one, each inside its own savepoint, so that a failing unit undoes only itself. When
-`Store.write` returns, the change is on disk.
+`Store.write` returns, the change is on disk. All writers of a database are serialised, whatever process they are in: what a
+unit reads stays true until it is committed, so reading and then deciding is safe.
+
+SQLite is for one serving process, PostgreSQL for any number (`payments.databases`); the same units run on both.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
-import os
 import queue
-import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
+
+from payments.databases.base import (
+    CommitUnknown,
+    Database,
+    Deliver,
+    Pending,
+    Rows,
+    StoreBusy,
+    StoreOwned,
+    Transaction,
+    Unit,
+)
+
+__all__ = ["CommitUnknown", "Rows", "Store", "StoreBusy", "StoreOwned", "Transaction", "Unit", "is_postgres"]
 
 T = TypeVar("T")
 
 QUEUE_MAX = 10_000
 GROUP_MAX = 256
-READERS = 2
-BUSY_TIMEOUT_S = 30
-_OUTAGES = frozenset({
-    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL,
-})  # fmt: skip
 SURELY_RETRY_S = 0.5
 SURELY_WAIT_S = 10.0
 """How long a caller waits for a change that must not be lost, before it is left to the background."""
@@ -37,77 +44,35 @@ SURELY_WAIT_S = 10.0
 log = logging.getLogger(__name__)
 
 
-class StoreBusy(Exception):
-    """The database takes nothing now (queue or disk full, locked, closed); nothing was changed. The caller should answer 503
-    and the client try again."""
-
-
-class StoreOwned(Exception):
-    """Another process serves from this database."""
-
-
-class Rows(Protocol):
-    """What a statement returned."""
-
-    @property
-    def rowcount(self) -> int:
-        """How many rows a write changed."""
-
-    def fetchone(self) -> Any:
-        """The next row as a tuple, or None."""
-
-    def fetchall(self) -> list[Any]:
-        """All remaining rows as tuples."""
-
-
-class Transaction(Protocol):
-    """What a unit sees: statements inside one atomic change. Placeholders are ``?`` on every database."""
-
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Rows:
-        """Run one statement and return its rows."""
-
-
-Unit = Callable[[Transaction], T]
+def is_postgres(location: Path | str) -> bool:
+    """Whether `location` is a PostgreSQL URL, and not a SQLite file."""
+    return isinstance(location, str) and location.startswith(("postgresql://", "postgres://"))
 
 
 def _nothing(_: object) -> None:
     return
 
 
-@dataclass(slots=True)
-class _Pending:
-    unit: Unit[Any]
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
-    result: Any = None
-    error: Exception | None = None
-
-    def resolve(self) -> None:
-        if self.future.cancelled():
-            return
-        if self.error is not None:
-            self.future.set_exception(self.error)
-        else:
-            self.future.set_result(self.result)
-
-
 class Store:
-    """A SQLite database in WAL mode with full synchronisation: one writer thread, a few readers.
+    """A database: one writer thread, a few readers.
 
     Args:
-        path: The database file. Its schema must be current (`payments.migrate.upgrade`).
+        location: A SQLite file, or a ``postgresql://`` URL. Its schema must be current (`payments.migrate.upgrade`).
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._queue: queue.Queue[_Pending | None] = queue.Queue(maxsize=QUEUE_MAX)
+    def __init__(self, location: Path | str) -> None:
+        self.location = location
+        self._database = _open(location, self._deliver)
+        self.shared = self._database.shared
+        """Whether other processes may serve from the same database."""
+        self._queue: queue.Queue[Pending | None] = queue.Queue(maxsize=QUEUE_MAX)
         self._writer = threading.Thread(target=self._write_forever, name="farebox-store-writer", daemon=True)
-        self._readers = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="farebox-store-reader")
-        self._local = threading.local()
-        self._reading: list[sqlite3.Connection] = []
-        self._owner_lock: int | None = None
+        self._readers = ThreadPoolExecutor(
+            max_workers=self._database.readers, thread_name_prefix="farebox-store-reader"
+        )
         self._closed = False
         self._sure: set[asyncio.Task[Any]] = set()
+        self._listeners: dict[str, list[_Listener]] = {}
         self._writer.start()
 
     async def write(self, unit: Unit[T], *, if_abandoned: Callable[[Transaction, T], object] | None = None) -> T:
@@ -171,34 +136,32 @@ class Store:
             task.exception()  # whoever waits for it is told; if nobody does any more, nobody can be
 
     async def read(self, query: Unit[T]) -> T:
-        """Run a read-only `query` on a reader thread, on one snapshot of the database, and return its result."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, query)
-        except sqlite3.OperationalError as error:
-            if _is_outage(error):
-                raise _unusable(error) from error
-            raise
-
-    def own(self) -> None:
-        """Become the one process that serves from this database, until `close`. Owning it again changes nothing.
+        """Run a read-only `query` on a reader thread, on one snapshot of the database, and return its result.
 
         Raises:
-            StoreOwned: If another process does; two would end each other's holds.
+            StoreBusy: The database cannot be asked now.
         """
-        if self._owner_lock is not None:
-            return
-        # A lock on the database file itself would be dropped whenever SQLite closes any descriptor of that file.
-        descriptor = os.open(
-            self.path.with_name(self.path.name + ".owner"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise StoreOwned(
-                f"another gateway serves from {self.path}; stop it, or use another data directory"
-            ) from None
-        self._owner_lock = descriptor
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._database.read, query)
+
+    async def listen(self, channel: str, callback: Callable[[str], object]) -> Callable[[], None]:
+        """Have `callback` called on this event loop with the payload of every notification of `channel` that any process
+        commits (`Transaction.notify`). While the database is away notifications are lost: look into it now and then as well.
+
+        Returns:
+            Ends it.
+        """
+        listener = _Listener(asyncio.get_running_loop(), callback)
+        self._listeners.setdefault(channel, []).append(listener)
+        await asyncio.to_thread(self._database.listen)
+        return lambda: self._listeners[channel].remove(listener)
+
+    def own(self) -> None:
+        """Become a process that serves from this database, until `close`: on SQLite the only one. Again: nothing.
+
+        Raises:
+            StoreOwned: If another process does and the database is not shared; two would end each other's holds.
+        """
+        self._database.own()
 
     def close(self) -> None:
         """Finish every queued write, then stop the threads."""
@@ -208,11 +171,7 @@ class Store:
         self._queue.put(None)
         self._writer.join()
         self._readers.shutdown()
-        for connection in self._reading:
-            connection.close()
-        if self._owner_lock is not None:
-            os.close(self._owner_lock)
-            self._owner_lock = None
+        self._database.close()
 
     def _submit(self, unit: Unit[T]) -> asyncio.Future[T]:
         if self._closed:
@@ -220,7 +179,7 @@ class Store:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         try:
-            self._queue.put_nowait(_Pending(unit, loop, future))
+            self._queue.put_nowait(Pending(unit, loop, future))
         except queue.Full:
             raise StoreBusy("too many writes are waiting for the database") from None
         return future
@@ -237,33 +196,7 @@ class Store:
             return
         undone.add_done_callback(_report)
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self.path, isolation_level=None, timeout=BUSY_TIMEOUT_S, cached_statements=256, check_same_thread=False
-        )
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA foreign_keys=ON")
-        return connection
-
-    def _read(self, query: Unit[T]) -> T:
-        connection = self._reader()
-        connection.execute("BEGIN")
-        try:
-            return query(connection)
-        finally:
-            connection.execute("COMMIT")
-
-    def _reader(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._local.connection = self._connect()
-            connection.execute("PRAGMA query_only=ON")
-            self._reading.append(connection)
-        return connection
-
     def _write_forever(self) -> None:
-        connection: sqlite3.Connection | None = None
         stopping = False
         while not stopping:
             group = [self._queue.get()]
@@ -278,51 +211,57 @@ class Store:
                 self._queue.put(None)
             pending = [entry for entry in group if entry is not None]
             if pending:
-                connection = self._commit(connection, pending)
+                self._database.commit(pending, self._refuse_queued)
                 _tell(pending)
-        if connection is not None:
-            connection.close()
+        self._database.end_writing()
 
-    def _commit(self, connection: sqlite3.Connection | None, group: list[_Pending]) -> sqlite3.Connection | None:
+    def _refuse_queued(self) -> bool:
+        """While the database is away and a commit in doubt: only its own callers wait. Says whether the store is closing."""
+        refused = []
+        while True:
+            try:
+                entry = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if entry is not None:
+                entry.error = StoreBusy("the database cannot be used now")
+                refused.append(entry)
+        _tell(refused)
+        if self._closed:
+            self._queue.put(None)
+        return self._closed
+
+    def _deliver(self, channel: str, payload: str) -> None:
+        for listener in list(self._listeners.get(channel, ())):
+            listener.call(payload)
+
+
+class _Listener:
+    """A callback and the event loop that it belongs to."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[str], object]) -> None:
+        self._loop = loop
+        self._callback = callback
+
+    def call(self, payload: str) -> None:
         try:
-            if connection is None:
-                connection = self._connect()
-            connection.execute("BEGIN IMMEDIATE")
-            for entry in group:
-                connection.execute("SAVEPOINT unit")
-                try:
-                    entry.result = entry.unit(connection)
-                except Exception as error:  # noqa: BLE001 - handed to the unit's own caller
-                    entry.error = _unusable(error) if _is_outage(error) else error
-                    connection.execute("ROLLBACK TO unit")
-                connection.execute("RELEASE unit")
-            connection.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - handed to every caller: nothing of the group is durable
-            told = _unusable(error) if isinstance(error, sqlite3.Error) else error
-            for entry in group:
-                entry.error = entry.error or told
-            if connection is not None:
-                # Closing rolls back, whatever state the connection is in; the next group opens a fresh one.
-                connection.close()
-                connection = None
-        return connection
+            self._loop.call_soon_threadsafe(self._callback, payload)
+        except RuntimeError:
+            log.debug("a notification came for a closed event loop")
 
 
-def _is_outage(error: Exception) -> bool:
-    """Whether the database failed and not the statement: a full disk, another process's lock, a device that fails."""
-    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in _OUTAGES
+def _open(location: Path | str, deliver: Deliver) -> Database:
+    if is_postgres(location):
+        from payments.databases.postgres import Postgres
+
+        return Postgres(str(location), deliver)
+    from payments.databases.sqlite import Sqlite
+
+    return Sqlite(Path(location), deliver)
 
 
-def _unusable(error: Exception) -> StoreBusy:
-    """What callers are told of it; the operator finds the cause in the log."""
-    log.error("the database failed: %s", error)
-    busy = StoreBusy("the database cannot be used now")
-    busy.__cause__ = error
-    return busy
-
-
-def _tell(group: list[_Pending]) -> None:
-    by_loop: dict[asyncio.AbstractEventLoop, list[_Pending]] = {}
+def _tell(group: list[Pending]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[Pending]] = {}
     for entry in group:
         by_loop.setdefault(entry.loop, []).append(entry)
     for loop, entries in by_loop.items():
@@ -333,7 +272,7 @@ def _tell(group: list[_Pending]) -> None:
             log.debug("%d writes were finished for a closed event loop", len(entries))
 
 
-def _resolve_all(entries: list[_Pending]) -> None:
+def _resolve_all(entries: list[Pending]) -> None:
     for entry in entries:
         entry.resolve()
 

@@ -117,6 +117,8 @@ class Receipt(SQLModel, table=True):
     charged_nano_usd: int | None = Field(default=None, sa_column=_big(nullable=True))
     details: str = "{}"
     """JSON: itemised quote, model, provider, strategy, attempts, usage."""
+    instance: str | None = None
+    """The process that works on it, or did last; while that one's lease `instance:<id>` lives, nobody else ends it."""
     reason: str | None = None
     """Why it was released or interrupted, as a stable word."""
     created_ms: int = Field(sa_column=_big())
@@ -415,3 +417,13 @@ class ChannelClaim(SQLModel, table=True):
     """What this adds to what was claimed."""
     total: str
     """What is claimed in all after it, atomic units as decimal text."""
+
+
+class CommitMark(SQLModel, table=True):
+    """The last group of units that a writer committed: how a writer whose connection died in a commit learns its fate."""
+
+    __tablename__ = "commit_mark"
+
+    writer: str = Field(primary_key=True)
+    number: int = Field(sa_column=_big())
+    written_ms: int = Field(sa_column=_big())

@@ -1,14 +1,19 @@
-"""Fixtures that every part's tests share: a real local chain with everything loaded."""
+"""Fixtures that every part's tests share: a real local chain with everything loaded, and real databases."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from contracts.devnet import Anvil, Devnet, DevToken, load, rpc
 from payments.chain.networks import Network, Token
+from payments.migrate import upgrade
+from payments.store import Store
+from tests.databases import PostgresServer
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +70,49 @@ def _token(devnet: Devnet, token: DevToken) -> Token:
         domain_name=token.name,
         domain_version=token.version,
     )
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One PostgreSQL server per test process, started when the first test needs it."""
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with the current schema, to be copied."""
+    path = tmp_path_factory.mktemp("sqlite") / "template.db"
+    upgrade(path)
+    return path
+
+
+@pytest.fixture
+def sqlite_database(sqlite_template: Path, tmp_path: Path) -> Path:
+    """An empty SQLite database with the current schema."""
+    return Path(shutil.copy(sqlite_template, tmp_path / "farebox.db"))
+
+
+@pytest.fixture
+def postgres_database(postgres: PostgresServer) -> Iterator[str]:
+    """The URL of an empty PostgreSQL database with the current schema."""
+    url = postgres.new_database()
+    yield url
+    postgres.drop(url)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> Path | str:
+    """An empty database of either kind: a SQLite file or a PostgreSQL URL. A test that takes it runs on both."""
+    name = {"sqlite": "sqlite_database", "postgresql": "postgres_database"}[request.param]
+    found: Path | str = request.getfixturevalue(name)
+    return found
+
+
+@pytest.fixture
+def store(database: Path | str) -> Iterator[Store]:
+    """An open store on either kind of database."""
+    opened = Store(database)
+    yield opened
+    opened.close()

@@ -175,7 +175,7 @@ def _accounts(tx: Transaction) -> list[dict[str, Any]]:
 def _transfers(tx: Transaction, account: str, limit: int) -> list[dict[str, Any]]:
     rows = tx.execute(
         "SELECT id, debit_account, credit_account, amount, posted_amount, state, reference, created_ms"
-        " FROM ledger_transfer WHERE debit_account = ? OR credit_account = ? ORDER BY created_ms DESC, rowid DESC LIMIT ?",
+        " FROM ledger_transfer WHERE debit_account = ? OR credit_account = ? ORDER BY created_ms DESC, id DESC LIMIT ?",
         (account, account, limit),
     ).fetchall()
     return [

@@ -173,6 +173,8 @@ def load(tx: Transaction, chain_id: int, wanted: Sequence[str]) -> list[Entry]:
 def load_carried(tx: Transaction, transaction_ids: Sequence[str]) -> dict[str, list[Entry]]:
     """What transactions carry, by transaction, in the order of the batch."""
     carried: dict[str, list[Entry]] = {transaction_id: [] for transaction_id in transaction_ids}
+    if not carried:
+        return carried
     marks = ",".join("?" * len(transaction_ids))
     rows = tx.execute(
         f"SELECT {_ENTRY_COLUMNS} FROM settlement WHERE transaction_id IN ({marks}) ORDER BY transaction_id, position",  # noqa: S608 - names from this module

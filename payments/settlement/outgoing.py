@@ -171,6 +171,8 @@ def load_signed(tx: Transaction, chain_id: int, signers: Mapping[str, Signer]) -
 
 def load(tx: Transaction, ids: Sequence[str], signers: Mapping[str, Signer]) -> list[Outgoing]:
     """The transactions with these ids, without what they carry."""
+    if not ids:
+        return []
     marks = ",".join("?" * len(ids))
     rows = tx.execute(f"SELECT {_COLUMNS} FROM chain_transaction WHERE id IN ({marks})", tuple(ids)).fetchall()  # noqa: S608
     return [_outgoing(row, signers) for row in rows]

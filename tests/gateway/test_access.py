@@ -234,7 +234,7 @@ async def test_a_ciphertext_moved_to_another_receipt_opens_to_nobody(store: Stor
 
 async def test_nothing_of_the_payment_or_the_answer_is_in_the_database(store: Store) -> None:
     await keep(store)
-    written = b"".join(path.read_bytes() for path in store.path.parent.iterdir())
+    written = b"".join(path.read_bytes() for path in Path(store.location).parent.iterdir())
     assert b"rcpt_1" in written
     for secret in (HEADER, BODY, ANSWER.body, b"x-farebox-receipt"):
         assert secret not in written

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from payments import leases, migrate
+from payments import leases
 from payments.leases import LeaseLost, Leases, holder, require
 from payments.store import Store, StoreBusy, Transaction
 
@@ -35,14 +33,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(leases, "_elapsed_s", made)
     monkeypatch.setattr(leases, "_now_ms", made.now_ms)
     return made
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    migrate.upgrade(tmp_path / "farebox.db")
-    opened = Store(tmp_path / "farebox.db")
-    yield opened
-    opened.close()
 
 
 async def required(store: Store, owner: str) -> bool:

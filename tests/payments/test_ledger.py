@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,20 +13,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import create_engine
 
 import payments.tables
+from payments.databases.sqlite import Connection
 from payments.ledger import books, transfers
 from payments.ledger.accounts import ensure_account
 from payments.ledger.transfers import Balance, InsufficientFunds, TransferConflict
 from payments.store import Store, Transaction
-from tests.payments.exact_samples import assert_books_balance, open_store
+from tests.payments.exact_samples import assert_books_balance
 
 CUSTODY, ALICE, BOB, REVENUE = "custody@USD", "payer:0xa@USD", "payer:0xb@USD", "revenue@USD"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(tmp_path)
-    yield opened
-    opened.close()
 
 
 def fund(tx: Transaction, account: str, amount: int) -> None:
@@ -161,7 +153,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @initialize()
     def open(self) -> None:
-        self.connection = sqlite3.connect(":memory:", isolation_level=None)
+        self.connection = sqlite3.connect(":memory:", isolation_level=None, factory=Connection)
         self.connection.execute("PRAGMA foreign_keys = ON")
         engine = create_engine("sqlite://", creator=lambda: self.connection)
         payments.tables.LedgerAccount.metadata.create_all(engine)

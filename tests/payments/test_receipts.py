@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import pytest
+from collections.abc import Callable
 
 from payments import receipts
 from payments.store import Store, Transaction
 from payments.tenders import authorizations
-from tests.payments.exact_samples import open_store
 
 CALLS: dict[str, Callable[[Transaction], object]] = {
     "capture": lambda tx: receipts.close_receipt(tx, "r", 1, "captured", charged_nano_usd=1),
@@ -20,13 +16,6 @@ CALLS: dict[str, Callable[[Transaction], object]] = {
     "release_unsettled": lambda tx: receipts.release_unsettled(tx, "r", "failed"),
     "end_orphans": lambda tx: receipts.end_orphans(tx, "restart"),
 }
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(tmp_path)
-    yield opened
-    opened.close()
 
 
 def open_in(tx: Transaction, state: str) -> None:
@@ -57,7 +46,7 @@ async def test_receipt_makes_exactly_the_transitions_of_its_table(store: Store) 
 async def test_authorization_makes_exactly_the_transitions_of_its_table(store: Store) -> None:
     insert = (
         "INSERT INTO payment_authorization (identity, digest, receipt_id, state, value_nano_usd, created_ms)"
-        " VALUES ('i', x'00', 'r', ?, 9, 0)"
+        " VALUES ('i', ?, 'r', ?, 9, 0)"
     )
 
     def unit(tx: Transaction) -> dict[str, frozenset[str]]:
@@ -66,7 +55,7 @@ async def test_authorization_makes_exactly_the_transitions_of_its_table(store: S
         for state in authorizations.TRANSITIONS:
             reached = set()
             for to in ("paid", "failed"):
-                tx.execute(insert, (state,))
+                tx.execute(insert, (b"0", state))
                 moved = authorizations.mark(tx, "r", to)
                 found = tx.execute("SELECT state FROM payment_authorization").fetchone()[0]
                 assert moved == (found != state)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -16,16 +15,9 @@ from payments.reconciliation import open_books, reconcile
 from payments.settlement.engine import Settlements
 from payments.settlement.refunds import Refunds
 from payments.store import Store
-from tests.payments.settling import Books, engine, mine, open_store, order_for, pay, until
+from tests.payments.settling import Books, engine, mine, order_for, pay, until
 
 USD = 1_000_000_000
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(tmp_path)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,16 +14,9 @@ from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
 from payments.settlement.refunds import Refunds
 from payments.store import Store
-from tests.payments.settling import Books, credit, engine, open_store, order_for, pay, rows, transactions, until
+from tests.payments.settling import Books, credit, engine, order_for, pay, rows, transactions, until
 
 USD = 1_000_000_000
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(tmp_path)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from eth_account import Account
@@ -15,7 +13,6 @@ from eth_account.signers.local import LocalAccount
 from payments.recovery import sweep_expired
 from payments.sign_in import CHALLENGE_TTL_S, STATEMENT, SignIn, SignInRefused, use_nonce
 from payments.store import Store
-from tests.payments.exact_samples import open_store
 
 NOW = 1_790_000_000
 SECRET = b"s" * 32
@@ -31,13 +28,6 @@ def signing_in(secret: bytes = SECRET, domain: str = DOMAIN, uri: str = URI) -> 
 
 
 SIGN_IN = signing_in()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(tmp_path)
-    yield opened
-    opened.close()
 
 
 def sign(message: str, wallet: LocalAccount = WALLET) -> str:

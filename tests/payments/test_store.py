@@ -1,4 +1,4 @@
-"""The store: grouped commits in which each unit stands or falls by itself, and reads of one snapshot."""
+"""The store on SQLite: grouped commits in which each unit stands or falls by itself, and reads of one snapshot."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import payments.store
+from payments.databases.sqlite import Connection
 from payments.store import Store, StoreBusy, StoreOwned, Transaction, Unit
 
 
@@ -43,8 +44,8 @@ def words(tx: Transaction) -> list[str]:
     return sorted(row[0] for row in tx.execute("SELECT text FROM word").fetchall())
 
 
-def stored(path: Path) -> list[str]:
-    connection = sqlite3.connect(path)
+def stored(location: Path | str) -> list[str]:
+    connection = sqlite3.connect(location, factory=Connection)
     try:
         return words(connection)
     finally:
@@ -57,7 +58,7 @@ async def test_write_is_on_disk_when_it_returns(store: Store) -> None:
         return 7
 
     assert await store.write(unit) == 7
-    assert stored(store.path) == ["a"]
+    assert stored(store.location) == ["a"]
 
 
 async def test_failing_unit_undoes_only_itself(store: Store) -> None:
@@ -69,7 +70,7 @@ async def test_failing_unit_undoes_only_itself(store: Store) -> None:
         store.write(adding("a")), store.write(bad), store.write(adding("b")), return_exceptions=True
     )
     assert [type(result) for result in results] == [type(None), ValueError, type(None)]
-    assert stored(store.path) == ["a", "b"]
+    assert stored(store.location) == ["a", "b"]
 
 
 async def test_units_waiting_together_share_one_commit(store: Store) -> None:
@@ -99,7 +100,7 @@ async def test_failed_commit_fails_the_whole_group_and_the_next_one_works(store:
     with pytest.raises(StoreBusy):
         await store.write(end_the_transaction)
     await store.write(adding("b"))
-    assert stored(store.path) == ["b"]
+    assert stored(store.location) == ["b"]
 
 
 def fill_the_disk(tx: Transaction) -> None:
@@ -117,7 +118,7 @@ async def test_full_disk_is_busy_and_no_error_of_the_unit(store: Store) -> None:
         await store.write(adding("a" * 100_000))
     await store.write(free_the_disk)
     await store.write(adding("b"))
-    assert stored(store.path) == ["b"]
+    assert stored(store.location) == ["b"]
 
 
 async def test_change_that_must_not_be_lost_waits_for_room_on_the_disk(
@@ -132,7 +133,7 @@ async def test_change_that_must_not_be_lost_waits_for_room_on_the_disk(
     assert not done.is_set()
     await store.write(free_the_disk)
     await asyncio.wait_for(done.wait(), 10)
-    assert stored(store.path) == ["a" * 100_000]
+    assert stored(store.location) == ["a" * 100_000]
 
 
 async def test_change_that_must_not_be_lost_outlives_its_caller(store: Store) -> None:
@@ -143,7 +144,7 @@ async def test_change_that_must_not_be_lost_outlives_its_caller(store: Store) ->
     with pytest.raises(asyncio.CancelledError):
         await writing
     await asyncio.wait_for(done.wait(), 10)
-    assert stored(store.path) == ["a"]
+    assert stored(store.location) == ["a"]
 
 
 async def test_reader_sees_one_snapshot_and_cannot_write(store: Store) -> None:
@@ -207,7 +208,7 @@ async def test_closing_finishes_what_is_queued_and_refuses_more(store: Store) ->
     await asyncio.sleep(0)
     await asyncio.to_thread(store.close)
     await asyncio.gather(*writing)
-    assert len(stored(store.path)) == 300
+    assert len(stored(store.location)) == 300
     with pytest.raises(StoreBusy):
         await store.write(words)
 
@@ -220,9 +221,9 @@ def test_one_process_owns_a_database(store: Store) -> None:
         "try: Store(Path(sys.argv[1])).own()\n"
         "except StoreOwned: sys.exit(3)"
     )
-    attempt = [sys.executable, "-c", script, str(store.path)]
+    attempt = [sys.executable, "-c", script, str(store.location)]
     assert subprocess.run(attempt, check=False).returncode == 3
-    second = Store(store.path)
+    second = Store(store.location)
     with pytest.raises(StoreOwned, match="another gateway"):
         second.own()
     second.close()

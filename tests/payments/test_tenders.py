@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -24,19 +22,11 @@ from tests.payments.exact_samples import (
     QUOTED,
     assert_books_balance,
     credit_of,
-    open_store,
     quote_of,
 )
 
 USDC, USDT = "eip155:84532/USDC", "eip155:84532/USDT"
 ANSWERED = Outcome({"model": "m", "provider": "p", "attempts": [{"status": "ok"}], "usage": {"output_tokens": 3}})
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(tmp_path)
-    yield opened
-    opened.close()
 
 
 def give_credit(tx: Transaction, asset: str, amount: int) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,20 +42,12 @@ from tests.payments.exact_samples import (
     assert_books_balance,
     credit_of,
     open_desk,
-    open_store,
     payment_of,
     quote_of,
 )
 
 ANSWERED = Outcome({"model": "m", "provider": "p"})
 FAILED = Outcome({"reason": "all_candidates_failed"})
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(tmp_path)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture
@@ -123,6 +114,7 @@ async def test_paid_request_charges_what_was_used_and_credits_the_rest(desk: Des
     await assert_books_balance(desk.store)
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("ending", ["capture", "release", "interrupt"])
 async def test_hold_ends_when_the_database_takes_it_again(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, ending: str

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,17 +15,10 @@ from payments.ledger.history import BadCursor
 from payments.store import Store, Transaction
 from payments.tenders.base import Hold, Outcome
 from payments.tenders.prepaid import PrepaidTender
-from tests.payments.exact_samples import ASSET, DETAILS, PAYER, QUOTED, assert_books_balance, open_store, quote_of
+from tests.payments.exact_samples import ASSET, DETAILS, PAYER, QUOTED, assert_books_balance, quote_of
 
 OTHER = "0x" + "b2" * 20
 USDT = "eip155:84532/USDT"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(tmp_path)
-    yield opened
-    opened.close()
 
 
 async def deposit(store: Store, amount_nano_usd: int, asset: str = ASSET, name: str = "0xaa:1") -> None:
