@@ -11,6 +11,7 @@ import typer
 from gateway.commands import (
     ask,
     configuration,
+    contracts,
     doctor,
     explain,
     facilitator,
@@ -67,6 +68,7 @@ app.command("dev", rich_help_panel=OPERATORS)(serving.dev)
 app.command("serve", rich_help_panel=OPERATORS)(serving.serve)
 app.command("facilitator", rich_help_panel=OPERATORS, epilog=facilitator.EXAMPLES)(facilitator.facilitator)
 app.add_typer(configuration.app, name="config", rich_help_panel=OPERATORS)
+app.add_typer(contracts.app, name="contracts", rich_help_panel=OPERATORS)
 app.command("doctor", rich_help_panel=OPERATORS)(doctor.doctor)
 app.add_typer(keys.app, name="keys", rich_help_panel=OPERATORS)
 app.add_typer(withdrawals.app, name="withdrawals", rich_help_panel=OPERATORS)

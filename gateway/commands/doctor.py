@@ -69,6 +69,7 @@ async def _network(settings: Settings, network: Network) -> list[dict[str, str]]
     from payments.chain.signers import Signer
     from payments.doctor import examine
     from payments.money import usd_to_nano
+    from payments.operator_contracts import examine_own
 
     try:
         signers = [Signer.from_hex(key).address for key in settings.signer_keys]
@@ -76,16 +77,24 @@ async def _network(settings: Settings, network: Network) -> list[dict[str, str]]
     except ValueError as error:
         raise Failed(str(error), "Correct FAREBOX_SIGNER_KEYS and FAREBOX_TREASURY_KEY") from None
     own = next(entry for entry in settings.networks if entry.chain_id == network.chain_id)
+    pay_to = settings.pay_to_for(network.chain_id)
     async with Rpc(own.rpc_urls) as rpc:
         findings = await examine(
             rpc,
             network,
             signers=signers,
-            pay_to=settings.pay_to_for(network.chain_id),
+            pay_to=pay_to,
             treasury_key_address=treasury,
             # Nine decimals of the chain's coin; a coin has eighteen.
             gas_minimum_wei=usd_to_nano(settings.payments.gas_alarm_native) * 10**9,
             treasury_minimum_nano_usd=usd_to_nano(settings.payments.treasury_alarm_usd),
+        )
+        findings += await examine_own(
+            rpc,
+            batch_contract=own.batch_contract,
+            deposit_factory=own.deposit_factory,
+            signers=signers,
+            pay_to=pay_to,
         )
     return [
         {"subject": network.caip2, "status": finding.status, "what": finding.what, "advice": finding.advice}

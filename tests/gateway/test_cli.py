@@ -76,6 +76,7 @@ def parsed(result: Result, status: int = 0) -> Any:
 COMMANDS = [
     ["serve"],
     ["dev"],
+    ["contracts", "deploy"],
     ["doctor"],
     ["explain"],
     ["ask"],
