@@ -291,7 +291,9 @@ class Flow:
         }
         error.extra["farebox"] = {"receipt": receipt, "attempts": [attempt.as_json() for attempt in failure.attempts]}
         error.headers |= job.headers()
-        if job.paid is not None:
+        if job.paid is not None and job.paid.sent.scheme.name != "exact":
+            error.message += " You were not charged, and nothing is taken for this request."
+        elif job.paid is not None:
             error.message += (
                 f" You were not charged: {receipt['credited_usd']} USD are credited to your wallet's balance; sign in to "
                 "spend them."

@@ -10,7 +10,7 @@ from gateway.api.http import Call
 from gateway.planning import Plan, Planner
 from payments.chain.networks import Network, Token
 from payments.channels.requests import OutOfStep
-from payments.errors import PaymentError, PaymentMalformed, PaymentRefused
+from payments.errors import PaymentError, PaymentMalformed, PaymentRefused, SchemeRefused
 from payments.money import atomic_to_nano_down, nano_to_usd
 from payments.quotes import Quote, QuoteClaim, QuoteInvalid, QuoteItem, QuoteSealer
 from payments.tenders.base import Tender
@@ -130,6 +130,8 @@ class Offers:
         if isinstance(refused, OutOfStep):
             networks = list(dict.fromkeys([*networks, *self._networks]))
             schemes = list(dict.fromkeys([SCHEME, *schemes]))
+        if isinstance(refused, SchemeRefused):
+            schemes = [name for name in schemes if name != refused.scheme] or ["exact"]
         requirements = [
             scheme.requirement(token, quote.maximum_nano_usd, self._timeout_s)
             for entry in networks

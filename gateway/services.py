@@ -29,6 +29,7 @@ from gateway.routing.engine import Engine
 from gateway.routing.tokens import count_input, count_text
 from gateway.settings import Settings, WalletSettings
 from payments import recovery
+from payments.chain.batches import missing_for_upto
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
 from payments.channels.kinds import register as register_channel_kinds
@@ -47,10 +48,12 @@ from payments.settlement.refunds import Refunds
 from payments.settlement.withdrawer import Withdrawer
 from payments.sign_in import SignIn
 from payments.store import Store
+from payments.tenders import upto_settlement
 from payments.tenders.exact import PAYMENT
 from payments.tenders.exact_scheme import ExactScheme
 from payments.tenders.exact_services import ExactServices
 from payments.tenders.schemes import Scheme
+from payments.tenders.upto_scheme import UptoScheme
 from payments.verification.chain_state import ChainStates
 from payments.withdrawals import Limits
 
@@ -185,6 +188,10 @@ async def _open_chain(
     )
     settlements.handle("payment", PAYMENT)
     register_channel_kinds(settlements, store, network)
+    if own.batch_contract is not None:
+        # Whatever is offered now: what was captured before is settled.
+        settlements.handle(upto_settlement.KIND, upto_settlement.kind(network))
+    upto_works = own.batch_contract is not None and await _can_settle_upto(rpc, own.batch_contract, settlements)
     settlements.handle(facilitated.KIND, facilitated.kind())
     refunds = None
     threshold_nano_usd = usd_to_nano(settings.payments.refund_threshold_usd)
@@ -215,6 +222,20 @@ async def _open_chain(
         credited=None if refunds is None else refunds.consider,
     )
     schemes: list[Scheme] = [ExactScheme(network, pay_to, services, own.wallet_factories)]
+    if upto_works:
+        assert own.batch_contract is not None
+        answer_s = settings.timeouts.total_ms // 1000 + settings.payments.settlement_wait_s
+        exposure_nano_usd = usd_to_nano(settings.payments.upto_exposure_usd)
+        schemes.append(
+            UptoScheme(
+                network,
+                pay_to,
+                own.batch_contract,
+                services,
+                answer_s=answer_s,
+                exposure_max_nano_usd=exposure_nano_usd,
+            )
+        )
     refunder = None
     if settlements.signers and await has_channels(rpc):
         channels, refunder = await open_channels(settings, settlements, services, pay_to, leases, cleanup)
@@ -231,6 +252,14 @@ def _withdrawal_limits(settings: WalletSettings) -> Limits:
         review=usd_to_nano(settings.withdrawal_review_usd),
         fee=usd_to_nano(settings.withdrawal_fee_usd),
     )
+
+
+async def _can_settle_upto(rpc: Rpc, batch_contract: str, settlements: Settlements) -> bool:
+    """Whether the batch contract takes batches from every signer, and the proxy is there that it settles through."""
+    missing = await missing_for_upto(rpc, batch_contract, [signer.address for signer in settlements.signers])
+    if missing is not None:
+        log.warning("upto_not_offered", network=settlements.network.caip2, reason=missing)
+    return missing is None
 
 
 def _sign_in(settings: Settings, secret: bytes, chains: list[Chain]) -> SignIn:

@@ -31,7 +31,7 @@ Dialect = Literal["openai_chat", "anthropic_messages", "gemini"]
 TokenizerFamily = Literal[
     "o200k_base", "cl100k_base", "llama3", "deepseek", "qwen", "mistral", "gemini", "claude", "other"
 ]
-Scheme = Literal["exact", "batch-settlement"]
+Scheme = Literal["exact", "upto", "batch-settlement"]
 StrategyName = Literal["balanced", "cost-first", "latency-first", "availability-first"]
 
 
@@ -230,6 +230,8 @@ class PaymentSettings(Section):
     """How long a paid request waits for its transfer before it answers 202."""
     payer_exposure_usd: Usd = "0.05"
     """Inference that one payer may have under way before its transfers are mined; above it the transfer comes first."""
+    upto_exposure_usd: Usd = "0.25"
+    """What one payer may owe for answers paid by `upto` until they are settled; beyond it exact or a channel is asked for."""
     replay_ttl_s: int = Field(default=600, ge=0)
     """How long an answer is kept, encrypted, for the same payment sent again; 0 keeps none."""
     refund_threshold_usd: Usd = "1"

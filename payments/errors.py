@@ -29,6 +29,15 @@ class PaymentRefused(PaymentError):
     """A well-formed payment that does not pay for this request. 402 with a fresh quote that says why."""
 
 
+class SchemeRefused(PaymentRefused):
+    """This payer is to pay by another scheme; the fresh quote does not offer this one again."""
+
+    def __init__(self, code: str, message: str, scheme: str) -> None:
+        """Also name the scheme."""
+        super().__init__(code, message)
+        self.scheme = scheme
+
+
 class AllowanceRequired(PaymentError):
     """The payer has not approved Permit2 for the token yet. 412, with what to do."""
 

@@ -60,7 +60,7 @@ _VIEW = """
            receipt.paid_nano_usd, receipt.charged_nano_usd, receipt.details, receipt.reason, receipt.created_ms,
            receipt.closed_ms, settlement.state, settlement.transaction_hash, settlement.chain_id, settlement.block_number
     FROM receipt
-    LEFT JOIN settlement ON settlement.reference = receipt.id AND settlement.kind = 'payment'
+    LEFT JOIN settlement ON settlement.reference = receipt.id AND settlement.kind IN ('payment', 'upto')
     WHERE receipt.id = ?
 """
 
@@ -140,7 +140,7 @@ def open_receipt(
     tx: Transaction,
     *,
     id: str,
-    tender: Literal["exact", "channel", "prepaid", "account"],
+    tender: Literal["exact", "upto", "channel", "prepaid", "account"],
     payer: str,
     asset: str,
     quoted_nano_usd: int,

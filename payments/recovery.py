@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from payments import receipts
 from payments.ledger import transfers
 from payments.store import Store, Transaction
-from payments.tenders import authorizations
+from payments.tenders import authorizations, pledges
 
 REASON = "gateway_restarted"
 
@@ -51,6 +51,7 @@ def put_right(tx: Transaction) -> Recovered:
         transfers.void(tx, hold)
     forgotten = authorizations.forget_unwritten(tx)
     interrupted, released = receipts.end_orphans(tx, REASON)
+    pledges.burn_orphans(tx)
     return Recovered(len(holds), interrupted, released, forgotten)
 
 

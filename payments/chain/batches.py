@@ -12,6 +12,8 @@ from typing import Any
 
 from contracts.operators import deposit_address
 from payments.chain.logs import Log
+from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS
+from payments.chain.rpc import Request, Rpc
 from payments.chain.transactions import WORD, Call, address_word, selector, topic, word
 
 EXECUTED_TOPIC = topic("Executed(uint256,bool)")
@@ -24,6 +26,7 @@ OWN_GAS_PER_CALL = 16_000
 """What the contract wants to have left besides a call's own limit, and what the event and the calldata cost."""
 
 _EXECUTE = selector("execute((address,uint256,bytes)[])")
+_IS_SIGNER = selector("isSigner(address)")
 _SWEEP = selector("sweep(address,bytes32[])")
 
 
@@ -127,3 +130,22 @@ def forwarder_address(factory: str, implementation: str, address: str) -> str:
 def encode_sweep(token: str, accounts: Sequence[bytes]) -> bytes:
     """Calldata of `DepositForwarders.sweep`: all that these accounts' addresses have of `token` goes to the treasury."""
     return b"".join((_SWEEP, address_word(token), word(2 * WORD), word(len(accounts)), *accounts))
+
+
+async def missing_for_upto(rpc: Rpc, batch_contract: str, signers: Sequence[str]) -> str | None:
+    """What keeps the batch contract from settling payments of the scheme `upto`, for people; None if nothing does.
+
+    Raises:
+        RpcError: A node refused a question.
+        RpcUnavailable: No node answered.
+    """
+    codes: list[Request] = [("eth_getCode", (each, "latest")) for each in (batch_contract, UPTO_PERMIT2_PROXY_ADDRESS)]
+    calls: list[Request] = [
+        ("eth_call", ({"to": batch_contract, "data": "0x" + (_IS_SIGNER + address_word(signer)).hex()}, "latest"))
+        for signer in signers
+    ]
+    contract, proxy, *allowed = await rpc.ask([*codes, *calls])
+    if len(contract) <= 2 or len(proxy) <= 2:
+        return "there is no batch contract" if len(contract) <= 2 else "there is no upto proxy on this chain"
+    refused = [signer for signer, reply in zip(signers, allowed, strict=True) if int(reply or "0x", 16) != 1]
+    return f"the batch contract does not know the signers {refused}" if refused or not signers else None

@@ -12,10 +12,10 @@ from typing import Any
 
 import coincurve
 
-from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, MULTICALL3_ADDRESS, Token
+from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, MULTICALL3_ADDRESS, UPTO_PERMIT2_PROXY_ADDRESS, Token
 from payments.verification.signatures import ECDSA_BYTES, keccak256
 from payments.verification.wallet_signatures import unwrap
-from payments.x402.wire import Eip3009Authorization, Payment, Permit2Authorization
+from payments.x402.wire import Eip3009Authorization, Payment, Permit2Authorization, UptoAuthorization
 
 RlpItem = int | bytes | Sequence["RlpItem"]
 
@@ -200,6 +200,7 @@ _TRANSFER_WITH_AUTHORIZATION_BYTES = selector(
     "transferWithAuthorization(address,address,uint256,uint256,uint256,bytes32,bytes)"
 )
 _PROXY_SETTLE = selector("settle(((address,uint256),uint256,uint256),address,(address,uint256),bytes)")
+_UPTO_SETTLE = selector("settle(((address,uint256),uint256,uint256),uint256,address,(address,address,uint256),bytes)")
 _TRANSFER = selector("transfer(address,uint256)")
 _BALANCE_OF = selector("balanceOf(address)")
 _ALLOWANCE = selector("allowance(address,address)")
@@ -249,6 +250,27 @@ def encode_proxy_settle(authorization: Permit2Authorization, signature: bytes) -
     )
 
 
+def encode_upto_settle(authorization: UptoAuthorization, signature: bytes, amount: int) -> bytes:
+    """Calldata for the upto proxy's `settle(permit, amount, owner, witness, signature)`, to be called by the facilitator."""
+    assert amount <= authorization.amount
+    return b"".join(
+        (
+            _UPTO_SETTLE,
+            address_word(authorization.token),
+            word(authorization.amount),
+            word(authorization.nonce),
+            word(authorization.deadline),
+            word(amount),
+            address_word(authorization.payer),
+            address_word(authorization.to),
+            address_word(authorization.facilitator),
+            word(authorization.valid_after),
+            word(10 * WORD),
+            _tail(signature),
+        )
+    )
+
+
 PROXY_SETTLE_TERMS_LENGTH = 4 + 7 * WORD
 """The part of `settle`'s calldata that says what is paid; the rest is the signature, which has several spellings."""
 
@@ -261,7 +283,12 @@ def settle_call(payment: Payment, token: Token, *, deploy: bool = False) -> tupl
         token: What it pays in.
         deploy: The payer has no code yet: if its signature says how to deploy it, that is done first. Both or nothing: a
             transfer that fails takes the deployment back.
+
+    Of `upto` it is the settlement of the whole amount, which only the facilitator can call.
     """
+    if isinstance(payment.authorization, UptoAuthorization):
+        data = encode_upto_settle(payment.authorization, payment.signature, payment.authorization.amount)
+        return UPTO_PERMIT2_PROXY_ADDRESS, data
     signature, deployment = unwrap(payment.signature)
     if isinstance(payment.authorization, Permit2Authorization):
         call = EXACT_PERMIT2_PROXY_ADDRESS, encode_proxy_settle(payment.authorization, signature)

@@ -1,9 +1,9 @@
 """The books' accounts: how they are named, and which of them may go below zero.
 
 A balance above zero is what we owe the account's owner. `custody` is the counter side of everything on chain, so its balance
-is minus what the treasury should hold; `variance` is what the operator lost on overruns;
-`receivable` is minus what is earned and not on chain yet. What settlements cost is kept in the
-chain's own coin (`native_asset`, in gwei): `signer` accounts are minus what each has paid, `gas` is the sum.
+is minus what the treasury should hold; `variance` is what the operator lost on overruns and on
+answers that were never paid; `receivable` is minus what was earned from a payer and is not on chain yet. What settlements
+cost is kept in the chain's own coin (`native_asset`, in gwei): `signer` is minus what each has paid, `gas` the sum.
 """
 
 from __future__ import annotations

@@ -31,6 +31,9 @@ WORDS = {
     "returned": "withdrawal_returned",
     "loss": "adjustment",
     "made-good": "adjustment",
+    "excess": "adjustment",
+    "repay": "adjustment",
+    "unrepay": "adjustment",
 }
 """By the part of a transfer's id before the first colon. A payment that was made to top up is a ``topup``."""
 

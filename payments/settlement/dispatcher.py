@@ -257,7 +257,7 @@ class Dispatcher:
         if not entries:
             return None
         calls = [outbox.call_for(entry.order, self._kinds[entry.kind].gas(entry.order)) for entry in entries]
-        single = len(calls) == 1
+        single = len(calls) == 1 and not self._kinds[entries[0].kind].through_batch
         call = calls[0] if single else self._batch(calls)
         transaction = outgoing.write(
             tx,

@@ -71,7 +71,8 @@ class Judge:
             ValueError, KeyError: The receipt makes no sense; nothing was decided.
         """
         included = _Included(transaction, receipt)
-        reverted_batch = transaction.kind == "batch" and receipt["status"] != "0x1"
+        # One that was alone in its batch would fail alone again.
+        reverted_batch = len(transaction.entries) > 1 and receipt["status"] != "0x1"
         for entry in transaction.entries:
             if entry.state not in ("submitted", "failed"):
                 continue

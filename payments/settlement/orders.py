@@ -101,3 +101,5 @@ class Kind:
     signed_by: Literal["settler", "treasury"] = "settler"
     batchable: bool = False
     """Whether the batch contract may make the call: whoever calls makes no difference to it."""
+    through_batch: bool = False
+    """Whether nobody but the batch contract can make the call, so that it does so even for one alone."""

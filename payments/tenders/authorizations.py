@@ -19,15 +19,22 @@ from payments.store import Transaction
 from payments.tenders import closing
 from payments.tenders.closing import Use
 
-State = Literal["reserved", "paid", "failed"]
+State = Literal["reserved", "paid", "failed", "pledged", "burnt", "defaulted", "repaid"]
 
 TRANSITIONS: dict[str, frozenset[str]] = {
     # Bound to a payload and a request. Its transfer may not have been written, be under way, or be unknown.
     "reserved": frozenset({"paid", "failed"}),
     # The money is in the payer's account of the ledger. Back to failed only if a reorganisation took it away.
-    "paid": frozenset({"failed"}),
+    "paid": frozenset({"failed", "defaulted"}),
     # The transfer cannot succeed any more; should the money arrive all the same, it is the payer's.
     "failed": frozenset({"paid"}),
+    # Of the scheme `upto`, see `payments.tenders.pledges`: the answer is under way, or its settlement is.
+    "pledged": frozenset({"paid", "burnt", "defaulted"}),
+    # Nothing is ever settled under it.
+    "burnt": frozenset(),
+    # The answer was given and its settlement cannot succeed any more; then paid from the payer's balance.
+    "defaulted": frozenset({"paid", "repaid"}),
+    "repaid": frozenset({"paid"}),
 }
 
 USES_MAX = 16
@@ -50,7 +57,7 @@ _FORGET_UNWRITTEN = (
 )
 _FORGET = f"{_FORGET_UNWRITTEN} AND receipt_id = ? RETURNING receipt_id"
 
-UseState = Literal["in_progress", "captured", "released", "credited"]
+UseState = Literal["in_progress", "captured", "released", "credited", "burnt"]
 """What became of a payment that was sent before."""
 
 _SAID_BY_STATE: dict[UseState, tuple[str, str]] = {
@@ -69,6 +76,10 @@ _SAID_BY_STATE: dict[UseState, tuple[str, str]] = {
     "credited": (
         "payment_already_credited",
         "this payment's request was interrupted, its amount became your wallet's credit and has been spent since",
+    ),
+    "burnt": (
+        "authorization_spent",
+        "this authorization's request failed and nothing is taken under it; sign a new one with a nonce of its own",
     ),
 }
 

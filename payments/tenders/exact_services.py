@@ -40,6 +40,9 @@ class Settling(Protocol):
         """Write an order durably and broadcast it; the same id again changes nothing. `SettlementUnavailable` or `StoreBusy`
         mean that nothing was written."""
 
+    def take_queued(self, settlement_id: str) -> None:
+        """Take up an order that a unit has written to the outbox, now that it is durable."""
+
     async def book_executed(self, order: SettlementOrder) -> bool:
         """Book an order that somebody else executed before us; False if nobody did. Errors as for `submit`."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from payments.chain.networks import MULTICALL3_ADDRESS, PERMIT2_ADDRESS, Network, Token
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
@@ -28,7 +29,7 @@ from payments.errors import AllowanceRequired, PaymentError, PaymentRefused, Set
 from payments.money import nano_to_atomic_up
 from payments.settlement.outbox import gas_limit
 from payments.verification.wallet_signatures import unwrap
-from payments.x402.wire import Payment, Permit2Authorization
+from payments.x402.wire import Payment, Permit2Authorization, UptoAuthorization
 
 WINDOW_S = 0.0005
 BATCH_MAX = 50
@@ -66,9 +67,25 @@ class _Check:
             calls.append((token, encode_allowance(payer, PERMIT2_ADDRESS)))
         else:
             calls.append((token, encode_authorization_state(payer, nonce)))
-        if self.unproven is None:
+        if self.unproven is None and not self.apart:
             calls.append(settle_call(self.payment, self.token))
         return calls
+
+    @property
+    def apart(self) -> bool:
+        """Whether the call is simulated by itself, though in the same round trip: only its facilitator can make it."""
+        return isinstance(self.payment.authorization, UptoAuthorization)
+
+    def simulation(self) -> Request:
+        """The very call, under the gas limit that the settlement will have."""
+        authorization = self.payment.authorization
+        assert isinstance(authorization, UptoAuthorization)
+        to, data = settle_call(self.payment, self.token)
+        gas = hex(gas_limit(to, data, self.token.address))
+        return "eth_call", (
+            {"from": authorization.facilitator, "to": to, "data": "0x" + data.hex(), "gas": gas},
+            "latest",
+        )
 
     def conclude(self, verdict: PaymentError | bool) -> None:
         if not self.verdict.done():
@@ -152,7 +169,15 @@ class ChainStates:
         data = "0x" + encode_aggregate3(flat).hex()
         requests: list[Request] = [("eth_call", ({"to": MULTICALL3_ADDRESS, "data": data}, "latest"))]
         requests += [("eth_getCode", (check.payment.payer, "latest")) for check in checks]
-        reply, *codes = await self._rpc.ask(requests)
+        apart = [index for index, check in enumerate(checks) if check.apart]
+        requests += [checks[index].simulation() for index in apart]
+        replies = await self._rpc.batch(requests)
+        simulated = dict(zip(apart, replies[1 + len(checks) :], strict=True))
+        answers: list[Any] = replies[: 1 + len(checks)]
+        for answer in answers:
+            if isinstance(answer, RpcError):
+                raise answer
+        reply, *codes = answers
         if not all(isinstance(answer, str) and answer.startswith("0x") for answer in (reply, *codes)):
             raise ValueError("a node answered with something that is not bytes")
         results = iter(decode_aggregate3(bytes.fromhex(reply[2:]), len(flat)))
@@ -161,6 +186,8 @@ class ChainStates:
             own = [next(results) for _ in calls[index]]
             in_use = nano_to_atomic_up(check.other_open(), check.token.decimals)
             verdict = _judge(check, own, in_use)
+            if verdict is None and isinstance(failure := simulated.get(index), RpcError):
+                verdict = _would_fail(failure.message)
             if verdict is not None and check.looks < LOOKS_MAX and _judge(check, own, 0) is None:
                 # Perhaps what is in use has just left the balance, and only we do not know yet.
                 again.append(self._look_again(check))
@@ -170,7 +197,7 @@ class ChainStates:
                 check.conclude(check.unproven)
             elif verdict is not None and len(checks) > 1:
                 again.append(self._run([check]))
-            elif verdict is None and (has_code or check.unproven is not None):
+            elif verdict is None and not check.apart and (has_code or check.unproven is not None):
                 again.append(self._simulate_alone(check, has_code))
             else:
                 check.conclude(verdict or has_code)
@@ -212,14 +239,14 @@ def _judge(check: _Check, results: Sequence[CallResult], in_use: int) -> Payment
             f"the payer has {max(balance - in_use, 0)} atomic units of {token.symbol} that are not in use, and"
             f" {authorization.value} are needed",
         )
-    if permit2 and _number(results[2]) < authorization.value:
+    if permit2 and _number(results[2]) - (in_use if check.apart else 0) < authorization.value:
         return AllowanceRequired(
             "permit2_allowance_required",
             f"the payer must once approve Permit2 for {token.symbol}: call approve({PERMIT2_ADDRESS}, amount) on"
             f" {token.address} with at least {authorization.value}, then send the same payment again",
         )
-    if check.unproven is not None:
-        return None  # simulated alone
+    if check.unproven is not None or check.apart:
+        return None  # simulated by itself
     succeeded, returned = results[-1]
     return None if succeeded else _would_fail(decode_revert(returned))
 

@@ -6,12 +6,12 @@ allowance and the nonce's use afterwards, by `payments.verification.chain_state`
 
 from __future__ import annotations
 
-from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, Network, Token
+from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, UPTO_PERMIT2_PROXY_ADDRESS, Network, Token
 from payments.errors import PaymentRefused
-from payments.verification.eip712 import eip3009_digest, permit2_exact_digest
+from payments.verification.eip712 import eip3009_digest, permit2_exact_digest, permit2_upto_digest
 from payments.verification.signatures import recover
 from payments.verification.wallet_signatures import unwrap
-from payments.x402.wire import Payment, Permit2Authorization, Requirement
+from payments.x402.wire import Payment, Permit2Authorization, Requirement, UptoAuthorization
 
 
 class SignatureUnproven(PaymentRefused):
@@ -22,7 +22,15 @@ SETTLEMENT_MARGIN_S = 6
 """An authorization must hold that much longer, so that its transfer can still be mined in one of the next blocks."""
 
 
-def check_offline(payment: Payment, requirement: Requirement, network: Network, token: Token, *, now: int) -> str:
+def check_offline(
+    payment: Payment,
+    requirement: Requirement,
+    network: Network,
+    token: Token,
+    *,
+    now: int,
+    valid_s: int = SETTLEMENT_MARGIN_S,
+) -> str:
     """Check a decoded payment against what we would offer for the same request now.
 
     Args:
@@ -31,6 +39,7 @@ def check_offline(payment: Payment, requirement: Requirement, network: Network, 
         network: The requirement's chain.
         token: The requirement's token. Its domain and transfer method count, not what the payer claims in `extra`.
         now: Unix seconds.
+        valid_s: How much longer it must hold, so that it can still be settled.
 
     Returns:
         The payer's address, lower-case hex, proven by the signature.
@@ -38,7 +47,7 @@ def check_offline(payment: Payment, requirement: Requirement, network: Network, 
     Raises:
         PaymentRefused: With one of the codes ``wrong_scheme``, ``wrong_network``, ``wrong_token``, ``wrong_amount``,
             ``wrong_recipient``, ``wrong_timeout``, ``wrong_extra``, ``wrong_transfer_method``, ``wrong_spender``,
-            ``not_yet_valid``, ``expired``.
+            ``wrong_facilitator``, ``not_yet_valid``, ``expired``.
         SignatureUnproven: ``bad_signature``: all the rest is right, and if the payer has code the chain may be asked about it.
         PaymentMalformed: ``malformed_signature``, if the signature is shorter than any can be.
     """
@@ -49,7 +58,7 @@ def check_offline(payment: Payment, requirement: Requirement, network: Network, 
     else:
         _check_v1(payment, requirement, network)
     _check_authorization(payment, requirement, token)
-    _check_times(payment, now)
+    _check_times(payment, now, valid_s)
     check_signature(payment_digest(payment, token), payment.signature, payment.payer)
     return payment.payer
 
@@ -70,6 +79,8 @@ def check_signature(digest: bytes, signature: bytes, payer: str) -> None:
 def payment_digest(payment: Payment, token: Token) -> bytes:
     """The EIP-712 digest that the payer signed, if the payment is in `token`."""
     authorization = payment.authorization
+    if isinstance(authorization, UptoAuthorization):
+        return permit2_upto_digest(authorization, token.chain_id)
     if isinstance(authorization, Permit2Authorization):
         return permit2_exact_digest(authorization, token.chain_id)
     return eip3009_digest(authorization, token)
@@ -98,22 +109,29 @@ def _check_v1(payment: Payment, requirement: Requirement, network: Network) -> N
 
 def _check_authorization(payment: Payment, requirement: Requirement, token: Token) -> None:
     authorization = payment.authorization
-    _check_same("wrong_transfer_method", "the authorization's kind", payment.transfer_method, token.transfer_method)
+    upto = isinstance(authorization, UptoAuthorization)
+    assert upto == (requirement.scheme == "upto")
+    method = "permit2" if upto else token.transfer_method
+    _check_same("wrong_transfer_method", "the authorization's kind", payment.transfer_method, method)
     if isinstance(authorization, Permit2Authorization):
+        proxy = UPTO_PERMIT2_PROXY_ADDRESS if upto else EXACT_PERMIT2_PROXY_ADDRESS
         _check_same("wrong_token", "permitted.token", authorization.token, token.address)
-        _check_same("wrong_spender", "spender", authorization.spender, EXACT_PERMIT2_PROXY_ADDRESS)
+        _check_same("wrong_spender", "spender", authorization.spender, proxy)
+    if isinstance(authorization, UptoAuthorization):
+        facilitator = requirement.extra["facilitatorAddress"]
+        _check_same("wrong_facilitator", "witness.facilitator", authorization.facilitator, facilitator)
     _check_same("wrong_amount", "the authorized amount", authorization.value, requirement.amount)
     _check_same("wrong_recipient", "the authorized recipient", authorization.recipient, requirement.pay_to)
 
 
-def _check_times(payment: Payment, now: int) -> None:
+def _check_times(payment: Payment, now: int, valid_s: int) -> None:
     authorization = payment.authorization
     if authorization.valid_after > now:
         raise PaymentRefused("not_yet_valid", f"the authorization must be valid now ({now}) already: see validAfter")
-    if authorization.expires_at < now + SETTLEMENT_MARGIN_S:
+    if authorization.expires_at < now + valid_s:
         raise PaymentRefused(
             "expired",
-            f"the authorization must hold for {SETTLEMENT_MARGIN_S} s from now ({now}) on, so that it can be settled",
+            f"the authorization must hold for {valid_s} s from now ({now}) on, so that it can be settled",
         )
 
 

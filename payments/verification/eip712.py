@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from payments.chain.networks import PERMIT2_ADDRESS, Token
 from payments.verification.signatures import keccak256
-from payments.x402.wire import Eip3009Authorization, Permit2Authorization
+from payments.x402.wire import Eip3009Authorization, Permit2Authorization, UptoAuthorization
 
 _TRANSFER_WITH_AUTHORIZATION = keccak256(
     b"TransferWithAuthorization(address from,address to,uint256 value,uint256 validAfter,uint256 validBefore,bytes32 nonce)"
@@ -23,6 +23,12 @@ _PERMIT_WITNESS_TRANSFER_FROM = keccak256(
     b"PermitWitnessTransferFrom(TokenPermissions permitted,address spender,uint256 nonce,uint256 deadline,Witness witness)"
     b"TokenPermissions(address token,uint256 amount)"
     b"Witness(address to,uint256 validAfter)"
+)
+_UPTO_WITNESS = keccak256(b"Witness(address to,address facilitator,uint256 validAfter)")
+_UPTO_PERMIT_WITNESS_TRANSFER_FROM = keccak256(
+    b"PermitWitnessTransferFrom(TokenPermissions permitted,address spender,uint256 nonce,uint256 deadline,Witness witness)"
+    b"TokenPermissions(address token,uint256 amount)"
+    b"Witness(address to,address facilitator,uint256 validAfter)"
 )
 _DOMAIN = keccak256(b"EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)")
 _DOMAIN_WITHOUT_VERSION = keccak256(b"EIP712Domain(string name,uint256 chainId,address verifyingContract)")
@@ -43,13 +49,15 @@ def eip3009_digest(authorization: Eip3009Authorization, token: Token) -> bytes:
 
 def permit2_exact_digest(authorization: Permit2Authorization, chain_id: int) -> bytes:
     """The 32 bytes that the payer of a `PermitWitnessTransferFrom` with the exact scheme's witness signs, on `chain_id`."""
-    permitted = keccak256(_TOKEN_PERMISSIONS + _word(authorization.token) + authorization.amount.to_bytes(32, "big"))
     witness = keccak256(_WITNESS + _word(authorization.to) + authorization.valid_after.to_bytes(32, "big"))
-    spender = _word(authorization.spender)
-    nonce = authorization.nonce.to_bytes(32, "big")
-    deadline = authorization.deadline.to_bytes(32, "big")
-    struct = keccak256(_PERMIT_WITNESS_TRANSFER_FROM + permitted + spender + nonce + deadline + witness)
-    return keccak256(permit2_prefix(chain_id) + struct)
+    return _permit2_digest(_PERMIT_WITNESS_TRANSFER_FROM, authorization, witness, chain_id)
+
+
+def permit2_upto_digest(authorization: UptoAuthorization, chain_id: int) -> bytes:
+    """The same with the witness of the scheme `upto`."""
+    valid_after = authorization.valid_after.to_bytes(32, "big")
+    witness = keccak256(_UPTO_WITNESS + _word(authorization.to) + _word(authorization.facilitator) + valid_after)
+    return _permit2_digest(_UPTO_PERMIT_WITNESS_TRANSFER_FROM, authorization, witness, chain_id)
 
 
 def token_domain_separator(token: Token) -> bytes:
@@ -68,6 +76,15 @@ def permit2_domain_separator(chain_id: int) -> bytes:
     return keccak256(
         _DOMAIN_WITHOUT_VERSION + keccak256(b"Permit2") + chain_id.to_bytes(32, "big") + _word(PERMIT2_ADDRESS)
     )
+
+
+def _permit2_digest(type_hash: bytes, authorization: Permit2Authorization, witness: bytes, chain_id: int) -> bytes:
+    permitted = keccak256(_TOKEN_PERMISSIONS + _word(authorization.token) + authorization.amount.to_bytes(32, "big"))
+    spender = _word(authorization.spender)
+    nonce = authorization.nonce.to_bytes(32, "big")
+    deadline = authorization.deadline.to_bytes(32, "big")
+    struct = keccak256(type_hash + permitted + spender + nonce + deadline + witness)
+    return keccak256(permit2_prefix(chain_id) + struct)
 
 
 @lru_cache(maxsize=256)

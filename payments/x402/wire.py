@@ -42,6 +42,7 @@ __all__ = [
     "PaymentRequiredAnswer",
     "Permit2Authorization",
     "Requirement",
+    "UptoAuthorization",
     "decode_payment",
     "payment_required",
     "payment_response",
@@ -65,6 +66,7 @@ _PERMIT2_PAYLOAD = frozenset({"permit2Authorization", "signature"})
 _PERMIT2_MEMBERS = frozenset({"from", "permitted", "spender", "nonce", "deadline", "witness"})
 _PERMITTED_MEMBERS = frozenset({"token", "amount"})
 _WITNESS_MEMBERS = frozenset({"to", "validAfter"})
+_UPTO_WITNESS_MEMBERS = _WITNESS_MEMBERS | {"facilitator"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,13 @@ class Permit2Authorization:
     def expires_at(self) -> int:
         """`deadline`, cut to 64 bits so that a far-away one fits a database column."""
         return min(self.deadline, _INT64_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class UptoAuthorization(Permit2Authorization):
+    """The same for the scheme `upto`: `amount` is the most that may be taken, and only `facilitator` may take it."""
+
+    facilitator: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +268,17 @@ def _decode_exact(header: PaymentHeader, payload: dict[str, Any]) -> Payment:
     else:
         payload = read_members(payload, "payload", _EIP3009_PAYLOAD)
         authorization = _read_eip3009(payload["authorization"], "payload.authorization")
+    return _signed(header, authorization, payload)
+
+
+def _decode_upto(header: PaymentHeader, payload: dict[str, Any]) -> Payment:
+    payload = read_members(payload, "payload", _PERMIT2_PAYLOAD)
+    return _signed(header, _read_upto(payload["permit2Authorization"], "payload.permit2Authorization"), payload)
+
+
+def _signed(
+    header: PaymentHeader, authorization: Eip3009Authorization | Permit2Authorization, payload: dict[str, Any]
+) -> Payment:
     return Payment(
         version=header.version,
         scheme=header.scheme,
@@ -271,7 +291,11 @@ def _decode_exact(header: PaymentHeader, payload: dict[str, Any]) -> Payment:
     )
 
 
-SCHEMES: dict[str, Decode] = {"exact": _decode_exact, "batch-settlement": decode_channel_payment}
+SCHEMES: dict[str, Decode] = {
+    "exact": _decode_exact,
+    "upto": _decode_upto,
+    "batch-settlement": decode_channel_payment,
+}
 """The schemes that can be read, by name. v1 knows ``exact`` only."""
 
 
@@ -288,19 +312,33 @@ def _read_eip3009(value: object, field: str) -> Eip3009Authorization:
 
 
 def _read_permit2(value: object, field: str) -> Permit2Authorization:
+    terms, _ = _read_permit2_terms(value, field, _WITNESS_MEMBERS)
+    return Permit2Authorization(**terms)
+
+
+def _read_upto(value: object, field: str) -> UptoAuthorization:
+    terms, witness = _read_permit2_terms(value, field, _UPTO_WITNESS_MEMBERS)
+    return UptoAuthorization(**terms, facilitator=read_address(witness["facilitator"], f"{field}.witness.facilitator"))
+
+
+def _read_permit2_terms(
+    value: object, field: str, witness_members: frozenset[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What every `Permit2Authorization` has, and the witness for more."""
     members = read_members(value, field, _PERMIT2_MEMBERS)
     permitted = read_members(members["permitted"], f"{field}.permitted", _PERMITTED_MEMBERS)
-    witness = read_members(members["witness"], f"{field}.witness", _WITNESS_MEMBERS)
-    return Permit2Authorization(
-        payer=read_address(members["from"], f"{field}.from"),
-        token=read_address(permitted["token"], f"{field}.permitted.token"),
-        amount=read_uint256(permitted["amount"], f"{field}.permitted.amount"),
-        spender=read_address(members["spender"], f"{field}.spender"),
-        nonce=read_uint256(members["nonce"], f"{field}.nonce"),
-        deadline=read_uint256(members["deadline"], f"{field}.deadline"),
-        to=read_address(witness["to"], f"{field}.witness.to"),
-        valid_after=read_uint256(witness["validAfter"], f"{field}.witness.validAfter"),
-    )
+    witness = read_members(members["witness"], f"{field}.witness", witness_members)
+    terms = {
+        "payer": read_address(members["from"], f"{field}.from"),
+        "token": read_address(permitted["token"], f"{field}.permitted.token"),
+        "amount": read_uint256(permitted["amount"], f"{field}.permitted.amount"),
+        "spender": read_address(members["spender"], f"{field}.spender"),
+        "nonce": read_uint256(members["nonce"], f"{field}.nonce"),
+        "deadline": read_uint256(members["deadline"], f"{field}.deadline"),
+        "to": read_address(witness["to"], f"{field}.witness.to"),
+        "valid_after": read_uint256(witness["validAfter"], f"{field}.witness.validAfter"),
+    }
+    return terms, witness
 
 
 def _read_quote_token(extensions: object) -> str | None:

@@ -26,7 +26,9 @@ SCRIPT = Path(__file__).parent / "typescript" / "pay.mjs"
 
 
 @contextmanager
-def node(stack: Stack, wallet: LocalAccount, body: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
+def node(
+    stack: Stack, wallet: LocalAccount, body: dict[str, Any], **environment: str
+) -> Iterator[subprocess.Popen[str]]:
     """The script at work; its output is there as it prints it."""
     program = shutil.which("node")
     assert program is not None, "these tests need Node.js 20 or newer on PATH"
@@ -37,7 +39,8 @@ def node(stack: Stack, wallet: LocalAccount, body: dict[str, Any]) -> Iterator[s
             "WALLET_KEY": "0x" + wallet.key.hex().removeprefix("0x"),
             "URL": f"{stack.gateway_url}/v1/chat/completions",
             "BODY": json.dumps(body),
-        },
+        }
+        | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

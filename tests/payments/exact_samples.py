@@ -99,6 +99,7 @@ class HandSettlements:
     before_submit: Callable[[], None] = lambda: None
     after_submit: Callable[[], None] = lambda: None
     mine_at_once: bool = True
+    taken: list[str] = field(default_factory=list)
 
     async def submit(self, order: SettlementOrder) -> None:
         self.before_submit()
@@ -108,6 +109,9 @@ class HandSettlements:
 
     async def book_executed(self, order: SettlementOrder) -> bool:
         return False
+
+    def take_queued(self, settlement_id: str) -> None:
+        self.taken.append(settlement_id)
 
     async def outcome(self, settlement_id: str, timeout_s: float) -> SettlementOutcome:
         if self.mine_at_once and timeout_s:

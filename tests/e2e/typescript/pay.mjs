@@ -1,14 +1,15 @@
 // One question, paid by the official TypeScript client exactly as its documentation has it: nothing here knows Farebox.
 //
-// Environment: WALLET_KEY (hexadecimal private key), URL, BODY (JSON). Prints one JSON object a line: for a stream
+// Environment: WALLET_KEY (hexadecimal private key), URL, BODY (JSON), ACCEPT_PAYMENT (schemes to ask for; registers upto). Prints one JSON object a line: for a stream
 // {"event": "answer"} when the status and headers are there, {"event": "chunk", "text"} for each piece as it arrives, and
 // always {"event": "end"} with everything.
 
 import { ExactEvmScheme } from "@x402/evm/exact/client";
+import { UptoEvmScheme } from "@x402/evm/upto/client";
 import { decodePaymentResponseHeader, wrapFetchWithPayment, x402Client } from "@x402/fetch";
 import { privateKeyToAccount } from "viem/accounts";
 
-const { WALLET_KEY, URL: url, BODY: body } = process.env;
+const { WALLET_KEY, URL: url, BODY: body, ACCEPT_PAYMENT: accepted } = process.env;
 const print = (event, fields) => process.stdout.write(`${JSON.stringify({ event, ...fields })}\n`);
 
 const statuses = [];
@@ -18,11 +19,13 @@ const watchedFetch = async (...request) => {
   return response;
 };
 
-const client = new x402Client().register("eip155:*", new ExactEvmScheme(privateKeyToAccount(WALLET_KEY)));
+const wallet = privateKeyToAccount(WALLET_KEY);
+const client = new x402Client().register("eip155:*", new ExactEvmScheme(wallet));
+if (accepted) client.register("eip155:*", new UptoEvmScheme(wallet));
 const fetchWithPayment = wrapFetchWithPayment(watchedFetch, client);
 const response = await fetchWithPayment(url, {
   method: "POST",
-  headers: { "content-type": "application/json" },
+  headers: { "content-type": "application/json", ...(accepted && { "accept-payment": accepted }) },
   body,
 });
 

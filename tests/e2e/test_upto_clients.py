@@ -1,0 +1,155 @@
+"""Paying what an answer cost, with clients that were not written for Farebox."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from eth_account.signers.local import LocalAccount
+from x402 import x402Client
+from x402.client import x402ClientSync
+from x402.http import x402HTTPClientSync
+from x402.http.clients import x402_httpx_transport
+from x402.mechanisms.evm.signers import EthAccountSigner
+from x402.mechanisms.evm.upto import UptoEvmClientScheme
+
+from contracts.devnet import USDC, approve_permit2, balance_of
+from gateway.dev.simulator.process import Simulator
+from gateway.dev.stack import Stack
+from tests.e2e.clients import JSON, ask, decoded
+from tests.e2e.conftest import QUESTION
+from tests.e2e.test_failover import wait_for_breakers
+from tests.e2e.test_typescript_client import next_event, node
+
+UPTO = {"accept-payment": "upto"}
+
+
+@pytest.fixture
+def approved(stack: Stack, wallet: LocalAccount) -> LocalAccount:
+    approve_permit2(stack.rpc_url, USDC, wallet.key.hex())
+    return wallet
+
+
+def settled(http: httpx.Client, receipt_id: str) -> dict[str, Any]:
+    """The receipt once its transfer is mined."""
+    deadline = time.monotonic() + 20
+    while True:
+        receipt: dict[str, Any] = http.get(f"/v1/receipts/{receipt_id}").json()
+        if receipt["transaction"] is not None and receipt["transaction"]["state"] in ("mined", "final"):
+            return receipt
+        assert time.monotonic() < deadline, receipt
+        time.sleep(0.05)
+
+
+def atomic(usd: str) -> int:
+    """Dollars as atomic units of a token with 6 decimals, rounded up."""
+    whole, _, part = usd.partition(".")
+    return -(-int(whole + part.ljust(9, "0")[:9]) // 1000)
+
+
+def sign_upto(account: LocalAccount, asked: httpx.Response) -> dict[str, str]:
+    client = x402ClientSync()
+    client.register("eip155:*", UptoEvmClientScheme(EthAccountSigner(account)))
+    wrapped = x402HTTPClientSync(client)
+    required = wrapped.get_payment_required_response(asked.headers.get, asked.json())
+    return dict(wrapped.encode_payment_signature_header(client.create_payment_payload(required)))
+
+
+async def test_the_official_python_client_pays_what_the_answer_cost(
+    stack: Stack, http: httpx.Client, approved: LocalAccount, simulator: Simulator
+) -> None:
+    before = balance_of(stack.rpc_url, USDC, approved.address)
+    client = x402Client()
+    client.register("eip155:*", UptoEvmClientScheme(EthAccountSigner(approved)))
+    async with httpx.AsyncClient(
+        transport=x402_httpx_transport(client), base_url=stack.gateway_url, timeout=30, headers=JSON | UPTO
+    ) as paying:
+        answer = await paying.post("/v1/chat/completions", content=orjson.dumps(QUESTION))
+    assert answer.status_code == 200, answer.text
+    response = decoded(answer.headers["payment-response"])
+    assert response["success"] is True
+    receipt = settled(http, answer.headers["x-farebox-receipt"])
+    assert receipt["tender"] == "upto"
+    assert float(receipt["charged_usd"]) < float(receipt["quoted_usd"])
+    assert int(response["amount"]) == atomic(receipt["charged_usd"])
+    assert before - balance_of(stack.rpc_url, USDC, approved.address) == atomic(receipt["charged_usd"])
+    assert len(simulator.attempts()) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_the_official_typescript_client_pays_what_the_answer_cost(
+    stack: Stack, http: httpx.Client, approved: LocalAccount, simulator: Simulator, stream: bool
+) -> None:
+    before = balance_of(stack.rpc_url, USDC, approved.address)
+    with node(stack, approved, QUESTION | {"stream": stream}, ACCEPT_PAYMENT="upto") as process:
+        event = next_event(process)
+        while event["event"] != "end":
+            event = next_event(process)
+    assert event["statuses"] == [402, 200]
+    receipt = settled(http, event["headers"]["x-farebox-receipt"])
+    assert receipt["tender"] == "upto"
+    if stream:
+        told = next(line for line in event["text"].splitlines() if line.startswith(": farebox-receipt "))
+        assert json.loads(told.removeprefix(": farebox-receipt "))["charged_usd"] == receipt["charged_usd"]
+    else:
+        assert int(event["paymentResponse"]["amount"]) == atomic(receipt["charged_usd"])
+    assert before - balance_of(stack.rpc_url, USDC, approved.address) == atomic(receipt["charged_usd"])
+    assert len(simulator.attempts()) == 1
+
+
+def test_upto_is_offered_to_whoever_asks_for_it(stack: Stack, http: httpx.Client) -> None:
+    offers = decoded(ask(http, QUESTION, UPTO).headers["payment-required"])["accepts"]
+    assert {offer["scheme"] for offer in offers} == {"upto", "exact"}
+    offer = offers[0]
+    assert offer["scheme"] == "upto"
+    assert offer["extra"]["facilitatorAddress"] == stack.batch_contract
+    assert offer["extra"]["assetTransferMethod"] == "permit2"
+    assert {each["scheme"] for each in decoded(ask(http, QUESTION).headers["payment-required"])["accepts"]} == {"exact"}
+
+
+def test_the_same_authorization_finds_its_answer_and_buys_no_other(
+    stack: Stack, http: httpx.Client, approved: LocalAccount, simulator: Simulator
+) -> None:
+    headers = UPTO | sign_upto(approved, ask(http, QUESTION, UPTO))
+    first = ask(http, QUESTION, headers)
+    assert first.status_code == 200, first.text
+    again = ask(http, QUESTION, headers)
+    assert again.headers["x-farebox-replayed"] == "true"
+    assert again.content == first.content
+    other = ask(http, QUESTION | {"max_tokens": 63}, headers)
+    assert other.status_code in (402, 409)
+    assert len(simulator.attempts()) == 1
+
+
+def test_a_failed_request_costs_nothing_and_burns_the_authorization(
+    stack: Stack, http: httpx.Client, approved: LocalAccount, simulator: Simulator
+) -> None:
+    before = balance_of(stack.rpc_url, USDC, approved.address)
+    headers = UPTO | sign_upto(approved, ask(http, QUESTION, UPTO))
+    for model in (QUESTION["model"], "qwen3.7-flash"):
+        simulator.configure(model, status=500)
+    failed = ask(http, QUESTION, headers)
+    assert failed.status_code == 502, failed.text
+    assert "nothing is taken" in failed.json()["error"]["message"]
+    simulator.reset_behaviours()
+    wait_for_breakers(http)
+    again = ask(http, QUESTION, headers)
+    assert (again.status_code, again.json()["error"]["code"]) == (409, "authorization_spent")
+    assert balance_of(stack.rpc_url, USDC, approved.address) == before
+
+
+def test_beyond_the_limit_the_402_asks_for_exact_and_says_why(
+    stack: Stack, http: httpx.Client, approved: LocalAccount, simulator: Simulator
+) -> None:
+    dear = QUESTION | {"model": "claude-opus-4.7", "max_tokens": 16_000}
+    asked = ask(http, dear, UPTO)
+    assert asked.status_code == 402, asked.text
+    refused = ask(http, dear, UPTO | sign_upto(approved, asked))
+    assert refused.status_code == 402
+    assert "exposure_exceeded" in refused.text
+    assert {offer["scheme"] for offer in decoded(refused.headers["payment-required"])["accepts"]} == {"exact"}
+    assert simulator.attempts() == []
