@@ -281,7 +281,7 @@ def test_each_version_has_its_own_header() -> None:
 
 
 def test_other_schemes_are_told_apart_from_mistakes() -> None:
-    assert refusal(header_of(changed(USDC_V2, "accepted.scheme", "upto"))).code == "unsupported_scheme"
+    assert refusal(header_of(changed(USDC_V2, "accepted.scheme", "deferred"))).code == "unsupported_scheme"
     assert refusal(header_of(changed(USDC_V1, "scheme", "Exact")), "x-payment").code == "unsupported_scheme"
     assert refusal(header_of(changed(USDC_V1, "network", "")), "x-payment").message.startswith("network")
 
