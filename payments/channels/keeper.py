@@ -177,7 +177,7 @@ class ChannelKeeper:
 
         The very call is tried first: a channel for which it would fail must not take the others' claims with it.
         """
-        claims = [(channel, _claim_of(channel, token)) for channel in channels]
+        claims = [(channel, claim_of(channel, token)) for channel in channels]
         claims = [(channel, claim) for channel, claim in claims if claim.total > channel.on_chain.total_claimed]
         if not claims:
             return 0
@@ -266,7 +266,7 @@ class ChannelKeeper:
         )
 
 
-def _claim_of(channel: Channel, token: Token) -> Claim:
+def claim_of(channel: Channel, token: Token) -> Claim:
     """All that was charged, as far as the payer signed for it and the channel holds it."""
     charged = nano_to_atomic_down(channel.charged_nano_usd, token.decimals)
     total = min(charged, channel.voucher, channel.on_chain.balance)
