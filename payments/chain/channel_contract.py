@@ -97,7 +97,9 @@ def encode_deposit(config: ChannelConfig, deposit: Deposit) -> bytes:
         heads = (word(deposit.valid_after), word(deposit.valid_before), word(deposit.salt), word(4 * WORD))
         data = b"".join((*heads, _tail(deposit.signature)))
     offset = word((CONFIG_WORDS + 3) * WORD)
-    return b"".join((_DEPOSIT, _config(config), word(deposit.amount), address_word(collector), offset, _tail(data)))
+    return b"".join(
+        (_DEPOSIT, encode_config(config), word(deposit.amount), address_word(collector), offset, _tail(data))
+    )
 
 
 def encode_claim(claims: Sequence[Claim], authorizer_signature: bytes) -> bytes:
@@ -107,7 +109,7 @@ def encode_claim(claims: Sequence[Claim], authorizer_signature: bytes) -> bytes:
         signature = _tail(claim.signature)
         tail = b"".join(
             (
-                _config(claim.config),
+                encode_config(claim.config),
                 word(claim.voucher_amount),
                 word((CONFIG_WORDS + 3) * WORD),
                 word(claim.total),
@@ -147,7 +149,9 @@ def encode_multicall(calls: Sequence[bytes]) -> bytes:
 def encode_refund(config: ChannelConfig, amount: int, nonce: int, signature: bytes) -> bytes:
     """Calldata of `refundWithSignature`."""
     offset = word((CONFIG_WORDS + 3) * WORD)
-    return b"".join((_REFUND_WITH_SIGNATURE, _config(config), word(amount), word(nonce), offset, _tail(signature)))
+    return b"".join(
+        (_REFUND_WITH_SIGNATURE, encode_config(config), word(amount), word(nonce), offset, _tail(signature))
+    )
 
 
 def state_calls(channel: int) -> list[tuple[str, bytes]]:
@@ -191,7 +195,7 @@ def decode_state(results: Sequence[tuple[bool, bytes]]) -> ChannelState:
     return ChannelState(*numbers)
 
 
-def _config(config: ChannelConfig) -> bytes:
+def encode_config(config: ChannelConfig) -> bytes:
     return b"".join(
         (
             address_word(config.payer),

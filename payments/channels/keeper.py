@@ -46,7 +46,6 @@ DUE_MAX = 1_000
 REORGANISED_BLOCKS = 64
 """Blocks that are read again each time: what a reorganisation changed is looked at once more."""
 
-_UNSYNCED = "chain_id = ? AND (marks <> synced_marks OR synced_block < 0) AND created_ms < ?"
 _DUE = """
     chain_id = ? AND claim_id IS NULL AND claim_from_ms <= ? AND unclaimed_since_ms IS NOT NULL
     AND marks = synced_marks
@@ -142,12 +141,9 @@ class ChannelKeeper:
 
     async def sync_marked(self) -> None:
         """Ask the chain about every channel that something happened to, as after a crash between the two."""
-        # A channel that has just been entered is being looked at by the request that entered it.
-        before = book.now_ms() - 60_000
-        channels = await self._store.read(
-            lambda tx: book.select(tx, f"{_UNSYNCED} LIMIT ?", (self._chain_id, before, DUE_MAX))
+        marked = await self._store.read(
+            lambda tx: book.select(tx, "chain_id = ? AND marks <> synced_marks LIMIT ?", (self._chain_id, DUE_MAX))
         )
-        marked = [channel for channel in channels if channel.synced_block >= 0 or channel.marks]
         if marked:
             await self._services.sync([channel.id for channel in marked])
 

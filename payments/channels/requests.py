@@ -125,14 +125,14 @@ def take(tx: Transaction, wanted: Wanted, *, patient: bool) -> Taken | MustWait 
         raise wanted.refusal
     channel = book.find(tx, wanted.channel.id)
     assert channel is not None
-    if channel.unsynced and wanted.deposit_id is None:
+    deposit = _deposit_stage(tx, wanted)
+    if channel.unsynced and deposit in ("none", "paid"):
         return MustWait("unsynced")
     held = book.held_nano_usd(tx, channel)
     needed = channel.charged_nano_usd + held + wanted.price_nano_usd
     problem = _out_of_step(tx, channel, wanted, held, needed, patient=patient)
     if problem is not None:
         return problem
-    deposit = _deposit_stage(tx, wanted)
     shortage = _shortage(tx, channel, wanted, needed, deposit)
     if shortage is not None:
         return shortage

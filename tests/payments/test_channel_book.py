@@ -232,9 +232,7 @@ def _run(chain: Chain, steps: list[tuple[str, int, int]]) -> None:
             # The keeper has claimed what was charged until then; what is under way goes on.
             total = max(claim_of(channel, USDC).total, state.total_claimed)
             taken_out = min(state.withdraw_amount, state.balance - total)
-            chain.becomes(
-                total_claimed=total, balance=state.balance - taken_out, withdraw_amount=0, withdraw_at=0
-            )
+            chain.becomes(total_claimed=total, balance=state.balance - taken_out, withdraw_amount=0, withdraw_at=0)
         _check(chain, signed)
 
 
