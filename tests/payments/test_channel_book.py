@@ -18,6 +18,7 @@ from payments.channels import book, requests
 from payments.channels.book import Channel, Seen
 from payments.channels.keeper import claim_of
 from payments.channels.requests import MustWait, OutOfStep, Taken, Wanted
+from payments.databases.sqlite import Connection
 from payments.errors import PaymentRefused
 from payments.ledger import transfers
 from payments.ledger.books import check
@@ -37,7 +38,7 @@ NANO = 1_000
 class Chain:
     """What the contract would hold."""
 
-    def __init__(self, database: sqlite3.Connection) -> None:
+    def __init__(self, database: Connection) -> None:
         self.database = database
         self.state = ChannelState(0, 0, 0, 0, 0)
         self.block = 0
@@ -81,16 +82,16 @@ class Chain:
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sqlite3.Connection]:
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
     path: Path = tmp_path_factory.mktemp("book") / "farebox.db"
     upgrade(path)
-    connection = sqlite3.connect(path, isolation_level=None)
+    connection = sqlite3.connect(path, isolation_level=None, factory=Connection)
     yield connection
     connection.close()
 
 
 @pytest.fixture
-def chain(database: sqlite3.Connection) -> Iterator[Chain]:
+def chain(database: Connection) -> Iterator[Chain]:
     database.execute("BEGIN")
     yield Chain(database)
     database.execute("ROLLBACK")
@@ -192,7 +193,7 @@ actions = st.lists(
 @given(actions)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_order_of_events_takes_more_than_was_signed_and_is_there(
-    database: sqlite3.Connection, steps: list[tuple[str, int, int]]
+    database: Connection, steps: list[tuple[str, int, int]]
 ) -> None:
     database.execute("BEGIN")
     try:
