@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import sqlite3
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -186,3 +190,33 @@ async def test_the_same_voucher_for_the_same_request_is_one_inference(
     state = required["accepts"][0]["extra"]["channelState"]
     assert int(state["chargedCumulativeAmount"]) > 0
     assert len(simulator.attempts()) == 2
+
+
+def test_the_official_typescript_client_deposits_pays_and_is_refunded(
+    stack: Stack, wallet: LocalAccount, simulator: Simulator
+) -> None:
+    program = shutil.which("node")
+    assert program is not None, "this test needs Node.js 20 or newer on PATH"
+    before = balance_of(stack.rpc_url, USDC, wallet.address)
+    done = subprocess.run(
+        [program, str(Path(__file__).parent / "typescript" / "channel.mjs")],
+        env=os.environ
+        | {
+            "WALLET_KEY": "0x" + wallet.key.hex().removeprefix("0x"),
+            "RPC_URL": stack.rpc_url,
+            "URL": f"{stack.gateway_url}/v1/chat/completions",
+            "BODY": orjson.dumps(QUESTION).decode(),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = orjson.loads(done.stdout)
+    assert [payment["success"] for payment in result["payments"]] == [True] * 11
+    assert [payment["transaction"] != "" for payment in result["payments"]] == [True] + [False] * 10
+    assert result["refund"]["success"] is True
+    charged = sum(int(payment["extra"]["chargedAmount"]) for payment in result["payments"])
+    assert 0 < before - balance_of(stack.rpc_url, USDC, wallet.address) <= charged
+    assert len(simulator.attempts()) == 11
