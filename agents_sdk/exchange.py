@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import secrets
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,8 @@ class Exchange:
         self._digest = digest_of(request)
         self._headers = _own_headers(request.headers, self._settings.policy.networks)
         self._payer = shared.wallet.address
+        self._identifier = f"farebox-{secrets.token_hex(16)}"
+        """What the payment is for, in the extension `payment-identifier`: this one request."""
 
     def run(self) -> Steps[Answer]:
         """Get an answer, paying if one has to.
@@ -159,7 +162,7 @@ class Exchange:
             windows=self._settings.policy.windows(),
         )
         try:
-            signed = self._shared.wallet.sign_payment(demand, offer)
+            signed = self._shared.wallet.sign_payment(demand, offer, self._identifier)
             return self._journal.signed(payment, signed.header, signed.expires_at)
         except BaseException:
             self._journal.let_go(payment)

@@ -49,21 +49,26 @@ class Wallet:
     def __repr__(self) -> str:
         return f"Wallet({self.address})"
 
-    def sign_payment(self, demand: Demand, offer: Offer) -> SignedPayment:
+    def sign_payment(self, demand: Demand, offer: Offer, identifier: str | None = None) -> SignedPayment:
         """Sign a payment with the official x402 client.
 
         Args:
             demand: The 402; its extensions (the sealed quote) are echoed.
             offer: The one way to pay that was chosen; the client is shown no other.
+            identifier: Our own name for what is paid for, if the gateway knows the extension `payment-identifier`: it takes no
+                second payment of that name.
 
         Raises:
             QuoteRejected: If what was signed is not what was offered, whoever is to blame.
         """
+        from x402.extensions.payment_identifier import append_payment_identifier_to_extensions
         from x402.http.utils import encode_payment_signature_header
 
         if self._client is None:
             self._client = _x402_client(self._account)
         only = demand.required.model_copy(update={"accepts": [offer.requirement]}, deep=True)
+        if identifier is not None and only.extensions:
+            append_payment_identifier_to_extensions(only.extensions, identifier)
         payload = self._client.create_payment_payload(only)
         return SignedPayment(encode_payment_signature_header(payload), _expiry(payload.payload, offer))
 

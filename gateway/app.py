@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -27,6 +29,8 @@ from gateway.offers import PaymentNeeded
 from gateway.services import Services
 from gateway.settings import Settings
 from payments import receipts
+from payments.x402.extensions import bazaar
+from payments.x402.v1 import RESOURCE_DESCRIPTION
 
 Handler = Callable[[Services, Call], Awaitable[None]]
 
@@ -83,9 +87,12 @@ def create_app(settings: Settings) -> Starlette:
             route("GET", "/v1/wallet/keys", wallet(WalletApi.list_keys)),
             route("POST", "/v1/wallet/keys", wallet(WalletApi.create_key)),
             route("DELETE", "/v1/wallet/keys/{key}", wallet(WalletApi.revoke_key)),
+            route("POST", "/v1/wallet/topups", top_up),
             route("GET", "/v1/wallet/withdrawals", withdrawals(WithdrawalApi.list)),
             route("POST", "/v1/wallet/withdrawals", withdrawals(WithdrawalApi.create)),
             route("GET", "/v1/wallet/withdrawals/{withdrawal}", withdrawals(WithdrawalApi.get)),
+            route("GET", "/discovery/resources", discovery),
+            route("GET", "/.well-known/farebox-keys", public_keys),
             route("GET", "/healthz", healthz),
             route("GET", "/readyz", readyz),
             route("GET", "/metrics", metrics_text),
@@ -155,6 +162,11 @@ def wallet(method: Callable[[WalletApi, Call], Awaitable[dict[str, Any]]]) -> Ha
     return handler
 
 
+async def top_up(services: Services, call: Call) -> None:
+    """A payment becomes its payer's balance."""
+    await services.topups.serve(call)
+
+
 def withdrawals(method: Callable[[WithdrawalApi, Call], Awaitable[dict[str, Any]]]) -> Handler:
     """What a wallet takes out."""
 
@@ -162,6 +174,25 @@ def withdrawals(method: Callable[[WithdrawalApi, Call], Awaitable[dict[str, Any]
         await send_json(call.send, 200, await method(services.withdrawals, call), {"cache-control": "no-store"})
 
     return handler
+
+
+async def discovery(services: Services, call: Call) -> None:
+    """What is sold here, for catalogues: the paid route with the offers for an example (x402's discovery)."""
+    services.limiter.take(call.client)
+    extensions = services.extensions
+    call.scope["path"] = bazaar.CHAT_PATH
+    call.scope["method"] = "POST"
+    call.body = extensions.example()
+    answer = services.offers.required(call, PaymentNeeded(await services.flow.plan(call)))
+    accepts = orjson.loads(binascii.a2b_base64(answer.header))["accepts"]
+    url = extensions.origin + bazaar.CHAT_PATH
+    body = bazaar.listing(url, RESOURCE_DESCRIPTION, accepts, extensions.example_model or "")
+    await send_json(call.send, 200, body, {"cache-control": "max-age=60"})
+
+
+async def public_keys(services: Services, call: Call) -> None:
+    """Whose signatures on offers and receipts are this gateway's."""
+    await send_json(call.send, 200, services.extensions.keys(), {"cache-control": "max-age=3600"})
 
 
 async def healthz(services: Services, call: Call) -> None:

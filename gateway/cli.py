@@ -19,6 +19,7 @@ from gateway.commands import (
     ledger,
     receipts,
     serving,
+    settlements,
     withdrawals,
 )
 from gateway.commands.shared import show_failure
@@ -75,6 +76,7 @@ app.add_typer(withdrawals.app, name="withdrawals", rich_help_panel=OPERATORS)
 app.command("explain", rich_help_panel=INSIGHT)(explain.explain)
 app.add_typer(ledger.app, name="ledger", rich_help_panel=INSIGHT)
 app.add_typer(receipts.app, name="receipts", rich_help_panel=INSIGHT)
+app.add_typer(settlements.app, name="settlements", rich_help_panel=INSIGHT)
 
 
 def main() -> None:

@@ -25,14 +25,16 @@ from gateway.execution.attempts import tried
 from gateway.execution.errors import CallerFault, ExecutionFailed
 from gateway.execution.failover import Executor
 from gateway.execution.streams import Running
+from gateway.extensions import Extensions
 from gateway.metrics import Metrics
-from gateway.offers import PAYMENT_HEADERS, Offers, PaidRequest, PaymentNeeded, SentPayment, payment_headers
+from gateway.offers import PAYMENT_HEADERS, Offers, PaidRequest, PaymentNeeded, SentPayment
 from gateway.planning import Plan, Planner
 from gateway.replays import KeptAnswer, Replays
 from gateway.routing.preferences import STRATEGY_HEADER, parse_preferences
 from payments.errors import PaymentMalformed, PaymentRefused
 from payments.money import nano_to_usd
 from payments.quotes import request_digest
+from payments.sign_in import SignInRefused
 from payments.store import Store, StoreBusy
 from payments.tenders.account import AccountTender
 from payments.tenders.authorizations import AlreadyUsed
@@ -61,6 +63,7 @@ class Job:
     plan: Plan
     hold: Hold
     paid: PaidRequest | None
+    offers: Offers
 
     def headers(self, running: Running | None = None, charge_nano_usd: int | None = None) -> dict[str, str]:
         """What the response says about the route, the payment, and the charge if that is known already."""
@@ -76,7 +79,7 @@ class Job:
         if self.paid is not None:
             response = self.hold.payment_response(charge_nano_usd)
             if response is not None:
-                headers |= payment_headers(self.paid.sent.payment, response)
+                headers |= self.offers.payment_headers(self.call, self.paid.sent, response)
         return headers
 
     def seal(self, replays: Replays, answer: KeptAnswer) -> replaying.Sealed | None:
@@ -98,6 +101,7 @@ class Flow:
         offers: Offers,
         executor: Executor,
         access: Access,
+        extensions: Extensions,
         store: Store,
         replays: Replays,
         limiter: QuoteLimiter,
@@ -109,6 +113,7 @@ class Flow:
         self._offers = offers
         self._executor = executor
         self._access = access
+        self._extensions = extensions
         self._store = store
         self._replays = replays
         self._limiter = limiter
@@ -122,10 +127,15 @@ class Flow:
         """Answer `POST /v1/chat/completions`."""
         paying = not PAYMENT_HEADERS.keys().isdisjoint(call.headers)
         caller = None if paying else await self._access.caller(call.header(b"authorization"))
+        refused: SignInRefused | None = None
         if caller is None:
             self._limiter.check(call.client)
+            if not paying:
+                caller, refused = await self._signed_in(call)
         try:
             fresh = await self.plan(call)
+            if refused is not None:
+                raise PaymentNeeded(fresh, refused.code, refused.message)
             plan, tender, paid = self._tender(call, fresh, caller)
         except PaymentNeeded as needed:
             await self.ask_for_payment(call, needed)
@@ -140,11 +150,18 @@ class Flow:
             raise
         try:
             await self._pay_and_perform(call, plan, tender, paid)
-        except PaymentRefused as refused:
+        except PaymentRefused as error:
             # A pool cannot be paid for with a quote; everybody else gets a fresh one that says why.
             if isinstance(tender, AccountTender):
                 raise
-            await self.ask_for_payment(call, PaymentNeeded(fresh, refused.code, refused.message, refused))
+            await self.ask_for_payment(call, PaymentNeeded(fresh, error.code, error.message, error))
+
+    async def _signed_in(self, call: Call) -> tuple[Caller | None, SignInRefused | None]:
+        """The wallet that signed in with this very request, or why it is not let in: then it may still pay."""
+        try:
+            return await self._extensions.signed_in(call), None
+        except SignInRefused as refused:
+            return None, refused
 
     async def _pay_and_perform(self, call: Call, plan: Plan, tender: Tender, paid: PaidRequest | None) -> None:
         for _ in range(RESUMES_MAX):
@@ -155,7 +172,7 @@ class Flow:
                 if await self._answer_again(call, paid.sent, used):
                     return
                 continue
-            await self._perform(Job(call, plan, hold, paid))
+            await self._perform(Job(call, plan, hold, paid, self._offers))
             return
         raise ApiError(409, "payment_in_progress", "this payment's first use is still under way; send it again later")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway.api.errors import ApiError
 from gateway.api.http import Call
+from gateway.extensions import Extensions
 from gateway.planning import Plan, Planner
 from payments.chain.networks import Network, Token
 from payments.channels.requests import OutOfStep
@@ -16,6 +18,7 @@ from payments.quotes import Quote, QuoteClaim, QuoteInvalid, QuoteItem, QuoteSea
 from payments.tenders.base import Tender
 from payments.tenders.schemes import Scheme
 from payments.x402 import wire
+from payments.x402.answers import HEADER_BYTES_ASKED_MAX, HEADER_BYTES_MAX
 from payments.x402.channels import SCHEME
 
 PAYMENT_HEADERS: dict[bytes, wire.HeaderName] = {b"payment-signature": "payment-signature", b"x-payment": "x-payment"}
@@ -84,6 +87,7 @@ class Offers:
         public_url: How clients reach this gateway, or None to take it from each request.
         timeout_s: How long a payment must be good for, in seconds.
         default_schemes: Offered to whoever asks for none.
+        extensions: What the answers are extended with, if anything.
     """
 
     def __init__(
@@ -94,7 +98,9 @@ class Offers:
         public_url: str | None,
         timeout_s: int,
         default_schemes: tuple[str, ...] = ("exact",),
+        extensions: Extensions | None = None,
     ) -> None:
+        self._extensions = extensions
         self._networks = networks
         self._sealer = sealer
         self._planner = planner
@@ -114,9 +120,9 @@ class Offers:
         quote: Quote,
         error: str,
         refused: PaymentRefused | None = None,
-        only: tuple[str, ...] = (),
+        only: Collection[str] = (),
     ) -> wire.PaymentRequiredAnswer:
-        """The 402 for anything that has a quote; `error` says why there is one.
+        """The 402 for anything that has a quote.
 
         Args:
             call: The request.
@@ -125,8 +131,10 @@ class Offers:
             refused: What its payment was refused with; a payer that is out of step is told where it stands.
             only: The only schemes to offer; by default those asked for and the configured ones.
         """
-        networks, schemes = self._offered(call.header(b"accept-payment"))
-        schemes = list(only) or schemes
+        accept_payment = call.header(b"accept-payment")
+        networks, schemes = self._offered(accept_payment)
+        if only:
+            schemes = [name for name in schemes if name in only] or list(only)
         if isinstance(refused, OutOfStep):
             networks = list(dict.fromkeys([*networks, *self._networks]))
             schemes = list(dict.fromkeys([SCHEME, *schemes]))
@@ -142,14 +150,29 @@ class Offers:
         if isinstance(refused, OutOfStep):
             corrected = [offer for offer in map(refused.correct, requirements) if offer is not None]
             requirements = corrected + [offer for offer in requirements if offer.scheme != SCHEME]
+        resource_url = self._resource(call)
+        asked = [] if self._extensions is None else self._extensions.asked(accept_payment)
         return wire.payment_required(
             requirements,
             quote,
             self._sealer.seal(quote),
-            self._resource(call),
+            resource_url,
             error,
             [entry.network for entry in networks],
+            None if self._extensions is None else self._extensions.declared(call, asked, requirements, resource_url),
+            HEADER_BYTES_ASKED_MAX if asked else HEADER_BYTES_MAX,
         )
+
+    def payment_headers(self, call: Call, sent: SentPayment, response: dict[str, Any]) -> dict[str, str]:
+        """The header that tells an x402 client how its payment went, with a signed receipt for those who asked for offers."""
+        payment = sent.payment
+        if self._extensions is not None and payment.wants_receipt and response["success"]:
+            receipt = self._extensions.receipt(
+                sent.scheme.network.caip2, self._resource(call), response["payer"], response["tx_hash"]
+            )
+            response = response | {"extensions": receipt}
+        name = "X-PAYMENT-RESPONSE" if payment.version == 1 else "PAYMENT-RESPONSE"
+        return {name: wire.payment_response(**response, v1=payment.version == 1)}
 
     def sent(self, call: Call) -> SentPayment | None:
         """The payment that a request carries; None if it carries none.
@@ -280,12 +303,6 @@ class Offers:
             return self._public_url.rstrip("/") + call.path
         host = call.header(b"host") or "localhost"
         return f"{call.scope.get('scheme', 'http')}://{host}{call.path}"
-
-
-def payment_headers(payment: wire.PaymentHeader, response: dict[str, Any]) -> dict[str, str]:
-    """The header that tells an x402 client how its payment went."""
-    name = "X-PAYMENT-RESPONSE" if payment.version == 1 else "PAYMENT-RESPONSE"
-    return {name: wire.payment_response(**response, v1=payment.version == 1)}
 
 
 def as_api_error(error: PaymentError) -> ApiError:

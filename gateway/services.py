@@ -18,6 +18,7 @@ from gateway.api.wallet import WalletApi
 from gateway.api.withdrawals import WithdrawalApi
 from gateway.channels import open_channels
 from gateway.execution.failover import Executor
+from gateway.extensions import Extensions
 from gateway.flow import Flow
 from gateway.metrics import Metrics
 from gateway.offers import NetworkPayments, Offers
@@ -28,7 +29,8 @@ from gateway.routing.catalog import Catalog
 from gateway.routing.engine import Engine
 from gateway.routing.tokens import count_input, count_text
 from gateway.settings import Settings, WalletSettings
-from payments import recovery
+from gateway.topups import TopUps
+from payments import anchors, recovery
 from payments.chain.batches import missing_for_upto
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
@@ -56,6 +58,8 @@ from payments.tenders.schemes import Scheme
 from payments.tenders.upto_scheme import UptoScheme
 from payments.verification.chain_state import ChainStates
 from payments.withdrawals import Limits
+from payments.x402.extensions.offer_receipt import OfferSigner
+from payments.x402.extensions.sign_in_with_x import SignInWithX
 
 SWEEP_INTERVAL_S = 60.0
 WEI_DECIMALS = 18
@@ -71,7 +75,7 @@ class Chain:
     network: Network
     rpc: Rpc
     settlements: Settlements
-    refunds: Refunds | None
+    refunds: Refunds
     withdrawer: Withdrawer
     alarms: Alarms
     refunder: Refunder | None
@@ -86,9 +90,11 @@ class Services:
     metrics: Metrics
     limiter: QuoteLimiter
     offers: Offers
+    extensions: Extensions
     flow: Flow
     wallet: WalletApi
     withdrawals: WithdrawalApi
+    topups: TopUps
     chains: list[Chain]
 
     @property
@@ -138,6 +144,14 @@ class Services:
             access = Access(store, sign_in)
             limiter = QuoteLimiter(settings.limits.quotes_per_minute)
             timeout_s = settings.payments.quote_ttl_s + QUOTE_MARGIN_S
+            extensions = Extensions(
+                store,
+                OfferSigner(secret),
+                SignInWithX(secret, [chain.network.caip2 for chain in chains]),
+                _origin(settings),
+                settings.payments.extensions,
+                settings.models[0].id if settings.models else None,
+            )
             offers = Offers(
                 payable,
                 QuoteSealer(secret),
@@ -145,12 +159,14 @@ class Services:
                 settings.public_url,
                 timeout_s,
                 tuple(settings.payments.schemes),
+                extensions,
             )
             flow = Flow(
                 planner=planner,
                 offers=offers,
                 executor=executor,
                 access=access,
+                extensions=extensions,
                 store=store,
                 replays=Replays(store, settings.payments.replay_ttl_s),
                 limiter=limiter,
@@ -161,11 +177,22 @@ class Services:
             depth = settings.limits.json_depth
             withdrawers = [chain.withdrawer for chain in chains]
             withdrawals = WithdrawalApi(store, access, withdrawers, _withdrawal_limits(settings.wallet), depth)
-            wallet = WalletApi(store, sign_in, access, assets, withdrawals.limits_json(), depth)
+            topups = TopUps(
+                store=store,
+                offers=offers,
+                access=access,
+                limiter=limiter,
+                minimum_nano_usd=usd_to_nano(settings.wallet.topup_minimum_usd),
+                maximum_nano_usd=usd_to_nano(settings.wallet.topup_maximum_usd),
+                quote_ttl_s=settings.payments.quote_ttl_s,
+                json_depth_max=depth,
+            )
+            limits = {"topups": topups.limits_json() if payable else None, "withdrawals": withdrawals.limits_json()}
+            wallet = WalletApi(store, sign_in, access, assets, limits, depth)
             metrics.add_gauges(lambda: _gauges(chains))
             sweeper = asyncio.create_task(_sweep(store))
             cleanup.callback(sweeper.cancel)
-            yield cls(store, catalog, metrics, limiter, offers, flow, wallet, withdrawals, chains)
+            yield cls(store, catalog, metrics, limiter, offers, extensions, flow, wallet, withdrawals, topups, chains)
 
 
 async def _open_chain(
@@ -176,6 +203,7 @@ async def _open_chain(
     rpc = Rpc(own.rpc_urls, chain_id=network.chain_id, lag_blocks_max=network.lag_blocks_max)
     cleanup.push_async_callback(rpc.aclose)
     await verify_tokens(rpc, network)
+    await anchors.hold_fast(store, rpc, network)
     await open_books(store, rpc, network, pay_to)
     settlements = Settlements(
         store,
@@ -185,6 +213,7 @@ async def _open_chain(
         treasury_key=settings.treasury_key,
         batch_contract=own.batch_contract,
         confirmations=own.confirmations,
+        cross_check_nano_usd=usd_to_nano(settings.payments.cross_check_usd),
     )
     settlements.handle("payment", PAYMENT)
     register_channel_kinds(settlements, store, network)
@@ -193,16 +222,16 @@ async def _open_chain(
         settlements.handle(upto_settlement.KIND, upto_settlement.kind(network))
     upto_works = own.batch_contract is not None and await _can_settle_upto(rpc, own.batch_contract, settlements)
     settlements.handle(facilitated.KIND, facilitated.kind())
-    refunds = None
     threshold_nano_usd = usd_to_nano(settings.payments.refund_threshold_usd)
-    if settings.treasury_key is not None and threshold_nano_usd > 0:
-        refunds = Refunds(store, settlements, network.tokens, threshold_nano_usd)
+    # Also where none are to be begun: those that were begun before must come to their end.
+    refunds = Refunds(store, settlements, network.tokens, threshold_nano_usd)
+    sends_back = settings.treasury_key is not None and threshold_nano_usd > 0
     withdrawer = Withdrawer(store, settlements, network.tokens, pay_to)
     await settlements.start()
     cleanup.push_async_callback(settlements.stop)
     await withdrawer.start()
     cleanup.push_async_callback(withdrawer.stop)
-    if refunds is not None:
+    if sends_back:
         await refunds.start()
         cleanup.push_async_callback(refunds.stop)
     alarms = Alarms(
@@ -219,7 +248,7 @@ async def _open_chain(
         chain_states=ChainStates(rpc, network),
         payer_exposure_nano_usd=usd_to_nano(settings.payments.payer_exposure_usd),
         settlement_wait_s=settings.payments.settlement_wait_s,
-        credited=None if refunds is None else refunds.consider,
+        credited=refunds.consider if sends_back else None,
     )
     schemes: list[Scheme] = [ExactScheme(network, pay_to, services, own.wallet_factories)]
     if upto_works:
@@ -262,8 +291,12 @@ async def _can_settle_upto(rpc: Rpc, batch_contract: str, settlements: Settlemen
     return missing is None
 
 
+def _origin(settings: Settings) -> str:
+    return settings.public_url or f"http://{settings.host}:{settings.port}"
+
+
 def _sign_in(settings: Settings, secret: bytes, chains: list[Chain]) -> SignIn:
-    url = settings.public_url or f"http://{settings.host}:{settings.port}"
+    url = _origin(settings)
     return SignIn(
         secret=secret,
         domain=urlsplit(url).netloc,

@@ -32,6 +32,7 @@ TokenizerFamily = Literal[
     "o200k_base", "cl100k_base", "llama3", "deepseek", "qwen", "mistral", "gemini", "claude", "other"
 ]
 Scheme = Literal["exact", "upto", "batch-settlement"]
+Extension = Literal["payment-identifier", "sign-in-with-x", "offer-receipt", "bazaar"]
 StrategyName = Literal["balanced", "cost-first", "latency-first", "availability-first"]
 
 
@@ -48,8 +49,8 @@ class TokenSettings(Section):
     """Such as USDC."""
     address: Address | None = None
     """The contract."""
-    decimals: int | None = Field(default=None, ge=0, le=36)
-    """Of the contract."""
+    decimals: int | None = Field(default=None, ge=6, le=36)
+    """Of the contract; in units coarser than a millionth of a dollar nobody can pay what one answer costs."""
     transfer_method: Literal["eip3009", "permit2"] | None = None
     """eip3009 needs no set-up of the payer; permit2 needs one approval."""
     domain_name: str | None = None
@@ -222,6 +223,8 @@ class PaymentSettings(Section):
     """Added to the models' prices."""
     schemes: list[Scheme] = ["exact"]
     """x402 schemes that a 402 offers to whoever asks for none (by `Accept-Payment`), the first choice first."""
+    extensions: list[Extension] = ["payment-identifier"]
+    """x402 extensions that a 402 declares to whoever asks for none (by `Accept-Payment`); what does not fit is left out."""
     network_fee_usd: Usd = "0"
     """What a quote passes on for settling the payment, as an item of its own."""
     minimum_charge_usd: Usd = "0"
@@ -242,6 +245,8 @@ class PaymentSettings(Section):
     """Channels are claimed once this much is outstanding in a token, and before their payer withdraws."""
     channel_claim_age_s: int = Field(default=3600, gt=0)
     """Channels are claimed at the latest after this long."""
+    cross_check_usd: Usd = "1"
+    """What settles more than this at once counts only when two nodes have it, on networks with several `rpc_urls`."""
     gas_alarm_native: Usd = "0.005"
     """A signer below this balance of the chain's own coin raises an alarm."""
     treasury_alarm_usd: Usd = "0"
@@ -274,6 +279,10 @@ class FacilitatorSettings(Section):
 class WalletSettings(Section):
     """Balances that wallets keep here on purpose."""
 
+    topup_minimum_usd: Usd = "0.10"
+    """The least that a payment can top a balance up with; its gas is the operator's."""
+    topup_maximum_usd: Usd = "10000"
+    """The most that a payment can top a balance up with."""
     withdrawal_minimum_usd: Usd = "1"
     """The least that a wallet can withdraw at once; withdrawals need the treasury key."""
     withdrawal_maximum_usd: Usd = "10000"

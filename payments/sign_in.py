@@ -112,7 +112,7 @@ class SignIn:
             raise SignInRefused("invalid_message", "the message was changed after it was made; ask for a new challenge")
         if now >= expires_at:
             raise SignInRefused("challenge_expired", "the challenge has expired; ask for a new one")
-        if _recover_personal(message, signature) != address:
+        if recover_personal(message, signature) != address:
             raise SignInRefused("bad_signature", f"the message was not signed by {address} with personal_sign")
         return address, nonce, expires_at
 
@@ -173,7 +173,12 @@ def use_nonce(tx: Transaction, nonce: str, expires_at: int) -> None:
         raise SignInRefused("challenge_used", "this challenge was used already; ask for a new one")
 
 
-def _recover_personal(message: str, signature: str) -> str:
+def recover_personal(message: str, signature: str) -> str:
+    """Who signed a text with `personal_sign` (EIP-191), lower-case hex; the signature in hex.
+
+    Raises:
+        SignInRefused: ``bad_signature``.
+    """
     data = message.encode()
     try:
         raw = bytes.fromhex(signature.removeprefix("0x"))

@@ -133,6 +133,13 @@ class Settlement(SQLModel, table=True):
         # One Transfer log is the evidence of at most one settlement, or one transfer could be credited twice.
         UniqueConstraint("chain_id", "transaction_hash", "transfer_log_index"),
         Index("settlement_open", "state"),
+        # Few are asked for at a time, and the engine looks for them all the time.
+        Index(
+            "settlement_look_again",
+            "chain_id",
+            sqlite_where=text("look_again_ms IS NOT NULL"),
+            postgresql_where=text("look_again_ms IS NOT NULL"),
+        ),
     )
 
     id: str = Field(primary_key=True)
@@ -172,6 +179,8 @@ class Settlement(SQLModel, table=True):
     reason: str | None = None
     created_ms: int = Field(sa_column=_big())
     updated_ms: int = Field(sa_column=_big())
+    look_again_ms: int | None = Field(default=None, sa_column=_big(nullable=True))
+    """When somebody asked the engine to look at it again; None once it has."""
 
 
 class ChainTransaction(SQLModel, table=True):
@@ -209,6 +218,17 @@ class ChainTransaction(SQLModel, table=True):
     """What it cost in all, decimal text."""
     created_ms: int = Field(sa_column=_big())
     updated_ms: int = Field(sa_column=_big())
+
+
+class PaymentIdentifier(SQLModel, table=True):
+    """A payer's own name for what it pays for: at most one of its payments bears it."""
+
+    __tablename__ = "payment_identifier"
+
+    payer: str = Field(primary_key=True)
+    identifier: str = Field(primary_key=True)
+    receipt_id: str
+    """Gone if the payment was forgotten: then the name is free again."""
 
 
 class FacilitatedPayment(SQLModel, table=True):
@@ -427,3 +447,14 @@ class CommitMark(SQLModel, table=True):
     writer: str = Field(primary_key=True)
     number: int = Field(sa_column=_big())
     written_ms: int = Field(sa_column=_big())
+
+
+class Anchor(SQLModel, table=True):
+    """Which chain and which contracts the books are about, see `payments.anchors`."""
+
+    __tablename__ = "anchor"
+
+    name: str = Field(primary_key=True)
+    """`chain:eip155:<id>`, `token:<asset>`."""
+    value: str
+    """The hash of the first block, the contract's address."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from gateway.access.limits import QuoteLimiter
 from gateway.api.errors import ApiError
 from gateway.api.http import Call, send_json
-from gateway.offers import Offers, payment_headers
+from gateway.offers import Offers
 from payments.channels.refunds import Refunder
 from payments.errors import PaymentRefused
 from payments.quotes import make_quote, request_digest
@@ -34,7 +34,7 @@ async def refund(call: Call, offers: Offers, channels: Mapping[int, Refunder], l
         await _ask(call, offers, error)
         return
     body = {"refund": {"channel": refunded.channel.id, "amount": str(refunded.amount), "asset": refunded.channel.asset}}
-    headers = payment_headers(payment, refunded.payment_response(payment.network))
+    headers = offers.payment_headers(call, sent, refunded.payment_response(payment.network))
     await send_json(call.send, 200, body, headers | {"cache-control": "no-store"})
 
 

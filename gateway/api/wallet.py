@@ -57,7 +57,7 @@ class WalletApi:
         sign_in: Makes and checks challenges and sessions.
         access: Tells who is calling.
         assets: The ledger's names of the tokens taken, such as ``eip155:8453/USDC``.
-        withdrawals: What may be withdrawn, for whoever looks; None if nothing may.
+        limits: Of top-ups and withdrawals, for whoever looks; None for what is not to be had here.
         json_depth_max: How deep a body may be nested.
     """
 
@@ -67,14 +67,14 @@ class WalletApi:
         sign_in: SignIn,
         access: Access,
         assets: tuple[str, ...],
-        withdrawals: dict[str, str] | None,
+        limits: dict[str, dict[str, str] | None],
         json_depth_max: int,
     ) -> None:
         self._store = store
         self._sign_in = sign_in
         self._access = access
         self._assets = assets
-        self._withdrawals = withdrawals
+        self._limits = limits
         self._json_depth_max = json_depth_max
 
     async def create_challenge(self, call: Call) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class WalletApi:
         """What the wallet has here, per token."""
         address = await looking(self._access, call)
         balances = await self._store.read(lambda tx: [self._balance(tx, address, asset) for asset in self._assets])
-        return {"address": address, "balances": balances, "withdrawals": self._withdrawals}
+        return {"address": address, "balances": balances, "limits": self._limits}
 
     async def get_history(self, call: Call) -> dict[str, Any]:
         """A page of what came in, was charged for and left, newest first; `limit` and `before` are in the query."""

@@ -59,7 +59,8 @@ def _options(settings: Settings, anybody: bool) -> Options:
     return Options(
         database_path=settings.database_path,
         networks=tuple(
-            NetworkOptions(network, own.rpc_urls, own.confirmations, own.batch_contract) for own, network in networks
+            NetworkOptions(network, own.rpc_urls, own.confirmations, own.batch_contract, tuple(own.wallet_factories))
+            for own, network in networks
         ),
         signer_keys=tuple(settings.signer_keys),
         require_key=wanted.require_key and not anybody,

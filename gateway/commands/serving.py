@@ -45,6 +45,7 @@ def telling_why_not() -> Iterator[None]:
     Raises:
         Failed: With it.
     """
+    from payments.anchors import AnotherChain
     from payments.chain.rpc import RpcError, RpcUnavailable
     from payments.doctor import TokenMismatch
     from payments.migrate import SchemaTooNew
@@ -52,6 +53,8 @@ def telling_why_not() -> Iterator[None]:
 
     try:
         yield
+    except AnotherChain as error:
+        raise Failed(str(error), "Use the data_dir that belongs to this chain, or a new one") from None
     except TokenMismatch as error:
         raise Failed(f"a token is not what the configuration says: {error}", "Run: farebox doctor") from None
     except (RpcUnavailable, RpcError) as error:

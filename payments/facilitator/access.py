@@ -59,7 +59,8 @@ class Clients:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() == "bearer" and key.strip().startswith((accounts.KEY_PREFIX, accounts.ADMIN_PREFIX)):
             view = await self._find(accounts.hash_key(key.strip()))
-            if view is None or view.revoked_ms is not None:
+            # A wallet makes keys as it pleases; the gas spent here is the operator's.
+            if view is None or view.revoked_ms is not None or view.wallet is not None:
                 raise Denied(401, "invalid_api_key", "this API key is unknown or revoked; see `farebox keys`")
             return f"key:{view.id}"
         if self._require_key:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from payments.facilitator.wire import FacilitatorCall
 from payments.settlement.orders import SettlementOrder
 from payments.verification import checks
 from payments.verification.chain_state import ChainStates
+from payments.verification.wallet_signatures import check_factory
 from payments.x402.requirements import Requirement
 from payments.x402.wire import Payment
 
@@ -28,10 +29,19 @@ class ExactFacilitated:
     refusal: PaymentRefused | None
     payment: Payment
     chain_states: ChainStates
+    unproven: PaymentRefused | None
+    """Why the signature is bad unless the payer is a contract that takes it."""
 
-    async def check_chain(self, other_open: Callable[[], int]) -> None:
+    @property
+    def calls(self) -> tuple[tuple[str, bytes], ...]:
+        """See `payments.facilitator.schemes.Facilitated`: a wallet may have been deployed with it."""
+        return tuple(settle_call(self.payment, self.token, deploy=deploy) for deploy in (False, True))
+
+    async def check_chain(self, other_open: Callable[[], int]) -> SettlementOrder:
         """See `payments.facilitator.schemes.Facilitated`."""
-        await self.chain_states.check(self.payment, self.token, self.order.pay_to, other_open)
+        has_code = await self.chain_states.check(self.payment, self.token, self.order.pay_to, other_open, self.unproven)
+        call_to, call_data = settle_call(self.payment, self.token, deploy=not has_code)
+        return replace(self.order, call_to=call_to, call_data=call_data)
 
 
 class ExactFacilitation:
@@ -40,13 +50,15 @@ class ExactFacilitation:
     Args:
         network: Where it is.
         chain_states: Judges payments by the chain.
+        wallet_factories: Deploy contract wallets that pay before they exist (ERC-6492), in any letter case.
     """
 
     name = "exact"
 
-    def __init__(self, network: Network, chain_states: ChainStates) -> None:
+    def __init__(self, network: Network, chain_states: ChainStates, wallet_factories: Sequence[str] = ()) -> None:
         self.network = network
         self._chain_states = chain_states
+        self._wallet_factories = frozenset(address.lower() for address in wallet_factories)
 
     def kinds(self) -> list[dict[str, Any]]:
         """See `payments.facilitator.schemes.FacilitatedScheme`."""
@@ -62,8 +74,12 @@ class ExactFacilitation:
             raise PaymentRefused("wrong_scheme", f"the payment's scheme must be {requirement.scheme}")
         token = self._token(requirement)
         refusal: PaymentRefused | None = None
+        unproven: PaymentRefused | None = None
         try:
             checks.check_offline(payment, requirement, self.network, token, now=now)
+        except checks.SignatureUnproven as error:
+            check_factory(payment.signature, self._wallet_factories)
+            unproven = error
         except PaymentRefused as error:
             # Times pass: whoever settled in time is told of the outcome all the same.
             if error.code != "expired":
@@ -86,7 +102,7 @@ class ExactFacilitation:
             call_data=call_data,
             valid_before=authorization.expires_at,
         )
-        return ExactFacilitated(identity, order, token, refusal, payment, self._chain_states)
+        return ExactFacilitated(identity, order, token, refusal, payment, self._chain_states, unproven)
 
     def _token(self, requirement: Requirement) -> Token:
         """The token as it is to be moved: any may be moved by Permit2, only some by their own EIP-3009."""

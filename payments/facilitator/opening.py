@@ -32,6 +32,7 @@ class NetworkOptions:
     rpc_urls: list[str]
     confirmations: int = 2
     batch_contract: str | None = None
+    wallet_factories: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ async def opened(options: Options) -> AsyncIterator[Services]:
             # A gateway may have worked on this database: what it left under way goes on.
             engine.handle("payment", PAYMENT)
             engines.append(engine)
-            schemes.append(ExactFacilitation(entry.network, ChainStates(rpc, entry.network)))
+            schemes.append(ExactFacilitation(entry.network, ChainStates(rpc, entry.network), entry.wallet_factories))
         facilitator = Facilitator(
             store,
             {engine.network.chain_id: engine for engine in engines},

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +55,9 @@ class Record:
         """Whether it cannot be paid any more."""
         return self.state == "failed"
 
-    def is_same(self, order: SettlementOrder) -> bool:
-        """Whether `order` is this very payment, signature included: its terms alone are public once it is mined."""
-        return self.call == (order.call_to, order.call_data) and self.value == order.value
+    def is_same(self, calls: Collection[tuple[str, bytes]], value: int) -> bool:
+        """Whether one of `calls` is this very payment, signature included: its terms alone are public once it is mined."""
+        return self.call in calls and self.value == value
 
 
 def _nothing(tx: Transaction, row: dict[str, Any]) -> None:

@@ -23,7 +23,11 @@ class Facilitated(Protocol):
 
     @property
     def order(self) -> SettlementOrder:
-        """What settles it."""
+        """What settles it, as far as is known without the chain."""
+
+    @property
+    def calls(self) -> tuple[tuple[str, bytes], ...]:
+        """Every contract and calldata by which this very payment may have been settled."""
 
     @property
     def token(self) -> Token:
@@ -33,11 +37,14 @@ class Facilitated(Protocol):
     def refusal(self) -> PaymentRefused | None:
         """Why it is too late for a first settlement, if it is: only an earlier one is found. Its signature is not checked."""
 
-    async def check_chain(self, other_open: Callable[[], int]) -> None:
-        """Ask the chain whether it would be settled now, in one round trip.
+    async def check_chain(self, other_open: Callable[[], int]) -> SettlementOrder:
+        """Ask the chain whether it would be settled now, in one round trip (a second one for contract wallets).
 
         Args:
             other_open: Tells what the payer has under way besides, in nano-USD.
+
+        Returns:
+            What settles it.
 
         Raises:
             PaymentRefused, AllowanceRequired: It would not.

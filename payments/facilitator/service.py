@@ -25,6 +25,7 @@ from payments.facilitator.schemes import Facilitated, FacilitatedScheme
 from payments.facilitator.wire import FacilitatorCall
 from payments.money import atomic_to_nano_down
 from payments.settlement.engine import Settlements
+from payments.settlement.orders import SettlementOrder
 from payments.store import Store, Transaction
 from payments.tenders.exact_services import Unmined
 
@@ -168,8 +169,8 @@ class Facilitator:
             raise PaymentRefused("not_accepted_here", "this payment is less than what is worth settling here")
         return payment
 
-    async def _check_first(self, payment: Facilitated, client: str) -> None:
-        """That a payment which nobody settled here before can be."""
+    async def _check_first(self, payment: Facilitated, client: str) -> SettlementOrder:
+        """That a payment which nobody settled here before can be; returns what settles it."""
         if payment.refusal is not None:
             raise payment.refusal
         order = payment.order
@@ -180,10 +181,10 @@ class Facilitator:
                     "payer_suspended", f"too many settlements failed and cost gas; try again in {wait_s} s"
                 )
         before = partial(self._unmined.before, order.payer, payment.token.asset)
-        await payment.check_chain(lambda: before(order.id))
+        return await payment.check_chain(lambda: before(order.id))
 
     def _check_known(self, record: Record, payment: Facilitated) -> None:
-        if not record.is_same(payment.order):
+        if not record.is_same(payment.calls, payment.order.value):
             raise PaymentRefused("authorization_used", "this authorization was used for another payment")
 
     # --- settle -------------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ class Facilitator:
         self._count_open(order.id, order.payer, payment.token.asset, _worth_nano_usd(payment))
         begun = False
         try:
-            await self._check_first(payment, client)
+            order = await self._check_first(payment, client)
             begun = await self._store.write(lambda tx: records.begin(tx, payment.identity, order, client))
         finally:
             if not begun:

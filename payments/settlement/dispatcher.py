@@ -11,10 +11,11 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from payments.chain.batches import batch_gas_limit, encode_execute
+from payments.chain.gas import BytesGas
 from payments.chain.signers import FeeEstimate, Signer, least_loaded
 from payments.chain.transactions import Call, Fees
 from payments.errors import SettlementUnavailable
@@ -80,6 +81,7 @@ class Dispatcher:
 
     Args:
         signers: For each role, the accounts that sign; an empty list if there is none.
+        bytes_gas: What the chain charges for bytes.
         batch_contract: Of the operator, lower-case hex; None sends everything singly.
         head: Tells the chain's newest block.
         adopt: Takes over a signed and durable transaction and the new entries that it carries.
@@ -93,12 +95,14 @@ class Dispatcher:
         kinds: Mapping[str, Kind],
         fees: FeeEstimate,
         *,
+        bytes_gas: BytesGas,
         batch_contract: str | None,
         block_time_ms: int,
         head: Callable[[], int],
         adopt: Callable[[Outgoing], None],
     ) -> None:
         self._store, self._chain_id, self._kinds, self._fees = store, chain_id, kinds, fees
+        self._bytes_gas = bytes_gas
         self._batch_contract = batch_contract
         self._hold_s = min(block_time_ms / 1000 / HOLD_PART_OF_BLOCK, HOLD_S_MAX)
         self._head, self._adopt = head, adopt
@@ -259,6 +263,7 @@ class Dispatcher:
         calls = [outbox.call_for(entry.order, self._kinds[entry.kind].gas(entry.order)) for entry in entries]
         single = len(calls) == 1 and not self._kinds[entries[0].kind].through_batch
         call = calls[0] if single else self._batch(calls)
+        call = replace(call, gas=call.gas + self._bytes_gas.besides(len(call.data)))
         transaction = outgoing.write(
             tx,
             id=transaction_id,

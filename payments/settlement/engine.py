@@ -9,51 +9,35 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from payments.chain.gas import BytesGas
 from payments.chain.networks import Network
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
 from payments.chain.signers import WEI_PER_GWEI, FeeEstimate, Signer
 from payments.chain.transactions import Fees
 from payments.errors import SettlementUnavailable
-from payments.settlement import outbox, outgoing, states
+from payments.settlement import loading, outbox, outgoing, states
 from payments.settlement.courier import HEAD, Courier
 from payments.settlement.dispatcher import Dispatcher
 from payments.settlement.finality import Finality
 from payments.settlement.judge import Judge
 from payments.settlement.orders import Kind, SettlementOrder
 from payments.settlement.outbox import Entry
+from payments.settlement.outcomes import Outcomes, SettlementOutcome, wait_for, wake
 from payments.settlement.outgoing import Outgoing
 from payments.settlement.repairs import STALL_BLOCKS, Repairs
+from payments.settlement.reverts import Reverts
+from payments.settlement.second_looks import SecondLooks
+from payments.settlement.witnesses import Witnesses
 from payments.store import Store, Transaction
 
 log = logging.getLogger(__name__)
 
-OUTCOMES_KEPT = 4_096
 LOOK_BACK_S = 900
 """Older than this is no authorization that a payer signed for a quote of ours which is still good."""
-
-
-@dataclass(frozen=True, slots=True)
-class SettlementOutcome:
-    """What became of a settlement so far."""
-
-    state: str
-    """See `payments.settlement.states`."""
-    transaction_hash: str | None
-    block_number: int | None
-    reason: str | None
-
-    @property
-    def paid(self) -> bool:
-        """Whether there is evidence that it was paid."""
-        return self.state in states.PAID
-
-    @property
-    def open(self) -> bool:
-        """Whether its fate is unknown."""
-        return self.state in states.OPEN
+WITNESS_RETRY_S = 0.2
+"""Before a receipt that no second node confirms is asked for again."""
 
 
 class Settlements:
@@ -67,6 +51,8 @@ class Settlements:
         treasury_key: Private key (hex) of `pay_to`, for what only the treasury can send; may be one of `signer_keys`.
         batch_contract: The operator's own; None settles everything singly.
         confirmations: Blocks on top of the evidence's own after which it is final.
+        cross_check_nano_usd: What settles more than that at once must be in the chain for two nodes, where there are several;
+            None trusts each.
         housekeeping_s: How often deadlines and stalled signers are looked after.
     """
 
@@ -80,6 +66,7 @@ class Settlements:
         treasury_key: str | None = None,
         batch_contract: str | None = None,
         confirmations: int = 2,
+        cross_check_nano_usd: int | None = None,
         housekeeping_s: float = 1.0,
     ) -> None:
         self.network = network
@@ -100,7 +87,7 @@ class Settlements:
         self._kinds: dict[str, Kind] = {}
         self._entries: dict[str, Entry] = {}
         self._transactions: dict[str, Outgoing] = {}
-        self._outcomes: dict[str, SettlementOutcome] = {}
+        self._outcomes = Outcomes()
         self._taking: dict[str, asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._running = False
@@ -108,6 +95,9 @@ class Settlements:
         block_time_s = network.block_time_ms / 1000
         cap = Fees(network.max_fee_gwei * WEI_PER_GWEI, network.max_priority_fee_gwei * WEI_PER_GWEI)
         self.fees = FeeEstimate(max(block_time_s, 1.0), cap)
+        self._bytes_gas = BytesGas()
+        self._reverts = Reverts()
+        self._witnesses = Witnesses(rpc, network, cross_check_nano_usd)
         self.courier = Courier(
             rpc,
             self.fees,
@@ -122,12 +112,21 @@ class Settlements:
             {"settler": self.signers, "treasury": [] if self.treasury is None else [self.treasury]},
             self._kinds,
             self.fees,
+            bytes_gas=self._bytes_gas,
             batch_contract=None if batch_contract is None else batch_contract.lower(),
             block_time_ms=network.block_time_ms,
             head=lambda: self.courier.head,
             adopt=self._carry,
         )
-        self._judge = Judge(store, rpc, self._kinds, closed=self._decided, requeued=self._requeued, spawn=self._spawn)
+        self._judge = Judge(
+            store,
+            rpc,
+            self._kinds,
+            witnesses=self._witnesses,
+            closed=self._decided,
+            requeued=self._dispatcher.take,
+            spawn=self._spawn,
+        )
         self.finality = Finality(rpc, confirmations, housekeeping_s, self._judge.own_evidence)
         self._repairs = Repairs(
             store,
@@ -135,6 +134,7 @@ class Settlements:
             network.chain_id,
             patience_s=STALL_BLOCKS * max(block_time_s, housekeeping_s),
             fees=self.fees,
+            bytes_gas=self._bytes_gas,
             courier=self.courier,
             entries=self._entries,
             transactions=self._transactions,
@@ -143,6 +143,16 @@ class Settlements:
             expire=lambda entry, head: self._spawn(
                 self._judge.look_elsewhere(entry, head, sender=None, reverted=False)
             ),
+        )
+        self._second_looks = SecondLooks(
+            store,
+            rpc,
+            network.chain_id,
+            self._judge,
+            self._entries,
+            self._transactions,
+            carry=self.courier.carry,
+            head=lambda: self.courier.head,
         )
 
     def handle(self, name: str, kind: Kind) -> None:
@@ -161,16 +171,17 @@ class Settlements:
             RpcError: A node refuses the simplest questions.
         """
         await self._ask_chain()
-        entries, transactions = await self._store.read(self._load)
+        loaded = await self._store.write(lambda tx: loading.load(tx, self.network.chain_id, self.accounts, self._kinds))
+        self._reverts.recall(loaded.reverts)
         self._running = True
-        for entry in entries:
+        for entry in loaded.entries:
             if entry.state in states.OPEN:
                 self._entries[entry.id] = entry
                 if entry.state == "queued":
                     self._dispatcher.take(entry)
             elif entry.block_number is not None and (entry.own or self._may_be_shallow(entry)):
                 self.finality.watch(entry)
-        for transaction in transactions:
+        for transaction in loaded.transactions:
             if transaction.signer is None:
                 log.warning("transaction %s was signed by an account that is no longer configured", transaction.id)
             self._adopt(transaction)
@@ -188,7 +199,15 @@ class Settlements:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for entry in self._entries.values():
-            _wake(entry)
+            wake(entry)
+
+    def admit(self, payer: str) -> None:
+        """Ask before a payment of `payer` (lower-case hex) is taken on; costs nothing.
+
+        Raises:
+            PaymentRefused: ``payments_reverted``: too many payments, of this payer or of all, failed on chain lately.
+        """
+        self._reverts.admit(payer)
 
     async def submit(self, order: SettlementOrder) -> None:
         """Write an order to the outbox, signed, and broadcast it. Submitting it again changes nothing.
@@ -236,21 +255,14 @@ class Settlements:
             await asyncio.wait({taking})
         entry = self._entries.get(settlement_id)
         if entry is not None and entry.state in states.OPEN and self._running and timeout_s > 0:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            entry.waiters.append(waiter)
-            timer = asyncio.get_running_loop().call_later(timeout_s, _finish, waiter)
-            try:
-                await waiter
-            finally:
-                timer.cancel()
-                if waiter in entry.waiters:
-                    entry.waiters.remove(waiter)
-        if settlement_id in self._outcomes:
-            return self._outcomes[settlement_id]
+            await wait_for(entry, timeout_s)
+        decided = self._outcomes.get(settlement_id)
+        if decided is not None:
+            return decided
         entry = entry or await self._store.read(lambda tx: outbox.find(tx, settlement_id))
         if entry is None:
             raise KeyError(settlement_id)
-        return _outcome(entry)
+        return SettlementOutcome.of(entry)
 
     def take_queued(self, settlement_id: str) -> None:
         """Take up an order that a unit has written with `outbox.enqueue`, now that it is durable."""
@@ -292,8 +304,26 @@ class Settlements:
             self._dispatcher.freed(transaction.signer)
 
     def _receipt(self, transaction: Outgoing, receipt: dict[str, Any]) -> None:
+        if self._witnesses.needed_for(*(entry.order for entry in transaction.entries)):
+            self._spawn(self._hear_witnesses(transaction, receipt))
+            return
         self._judge.receipt(transaction, receipt)
         self._included(transaction)
+
+    async def _hear_witnesses(self, transaction: Outgoing, receipt: dict[str, Any]) -> None:
+        """Take a receipt that a second node has too; one that it has not is asked for again."""
+        try:
+            if await self._witnesses.confirm(receipt):
+                if transaction.id in self._transactions:
+                    self._judge.receipt(transaction, receipt)
+                    self._included(transaction)
+                return
+            log.warning("one node alone has a receipt of %s", transaction.hashes[-1])
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            log.exception("a node sent a receipt of %s that cannot be read", transaction.hashes[-1])
+        await asyncio.sleep(WITNESS_RETRY_S)
+        if transaction.id in self._transactions:
+            self.courier.carry(transaction)
 
     async def _take_queued(self, settlement_id: str) -> None:
         entry = await self._store.read(lambda tx: outbox.find(tx, settlement_id))
@@ -301,24 +331,21 @@ class Settlements:
             self._entries[entry.id] = entry
             self._dispatcher.take(entry)
 
-    def _requeued(self, entry: Entry) -> None:
-        """The judge has put an entry back into the queue."""
-        self._dispatcher.take(entry)
-
     def _decided(self, entry: Entry) -> None:
         """The judge has made its decision durable."""
         before = self._outcomes.get(entry.id)
         if self._entries.pop(entry.id, None) is None and before is not None and before.state == entry.state:
             return  # two ways led to the same decision
-        self._outcomes[entry.id] = _outcome(entry)
-        if len(self._outcomes) > OUTCOMES_KEPT:
-            del self._outcomes[next(iter(self._outcomes))]
+        self._outcomes.keep(entry)
         if entry.state == "failed":
             self.failed += 1
+            if entry.burnt:
+                self._reverts.reverted(entry.order.payer)
         else:
             self.paid += 1
+            self._reverts.paid(entry.order.payer)
             self.finality.watch(entry)
-        _wake(entry)
+        wake(entry)
 
     # --- the chain moves on -------------------------------------------------------------------------------------------
 
@@ -336,9 +363,9 @@ class Settlements:
         if final:
             await self._store.write(lambda tx: [states.move(tx, entry.id, "final") for entry in final])
         for entry in verdicts.final:
-            if entry.id in self._outcomes and entry.state == "mined":
+            if self._outcomes.get(entry.id) is not None and entry.state == "mined":
                 entry.state = "final"
-                self._outcomes[entry.id] = _outcome(entry)
+                self._outcomes.keep(entry)
         if verdicts.vanished:
             await self._send_again(verdicts.vanished)
 
@@ -349,10 +376,10 @@ class Settlements:
             moved = [
                 entry
                 for entry in vanished
-                if states.move(tx, entry.id, _before_evidence(entry), transfer_log_index=None, block_number=None)
+                if states.move(tx, entry.id, entry.state_without_evidence, transfer_log_index=None, block_number=None)
             ]
             ids = {entry.transaction_id for entry in moved if entry.transaction_id is not None}
-            transactions = self._with_entries(tx, outgoing.load(tx, sorted(ids), self.accounts)) if ids else []
+            transactions = loading.with_entries(tx, outgoing.load(tx, sorted(ids), self.accounts)) if ids else []
             for transaction in transactions:
                 outgoing.exclude(tx, transaction)
             return moved, transactions
@@ -360,9 +387,14 @@ class Settlements:
         moved, transactions = await self._store.write(unit)
         for entry in moved:
             log.warning("settlement %s was reorganised out of block %s", entry.id, entry.block_number)
-            entry.state, entry.block_number, entry.block_hash, entry.own = _before_evidence(entry), None, None, True
+            entry.state, entry.block_number, entry.block_hash, entry.own = (
+                entry.state_without_evidence,
+                None,
+                None,
+                True,
+            )
             self._entries[entry.id] = entry
-            self._outcomes.pop(entry.id, None)
+            self._outcomes.forget(entry)
             # Counted once nobody is told the old outcome any more.
             self.reorganised += 1
             if entry.state == "queued":
@@ -376,6 +408,9 @@ class Settlements:
             await asyncio.sleep(self._housekeeping_s)
             try:
                 await self._repairs.round()
+                await self._second_looks.round()
+                if self._bytes_gas.stale:
+                    self._bytes_gas.read(*await self.rpc.batch([BytesGas.REQUEST]))
                 if self.finality.due:
                     await self._look_at_finality(int(await self.rpc.call(*HEAD), 16))
             except (RpcUnavailable, RpcError) as error:
@@ -393,24 +428,11 @@ class Settlements:
         requests: list[Request] = [HEAD, FeeEstimate.REQUEST]
         requests += [("eth_getTransactionCount", (account.address, "pending")) for account in accounts]
         head, fee_history, *counts = await self.rpc.ask(requests)
+        self._bytes_gas.read(*await self.rpc.batch([BytesGas.REQUEST]))
         self.courier.head = int(head, 16)
         self.fees.read(fee_history)
         for account, count in zip(accounts, counts, strict=True):
             account.nonce_floor = int(count, 16)
-
-    def _load(self, tx: Transaction) -> tuple[list[Entry], list[Outgoing]]:
-        chain_id = self.network.chain_id
-        entries = outbox.load(tx, chain_id, ("queued", "submitted", "mined", "superseded"))
-        unknown = {entry.kind for entry in entries} - self._kinds.keys()
-        assert not unknown, f"nobody handles settlements of the kinds {unknown}"
-        transactions = self._with_entries(tx, outgoing.load_signed(tx, chain_id, self.accounts))
-        return entries, transactions
-
-    def _with_entries(self, tx: Transaction, transactions: list[Outgoing]) -> list[Outgoing]:
-        carried = outbox.load_carried(tx, [transaction.id for transaction in transactions])
-        for transaction in transactions:
-            transaction.entries = carried[transaction.id]
-        return transactions
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
@@ -424,25 +446,5 @@ class Settlements:
             log.error("settlement work failed", exc_info=error)
 
 
-def _before_evidence(entry: Entry) -> str:
-    """What an entry is again when its evidence is gone; nothing of ours carries what somebody else executed before us."""
-    return "queued" if entry.transaction_id is None else "submitted"
-
-
-def _outcome(entry: Entry) -> SettlementOutcome:
-    return SettlementOutcome(entry.state, entry.transaction_hash, entry.block_number, entry.reason)
-
-
 def _not_running() -> SettlementUnavailable:
     return SettlementUnavailable("settlement_unavailable", "payments on this network are not being settled right now")
-
-
-def _finish(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
-
-
-def _wake(entry: Entry) -> None:
-    waiters, entry.waiters = entry.waiters, []
-    for waiter in waiters:
-        _finish(waiter)

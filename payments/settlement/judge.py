@@ -16,6 +16,7 @@ from payments.settlement import outbox, outgoing, states
 from payments.settlement.orders import Evidence, Kind, NoEvidence, SettlementOrder
 from payments.settlement.outbox import Entry
 from payments.settlement.outgoing import Outgoing
+from payments.settlement.witnesses import Witnesses
 from payments.store import Store, Transaction
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Judge:
 
     Args:
         kinds: By name, what proves orders and what books them.
+        witnesses: Confirm what a single node says of large amounts.
         closed: Called with an entry whose decision is durable; its `state` is the new one.
         requeued: Called with an entry that is queued again.
         spawn: Starts background work that the engine waits for when it stops.
@@ -55,11 +57,12 @@ class Judge:
         rpc: Rpc,
         kinds: Mapping[str, Kind],
         *,
+        witnesses: Witnesses,
         closed: Callable[[Entry], None],
         requeued: Callable[[Entry], None],
         spawn: Spawn,
     ) -> None:
-        self._store, self._rpc, self._kinds = store, rpc, kinds
+        self._store, self._rpc, self._kinds, self._witnesses = store, rpc, kinds, witnesses
         self._closed, self._requeued, self._spawn = closed, requeued, spawn
         self._included: list[_Included] = []
         self._recording = False
@@ -98,9 +101,9 @@ class Judge:
         """
         while entry.state in states.OPEN:
             try:
-                found = await self._kinds[entry.kind].proof.search(self._rpc, entry.order, entry.from_block, head)
+                found = await self.search(entry, head)
                 if isinstance(found, Evidence):
-                    if await self._record_one(entry, found):
+                    if await self.record(entry, found):
                         return
                     found = NoEvidence(nonce_consumed=True)
                 await self._fail(entry, await self._reason(entry, found, sender, reverted))
@@ -121,10 +124,10 @@ class Judge:
             RpcUnavailable: No node answered.
             StoreBusy: The database takes nothing now.
         """
-        evidence = await self._kinds[order.kind].proof.search(self._rpc, order, from_block, head)
+        entry = Entry(order, "queued", from_block)
+        evidence = await self.search(entry, head)
         if not isinstance(evidence, Evidence):
             return False
-        entry = Entry(order, "queued", from_block)
 
         def unit(tx: Transaction) -> str | None:
             if outbox.is_evidence_of_another(tx, entry, evidence.transaction_hash, evidence.transfer_log_index):
@@ -135,6 +138,27 @@ class Judge:
         if state is not None:
             self._paid(entry, evidence, state)
         return state is not None
+
+    async def search(self, entry: Entry, head: int) -> Evidence | NoEvidence:
+        """Look for evidence in anybody's transaction up to block `head`.
+
+        Raises:
+            RpcError: A node refused; try again later.
+            RpcUnavailable: No node answered, or no second one confirms what the first one said; try again later.
+        """
+        found = await self._kinds[entry.kind].proof.search(self._rpc, entry.order, entry.from_block, head)
+        if isinstance(found, Evidence):
+            await self.confirm(entry, found)
+        return found
+
+    async def confirm(self, entry: Entry, evidence: Evidence) -> None:
+        """Hear a second node, where the amount is large enough.
+
+        Raises:
+            RpcUnavailable: None says the same.
+        """
+        if self._witnesses.needed_for(entry.order) and not await self._witnesses.confirm_evidence(evidence):
+            raise RpcUnavailable(f"no second node confirms {evidence.transaction_hash}")
 
     async def _reason(self, entry: Entry, found: NoEvidence, sender: str | None, reverted: bool) -> str:
         if found.nonce_consumed:
@@ -163,7 +187,7 @@ class Judge:
 
     async def _record_apart(self, included: _Included) -> None:
         for entry, evidence in included.proven:
-            self._spawn(self._record_one(entry, evidence))
+            self._spawn(self.record(entry, evidence))
         included.proven.clear()
         await self._store.write_surely(partial(self._book_all, taken=[included]))
         self._told(included)
@@ -184,10 +208,11 @@ class Judge:
             self._requeued(entry)
         sender = None if included.outgoing.signer is None else included.outgoing.signer.address
         for entry in included.unproven:
+            entry.burnt = True
             head = int(included.receipt["blockNumber"], 16)
             self._spawn(self.look_elsewhere(entry, head, sender=sender, reverted=True))
 
-    async def _record_one(self, entry: Entry, evidence: Evidence) -> bool:
+    async def record(self, entry: Entry, evidence: Evidence) -> bool:
         """Record evidence, whatever it takes. False if its log is already another settlement's evidence."""
         while True:
             try:

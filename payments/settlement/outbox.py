@@ -68,6 +68,8 @@ class Entry:
     reason: str | None = None
     own: bool = True
     """Whether the evidence is a transaction of ours."""
+    burnt: bool = False
+    """Whether our own call for it moved nothing, so that its gas was paid for nothing."""
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
@@ -79,6 +81,11 @@ class Entry:
     def kind(self) -> str:
         """See `payments.settlement.orders.Kind`."""
         return self.order.kind
+
+    @property
+    def state_without_evidence(self) -> str:
+        """What it is again when its evidence is gone; nothing of ours carries what somebody else executed before us."""
+        return "queued" if self.transaction_id is None else "submitted"
 
     def row(self) -> dict[str, Any]:
         """The row as the ledger's callbacks see it; amounts are decimal text as in the table."""
@@ -184,6 +191,29 @@ def load_carried(tx: Transaction, transaction_ids: Sequence[str]) -> dict[str, l
         assert entry.transaction_id is not None
         carried[entry.transaction_id].append(entry)
     return carried
+
+
+def reverted_since(tx: Transaction, chain_id: int, since_ms: int) -> list[tuple[str, int]]:
+    """Who made us pay gas for nothing, and when (ms since 1970), oldest first: settlements that failed in a block."""
+    rows = tx.execute(
+        "SELECT settlement.payer, settlement.updated_ms FROM settlement"
+        " JOIN chain_transaction ON chain_transaction.id = settlement.transaction_id"
+        " WHERE settlement.chain_id=? AND settlement.state='failed' AND settlement.updated_ms>?"
+        " AND chain_transaction.state='included' ORDER BY settlement.updated_ms",
+        (chain_id, since_ms),
+    ).fetchall()
+    return [(payer, updated_ms) for payer, updated_ms in rows]
+
+
+def stranded(tx: Transaction, chain_id: int) -> list[str]:
+    """Transactions that are in a block and whose entries are not decided: whoever was deciding them was killed."""
+    rows = tx.execute(
+        "SELECT DISTINCT chain_transaction.id FROM settlement"
+        " JOIN chain_transaction ON chain_transaction.id = settlement.transaction_id"
+        " WHERE settlement.chain_id=? AND settlement.state='submitted' AND chain_transaction.state='included'",
+        (chain_id,),
+    ).fetchall()
+    return [transaction_id for (transaction_id,) in rows]
 
 
 def is_evidence_of_another(tx: Transaction, entry: Entry, transaction_hash: str, log_index: int) -> bool:

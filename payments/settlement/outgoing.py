@@ -100,9 +100,9 @@ def write(
     return outgoing
 
 
-def fill_gap(tx: Transaction, chain_id: int, signer: Signer, nonce: int, fees: Fees) -> Outgoing:
-    """Write an empty transaction of a signer to itself at a nonce that no row has."""
-    call = Call(signer.address, b"", GAS_FILLER)
+def fill_gap(tx: Transaction, chain_id: int, signer: Signer, nonce: int, fees: Fees, bytes_gas: int = 0) -> Outgoing:
+    """Write an empty transaction of a signer to itself at a nonce that no row has; `bytes_gas` as `BytesGas` says."""
+    call = Call(signer.address, b"", GAS_FILLER + bytes_gas)
     return write(tx, id=new_id(), chain_id=chain_id, kind="filler", call=call, signer=signer, fees=fees, nonce=nonce)
 
 
@@ -190,8 +190,13 @@ def load_from(tx: Transaction, chain_id: int, signer: Signer, nonce: int) -> lis
 
 def is_form_of(tx: Transaction, transaction_id: str | None, transaction_hash: str) -> bool:
     """Whether a hash is that of a form of this transaction that we signed."""
+    return transaction_hash in hashes_of(tx, transaction_id)
+
+
+def hashes_of(tx: Transaction, transaction_id: str | None) -> list[str]:
+    """Of every form of a transaction that was signed, oldest first."""
     row = tx.execute("SELECT broadcasts FROM chain_transaction WHERE id=?", (transaction_id,)).fetchone()
-    return row is not None and any(signed["hash"] == transaction_hash for signed in orjson.loads(row[0]))
+    return [] if row is None else [signed["hash"] for signed in orjson.loads(row[0])]
 
 
 def _next_nonce(tx: Transaction, chain_id: int, signer: Signer) -> int:

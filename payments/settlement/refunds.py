@@ -40,20 +40,18 @@ class Refunds:
     """Sends credit back on one network.
 
     Args:
-        settlements: Started after this is made; must have the treasury's key.
+        settlements: Started after this is made. Refunds are begun only with the treasury's key, see `start`.
         tokens: Whose credit is sent back.
-        threshold_nano_usd: Credit from here on is sent back; more than 0.
+        threshold_nano_usd: Credit from here on is sent back.
     """
 
     def __init__(
         self, store: Store, settlements: Settlements, tokens: Sequence[Token], threshold_nano_usd: int
     ) -> None:
-        assert settlements.treasury is not None
-        assert threshold_nano_usd > 0
         self.sent = 0
         self.refused = 0
         self._store, self._rpc, self._settlements = store, settlements.rpc, settlements
-        self._treasury = settlements.treasury.address
+        self._treasury = "" if settlements.treasury is None else settlements.treasury.address
         self._tokens = {token.asset: token for token in tokens}
         self._by_address = {token.address: token for token in tokens}
         self._threshold = threshold_nano_usd
@@ -68,7 +66,9 @@ class Refunds:
             self._considered.add((payer, asset))
 
     async def start(self) -> None:
-        """Begin with a scan of every payer's credit, and repeat it now and then."""
+        """Begin with a scan of every payer's credit, and repeat it now and then. Not called, refunds only come to their end."""
+        assert self._treasury
+        assert self._threshold > 0
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:

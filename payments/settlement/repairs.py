@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from payments.chain.rpc import Request, Rpc
+from payments.chain.gas import BytesGas
+from payments.chain.rpc import Reply, Request, Rpc, RpcError, RpcUnavailable
 from payments.chain.signers import FeeEstimate, Signer
 from payments.settlement import outbox, outgoing, states
 from payments.settlement.courier import Courier
@@ -51,6 +52,7 @@ class Repairs:
         *,
         patience_s: float,
         fees: FeeEstimate,
+        bytes_gas: BytesGas,
         courier: Courier,
         entries: Mapping[str, Entry],
         transactions: Mapping[str, Outgoing],
@@ -60,7 +62,7 @@ class Repairs:
     ) -> None:
         self._store, self._rpc, self._chain_id = store, rpc, chain_id
         self._patience_s = patience_s
-        self._fees, self._courier = fees, courier
+        self._fees, self._bytes_gas, self._courier = fees, bytes_gas, courier
         self._entries, self._transactions = entries, transactions
         self._adopt, self._abandon, self._expire = adopt, abandon, expire
         self._troubles: dict[str, str] = {}
@@ -135,14 +137,19 @@ class Repairs:
 
         Signing again is safe only because the chain proves that no earlier form can be mined any more.
         """
-        requests: list[Request] = [("eth_getTransactionReceipt", (each,)) for each in transaction.hashes]
-        if any(reply is not None for reply in await self._rpc.batch(requests)):
+        assert transaction.signer is not None
+        requests: list[Request] = [("eth_getTransactionCount", (transaction.signer.address, "latest"))]
+        requests += [("eth_getTransactionReceipt", (each,)) for each in transaction.hashes]
+        # Each node's count and receipts in one answer: two nodes at different blocks would contradict each other.
+        answers = await self._rpc.ask_each(requests)
+        if not answers:
+            raise RpcUnavailable("no node says whether a transaction is lost")
+        if not all(_says_lost(replies, transaction.signer_nonce) for replies in answers):
             self._lost.pop(transaction.id, None)
             return
         self._lost[transaction.id] = self._lost.get(transaction.id, 0) + 1
         if self._lost[transaction.id] < NONCE_LOST_ROUNDS or self._fees.fees is None:
             return
-        assert transaction.signer is not None
         if not any(entry.state == "submitted" for entry in transaction.entries):
             await self._store.write(lambda tx: states.move_transaction(tx, transaction.id, "lost"))
             self._abandon(transaction)
@@ -173,7 +180,14 @@ class Repairs:
                 self._adopt(await self._store.write(partial(_again, transaction=by_nonce[nonce])))
                 continue
             log.warning("nonce %d of %s is a gap; filling it", nonce, signer.address)
-            unit = partial(outgoing.fill_gap, chain_id=self._chain_id, signer=signer, nonce=nonce, fees=fees)
+            unit = partial(
+                outgoing.fill_gap,
+                chain_id=self._chain_id,
+                signer=signer,
+                nonce=nonce,
+                fees=fees,
+                bytes_gas=self._bytes_gas.besides(0),
+            )
             self._adopt(await self._store.write(unit))
 
     async def _bump(self, transaction: Outgoing) -> None:
@@ -193,6 +207,12 @@ def _again(tx: Transaction, transaction: Outgoing) -> Outgoing:
     outgoing.exclude(tx, transaction)
     transaction.entries = outbox.load_carried(tx, [transaction.id])[transaction.id]
     return transaction
+
+
+def _says_lost(replies: Sequence[Reply], nonce: int) -> bool:
+    """Whether a node has passed a nonce and has no receipt of ours: of the account's count, and of each of our forms."""
+    count, *receipts = replies
+    return not isinstance(count, RpcError) and int(str(count), 16) > nonce and all(each is None for each in receipts)
 
 
 def _age(transaction: Outgoing, now: float) -> float:

@@ -18,6 +18,7 @@ from payments.ledger.transfers import InsufficientFunds
 from payments.store import Transaction
 from payments.tenders import closing
 from payments.tenders.closing import Use
+from payments.x402.extensions import identifier as identifiers
 
 State = Literal["reserved", "paid", "failed", "pledged", "burnt", "defaulted", "repaid"]
 
@@ -117,6 +118,7 @@ def reserve(
     value_nano_usd: int,
     details: dict[str, Any],
     refusal: PaymentRefused | None = None,
+    identifier: str | None = None,
 ) -> Reservation | AlreadyUsed:
     """Bind an authorization to a payload and a request, or take its interrupted use up again.
 
@@ -130,13 +132,15 @@ def reserve(
         value_nano_usd: What the signed value is worth, at least the quoted amount.
         details: What the receipt is opened with.
         refusal: Why it does not do for a first use, if it does not: then only an earlier use is found.
+        identifier: The payer's own name for it, if it has one.
 
     Returns:
         The reservation; or, if the first use has ended or is under way, what it came to. That is returned and not raised
         because finding out may itself be a change that must stand.
 
     Raises:
-        PaymentConflict: ``authorization_reused``: it is bound to another payload or another request.
+        PaymentConflict: ``authorization_reused``: it is bound to another payload or another request;
+            ``payment_identifier_used``: another payment of the payer's bears `identifier`.
         PaymentRefused: ``settlement_failed``: its transfer has failed for good; or `refusal`.
     """
     if refusal is not None:
@@ -150,6 +154,8 @@ def reserve(
         tx, id=receipt_id, tender="exact", payer=payer, asset=asset, quoted_nano_usd=quoted_nano_usd, details=details
     )
     if tx.execute(_INSERT, (identity, digest, receipt_id, value_nano_usd, _now_ms())).fetchone() is not None:
+        if identifier is not None:
+            identifiers.bind(tx, payer, identifier, receipt_id)
         return Reservation(Use(receipt_id, asset, details), "new", quoted_nano_usd)
     receipts.forget(tx, receipt_id)
     return _find_first_use(tx, identity, digest, details)

@@ -144,12 +144,14 @@ class ExactTender:
             value_nano_usd=self._value_nano_usd,
             details=details,
             refusal=self._refusal,
+            identifier=self._payment.identifier,
         )
 
     async def _settle(self, hold: ExactHold) -> None:
         services = self._services
         submitting = False
         try:
+            services.settlements.admit(self._payment.payer)
             others = partial(services.unmined.before, hold.payer, hold.asset, hold.receipt_id)
             try:
                 has_code = await services.chain_states.check(

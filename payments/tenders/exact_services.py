@@ -36,6 +36,9 @@ class Settled(Protocol):
 class Settling(Protocol):
     """The settlement engine, as far as this tender needs it."""
 
+    def admit(self, payer: str) -> None:
+        """Raise `PaymentRefused` if too many payments failed on chain lately."""
+
     async def submit(self, order: SettlementOrder) -> None:
         """Write an order durably and broadcast it; the same id again changes nothing. `SettlementUnavailable` or `StoreBusy`
         mean that nothing was written."""

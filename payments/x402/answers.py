@@ -7,7 +7,7 @@ and the quote for people to read.
 from __future__ import annotations
 
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from payments.x402.v1 import RESOURCE_DESCRIPTION, RESOURCE_MIME_TYPE, v1_requir
 QUOTE_EXTENSION = "farebox"
 HEADER_BYTES_MAX = 3_000
 """Some clients and proxies fail from 3.5 kB on; the name and the blanks around the value count too."""
+HEADER_BYTES_ASKED_MAX = 7_500
+"""For those who ask for extensions by name: the limit of the strictest servers and proxies in use is 8 kB."""
 ERROR_CHARACTERS_MAX = 200
 
 
@@ -42,17 +44,21 @@ def payment_required(
     resource_url: str,
     error: str,
     networks: Sequence[Network],
+    extensions: Mapping[str, Any] | None = None,
+    header_bytes_max: int = HEADER_BYTES_MAX,
 ) -> PaymentRequiredAnswer:
     """Build a 402 answer.
 
     Args:
         requirements: The offers, the preferred one first (stock clients take the first that they can pay). The last ones are
-            left out of the header where it would exceed `HEADER_BYTES_MAX`; at least one stays.
+            left out of the header where it would exceed `header_bytes_max`; at least one stays.
         quote: What the request may cost.
         quote_token: `QuoteSealer.seal(quote)`.
         resource_url: The URL of the request, as the caller sees it.
         error: Why there is a 402, a sentence; cut to `ERROR_CHARACTERS_MAX` in the header.
         networks: The chains of `requirements`.
+        extensions: Declarations by name, the most wanted one first; the last ones are left out before an offer is.
+        header_bytes_max: Of the header.
 
     Returns:
         The header's value and the body.
@@ -61,7 +67,9 @@ def payment_required(
     by_caip2 = {network.caip2: network for network in networks}
     v1_accepts = [v1_requirement(offer, by_caip2[offer.network], resource_url) for offer in requirements]
     return PaymentRequiredAnswer(
-        header=_fitting_header(requirements, quote_token, resource_url, error[:ERROR_CHARACTERS_MAX]),
+        header=_fitting_header(
+            requirements, quote_token, resource_url, error[:ERROR_CHARACTERS_MAX], extensions or {}, header_bytes_max
+        ),
         body={
             "x402Version": 1,
             "error": error,
@@ -91,6 +99,7 @@ def payment_response(
     *,
     error_reason: str | None = None,
     amount: int | None = None,
+    extensions: Mapping[str, Any] | None = None,
     **extra: Any,
 ) -> str:
     """Build the value of `PAYMENT-RESPONSE` (or, for v1, of `X-PAYMENT-RESPONSE`).
@@ -103,6 +112,7 @@ def payment_response(
         v1: Leave out the members that v1 does not have: `amount` and `extra`.
         error_reason: A stable code, if it did not settle.
         amount: What was settled, in atomic units.
+        extensions: By name, such as the signed receipt.
         extra: JSON-able members of v2's `extra`, such as ``receipt="rcpt_…"``.
 
     Returns:
@@ -115,6 +125,8 @@ def payment_response(
         answer["errorReason"] = error_reason
     if amount is not None and not v1:
         answer["amount"] = str(amount)
+    if extensions:
+        answer["extensions"] = dict(extensions)
     if extra and not v1:
         answer["extra"] = extra
     return _encode_header(answer)
@@ -125,8 +137,17 @@ def _describe_candidate(candidate_id: str) -> dict[str, str]:
     return {"model": model or candidate_id, "provider": provider if model else ""}
 
 
-def _fitting_header(requirements: Sequence[Requirement], quote_token: str, resource_url: str, error: str) -> str:
+def _fitting_header(
+    requirements: Sequence[Requirement],
+    quote_token: str,
+    resource_url: str,
+    error: str,
+    extensions: Mapping[str, Any],
+    header_bytes_max: int,
+) -> str:
     accepts = [describe_requirement(offer) for offer in requirements]
+    # The plainest object that the Python and the TypeScript client both echo unchanged.
+    declared: dict[str, Any] = {QUOTE_EXTENSION: {"quote": quote_token}, **extensions}
     while True:
         header = _encode_header(
             {
@@ -138,13 +159,15 @@ def _fitting_header(requirements: Sequence[Requirement], quote_token: str, resou
                     "mimeType": RESOURCE_MIME_TYPE,
                 },
                 "accepts": accepts,
-                # The plainest object that the Python and the TypeScript client both echo unchanged.
-                "extensions": {QUOTE_EXTENSION: {"quote": quote_token}},
+                "extensions": declared,
             }
         )
-        if len(header) <= HEADER_BYTES_MAX or len(accepts) == 1:
+        if len(header) <= header_bytes_max or (len(accepts) == 1 and len(declared) == 1):
             return header
-        accepts.pop()
+        if len(declared) > 1:
+            declared.popitem()
+        else:
+            accepts.pop()
 
 
 def _encode_header(value: dict[str, Any]) -> str:

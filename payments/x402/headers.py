@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from payments.x402.requirements import Requirement
 
@@ -22,6 +22,10 @@ class PaymentHeader:
     """Our quote as the payer echoed it; v1 cannot carry it."""
     digest: bytes
     """SHA-256 over the whole payment in canonical JSON: the same payment sent again has the same digest, any other has not."""
+    identifier: str | None = field(default=None, kw_only=True)
+    """The payer's own name for it, see `payments.x402.extensions.identifier`."""
+    wants_receipt: bool = field(default=False, kw_only=True)
+    """Whether the payer was offered a signed receipt and echoed that."""
 
     @property
     def token_address(self) -> str | None:

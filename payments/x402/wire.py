@@ -11,7 +11,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import orjson
@@ -20,6 +20,7 @@ from payments.chain.networks import PERMIT2_ADDRESS, Token, TransferMethod
 from payments.errors import PaymentMalformed
 from payments.x402.answers import QUOTE_EXTENSION, PaymentRequiredAnswer, payment_required, payment_response
 from payments.x402.channels import decode_channel_payment
+from payments.x402.extensions import identifier
 from payments.x402.fields import (
     is_deeper_than,
     read_address,
@@ -57,6 +58,8 @@ HEADER_CHARACTERS_MAX = 16_384
 JSON_DEPTH_MAX = 16
 """The deepest part that stock clients send, a schema echoed within `extensions`, is about half of it."""
 QUOTE_TOKEN_CHARACTERS_MAX = 512
+
+OFFER_RECEIPT = "offer-receipt"
 
 _INT64_MAX = 2**63 - 1
 _VERSIONS: dict[HeaderName, int] = {"payment-signature": 2, "x-payment": 1}
@@ -216,7 +219,11 @@ def read_payment(document: dict[str, Any], version: int) -> PaymentHeader:
         quote_token=None if version == 1 else _read_quote_token(document.get("extensions")),
         digest=hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).digest(),
     )
-    return decode(envelope, read_object(document.get("payload"), "payload"))
+    payment = decode(envelope, read_object(document.get("payload"), "payload"))
+    extensions = document.get("extensions")
+    if version == 1 or not isinstance(extensions, dict):
+        return payment
+    return replace(payment, identifier=identifier.read(extensions), wants_receipt=OFFER_RECEIPT in extensions)
 
 
 def _read_document(header: str, header_name: HeaderName) -> dict[str, Any]:

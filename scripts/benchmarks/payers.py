@@ -72,13 +72,13 @@ def transaction_of(payment_response: str) -> str | None:
     return str(content["transaction"]) if content.get("success") is True and content.get("transaction") else None
 
 
-def transfers_to(rpc_url: str, recipient: str) -> list[str]:
-    """The transactions of all USDC transfers to an address, one entry for each transfer."""
+def transfers_to(rpc_url: str, recipient: str, token: str = USDC.address) -> list[str]:
+    """The transactions of all transfers of a token to an address, one entry for each transfer."""
     topic = "0x" + recipient.removeprefix("0x").lower().rjust(64, "0")
     criteria = {
         "fromBlock": "0x0",
         "toBlock": "latest",
-        "address": USDC.address,
+        "address": token,
         "topics": [TRANSFER_TOPIC, None, topic],
     }
     return [log["transactionHash"] for log in batch(rpc_url, [("eth_getLogs", [criteria])], timeout_s=60)[0]]

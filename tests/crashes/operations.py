@@ -13,8 +13,7 @@ import httpx
 
 from contracts.devnet import USDC, USDT, DevToken
 from tests.crashes.world import MILLION_USD, Run
-from tests.e2e.clients import ask, ask_and_sign, decoded
-from tests.e2e.test_failover import sign_in
+from tests.e2e.clients import ask, ask_and_sign, decoded, sign_in
 
 MODEL = "deepseek-v4-flash"
 UNAVAILABLE = "qwen3.7-flash"

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import orjson
+from eth_account.messages import encode_defunct
 from eth_account.signers.local import LocalAccount
 from x402.client import x402ClientSync
 from x402.http import x402HTTPClientSync
@@ -71,3 +72,20 @@ def sse_text(stream: str) -> str:
         if line.startswith("data: {")
         for choice in orjson.loads(line.removeprefix("data: "))["choices"]
     )
+
+
+def sign_in(http: httpx.Client, wallet: LocalAccount) -> dict[str, str]:
+    """Sign in with the wallet, as any wallet software does; returns the header that spends its balance."""
+    challenge = http.post("/v1/wallet/challenges", json={"address": wallet.address}).json()
+    signed = wallet.sign_message(encode_defunct(text=challenge["message"]))
+    session = http.post(
+        "/v1/wallet/sessions", json={"message": challenge["message"], "signature": "0x" + bytes(signed.signature).hex()}
+    )
+    assert session.status_code == 200, session.text
+    return {"authorization": f"Bearer {session.json()['token']}"}
+
+
+def available(http: httpx.Client, headers: dict[str, str]) -> dict[str, str]:
+    """A wallet's balances by symbol, in dollars."""
+    balances = http.get("/v1/wallet", headers=headers).json()["balances"]
+    return {balance["symbol"]: balance["available_usd"] for balance in balances}

@@ -119,7 +119,7 @@ def test_killed_before_the_transfer_is_mined_and_mined_after_the_restart(
 
 @pytest.mark.parametrize("again", [True, False], ids=["the same request again", "the credit"])
 def test_killed_between_payment_and_inference(crashing: tuple[Stack, GatewayProcess], again: bool) -> None:
-    from tests.e2e.test_failover import available, sign_in
+    from tests.e2e.clients import available, sign_in
 
     stack, gateway = crashing
     wallet: LocalAccount = Account.from_key(stack.wallets[2 if again else 3]["private_key"])

@@ -8,32 +8,14 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from eth_account import Account
-from eth_account.messages import encode_defunct
 from eth_account.signers.local import LocalAccount
 
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
-from tests.e2e.clients import JSON, ask, ask_and_sign
+from tests.e2e.clients import JSON, ask, ask_and_sign, available, sign_in
 from tests.e2e.conftest import QUESTION
 
 TWO_PROVIDERS = QUESTION | {"model": "gpt-5.4"}
-
-
-def sign_in(http: httpx.Client, wallet: LocalAccount) -> dict[str, str]:
-    """Sign in with the wallet, as any wallet software does; returns the header that spends its balance."""
-    challenge = http.post("/v1/wallet/challenges", json={"address": wallet.address}).json()
-    signed = Account.sign_message(encode_defunct(text=challenge["message"]), wallet.key)
-    session = http.post(
-        "/v1/wallet/sessions", json={"message": challenge["message"], "signature": "0x" + signed.signature.hex()}
-    )
-    assert session.status_code == 200, session.text
-    return {"Authorization": f"Bearer {session.json()['token']}"}
-
-
-def available(http: httpx.Client, session: dict[str, str]) -> dict[str, str]:
-    balances = http.get("/v1/wallet", headers=session).json()["balances"]
-    return {balance["symbol"]: balance["available_usd"] for balance in balances}
 
 
 @pytest.mark.parametrize("stream", [False, True])

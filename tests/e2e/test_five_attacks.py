@@ -31,10 +31,9 @@ from contracts.jsonrpc import rpc
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import GatewayProcess, Stack, running
 from tests.e2e import chain_acts
-from tests.e2e.clients import JSON, ask, ask_and_sign, decoded, encoded
+from tests.e2e.clients import JSON, ask, ask_and_sign, available, decoded, encoded, sign_in
 from tests.e2e.conftest import QUESTION
 from tests.e2e.test_crashes import check_books
-from tests.e2e.test_failover import available, sign_in
 
 STRANGER = 9
 """The development wallet that is the attacker."""

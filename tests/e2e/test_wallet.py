@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-from eth_account.messages import encode_defunct
+import pytest
+from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
+from contracts.devnet import USDC, balance_of, call_data, send_signed
+from contracts.jsonrpc import rpc
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
-from tests.e2e.clients import ask, ask_and_sign
+from payments.money import usd_to_nano
+from tests.e2e.clients import ask, ask_and_sign, available, decoded, sign, sign_in
 from tests.e2e.conftest import QUESTION
 
 
-def sign_in(http: httpx.Client, wallet: LocalAccount) -> dict[str, str]:
-    """The header of a session."""
-    challenge = http.post("/v1/wallet/challenges", json={"address": wallet.address}).json()
-    signed = wallet.sign_message(encode_defunct(text=challenge["message"]))
-    session = http.post(
-        "/v1/wallet/sessions", json={"message": challenge["message"], "signature": "0x" + bytes(signed.signature).hex()}
-    )
-    assert session.status_code == 200, session.text
-    return {"authorization": f"Bearer {session.json()['token']}"}
+def usdc_of(stack: Stack, wallet: LocalAccount) -> int:
+    return balance_of(stack.rpc_url, USDC, wallet.address)
 
 
-def available(http: httpx.Client, headers: dict[str, str]) -> dict[str, str]:
-    return {
-        entry["symbol"]: entry["available_usd"] for entry in http.get("/v1/wallet", headers=headers).json()["balances"]
-    }
+@pytest.fixture
+def fresh(stack: Stack) -> LocalAccount:
+    """A wallet that nobody knows, with three dollars."""
+    made: LocalAccount = Account.create()
+    rpc(stack.rpc_url, "anvil_setBalance", made.address, hex(10**18))
+    giver = stack.wallets[-1]["private_key"]
+    send_signed(stack.rpc_url, giver, USDC.address, call_data("transfer(address,uint256)", made.address, 3_000_000))
+    return made
 
 
 def history(http: httpx.Client, headers: dict[str, str]) -> list[dict[str, Any]]:
@@ -81,3 +85,83 @@ def test_nobody_looks_into_anothers_wallet(http: httpx.Client, stack: Stack, wal
     assert http.delete("/v1/wallet/keys/key_0", headers=session).status_code == 404
     for query in ("limit=0", "limit=201", "limit=x", "before=x"):
         assert http.get(f"/v1/wallet/history?{query}", headers=session).status_code == 400
+
+
+# --- top-ups and withdrawals -----------------------------------------------------------------------------------------
+
+
+def top_up(http: httpx.Client, usd: str, headers: dict[str, str] | None = None) -> httpx.Response:
+    return http.post("/v1/wallet/topups", json={"amount_usd": usd}, headers=headers or {})
+
+
+def nano(balances: dict[str, str], symbol: str = "USDC") -> int:
+    return usd_to_nano(balances[symbol])
+
+
+def test_a_top_up_becomes_balance_once_and_is_not_sent_back(
+    http: httpx.Client, stack: Stack, fresh: LocalAccount
+) -> None:
+    asked = top_up(http, "0.75")
+    assert asked.json()["quote"]["items"] == [{"name": "topup", "amount_usd": "0.75"}]
+    payment = sign(fresh, asked)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: top_up(http, "0.75", payment), range(8)))
+    assert {answer.status_code for answer in answers} == {200}, [answer.text for answer in answers]
+    assert len({answer.json()["receipt"] for answer in answers}) == 1
+    assert {answer.json()["credited_usd"] for answer in answers} == {"0.75"}
+    assert any(
+        decoded(answer.headers["PAYMENT-RESPONSE"])["success"]
+        for answer in answers
+        if "PAYMENT-RESPONSE" in answer.headers
+    )
+    session = sign_in(http, fresh)
+    assert available(http, session) == {"USDC": "0.75", "USDT": "0.00"}
+    (line,) = history(http, session)
+    assert (line["type"], line["amount_usd"], line["transaction"]) == (
+        "topup",
+        "0.75",
+        answers[0].json()["transaction"],
+    )
+    # The payment is bound to its amount: it does not pay for another one, and nothing but the first is taken.
+    assert top_up(http, "0.50", payment).status_code in (402, 409)
+    assert available(http, session)["USDC"] == "0.75"
+
+
+def test_nobody_tops_up_anothers_wallet_by_mistake(
+    http: httpx.Client, fresh: LocalAccount, wallet: LocalAccount
+) -> None:
+    payment = sign(fresh, top_up(http, "0.50"))
+    refused = top_up(http, "0.50", payment | sign_in(http, wallet))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "payer_mismatch")
+    assert available(http, sign_in(http, fresh))["USDC"] == "0.00"
+    assert top_up(http, "0.50", payment | sign_in(http, fresh)).status_code == 200
+
+
+def test_odd_amounts_are_refused(http: httpx.Client) -> None:
+    for amount in ("0.09", "10001", "1e3", "-1", "0x10", "1.0000001", "", 5, None):
+        refused = http.post("/v1/wallet/topups", json={"amount_usd": amount})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "amount_usd"), amount
+
+
+def test_what_was_topped_up_and_not_spent_is_withdrawn(http: httpx.Client, stack: Stack, fresh: LocalAccount) -> None:
+    session = sign_in(http, fresh)
+    for amount in ("0.80", "0.70"):
+        assert top_up(http, amount, sign(fresh, top_up(http, amount)) | session).status_code == 200
+    assert ask(http, QUESTION, session).status_code == 200
+    rest = nano(available(http, session))
+    assert 0 < rest < 1_500_000_000
+    body = {"asset": "USDC", "amount_usd": "all"}
+    refused = http.post("/v1/wallet/withdrawals", json=body, headers=session)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_idempotency_key")
+    headers = session | {"idempotency-key": secrets.token_hex(8)}
+    made = [http.post("/v1/wallet/withdrawals", json=body, headers=headers).json() for _ in range(3)]
+    assert len({each["id"] for each in made}) == 1
+    deadline = time.monotonic() + 20
+    while (found := http.get(made[0]["poll"], headers=session).json())["state"] != "paid":
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    before = 3 * 1_000_000
+    assert usdc_of(stack, fresh) == before - 1_500_000 + rest // 1000
+    assert nano(available(http, session)) == rest % 1000
+    assert http.get("/v1/wallet/withdrawals", headers=session).json()["withdrawals"] == [found]
+    assert http.get(made[0]["poll"], headers=sign_in(http, Account.create())).status_code == 404

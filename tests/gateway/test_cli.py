@@ -89,6 +89,9 @@ COMMANDS = [
     ["ledger", "check"],
     ["ledger", "statement"],
     ["receipts", "show"],
+    ["settlements", "list"],
+    ["settlements", "explain"],
+    ["settlements", "retry"],
 ]
 
 

@@ -21,8 +21,8 @@ from payments.ledger import books, transfers
 from payments.ledger.accounts import payer_account
 from payments.quotes import Quote, make_quote
 from payments.settlement import outbox, states
-from payments.settlement.engine import SettlementOutcome
 from payments.settlement.orders import SettlementOrder
+from payments.settlement.outcomes import SettlementOutcome
 from payments.store import Store, Transaction
 from payments.tenders.exact import ExactServices, ExactTender, on_failed, on_mined
 from payments.x402.wire import Eip3009Authorization, Payment, Requirement
@@ -100,6 +100,9 @@ class HandSettlements:
     after_submit: Callable[[], None] = lambda: None
     mine_at_once: bool = True
     taken: list[str] = field(default_factory=list)
+
+    def admit(self, payer: str) -> None:
+        return
 
     async def submit(self, order: SettlementOrder) -> None:
         self.before_submit()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from payments.chain.gas import BASE_GAS, EXTRA_GAS_MAX, GAS_PER_BYTE, SAMPLE_BYTES, BytesGas
+from payments.chain.rpc import RpcError
 from payments.chain.signers import FeeEstimate
 from payments.chain.transactions import Fees
 
@@ -46,3 +48,36 @@ def test_a_raise_is_one_that_nodes_accept_and_stays_below_the_cap(max_fee: int, 
     assert raised.priority_fee * 10 >= before.priority_fee * 11
     assert raised.max_fee <= CAP.max_fee
     assert raised.priority_fee <= CAP.priority_fee
+
+
+# --- the gas of bytes -------------------------------------------------------------------------------------------------
+
+
+def measured(gas: int) -> BytesGas:
+    bytes_gas = BytesGas()
+    bytes_gas.read(hex(BASE_GAS + GAS_PER_BYTE * SAMPLE_BYTES + gas))
+    return bytes_gas
+
+
+def test_a_chain_that_charges_for_bytes_as_ethereum_does_needs_no_more() -> None:
+    assert measured(0).besides(300) == 0
+    assert BytesGas().besides(300) == 0
+
+
+def test_what_publishing_costs_is_added_with_a_margin_and_more_for_more_bytes() -> None:
+    """Arbitrum, at a time when its L1 part of such a transaction is 70,000 gas."""
+    bytes_gas = measured(70_000)
+    assert bytes_gas.besides(SAMPLE_BYTES) == 105_000
+    assert bytes_gas.besides(40_000) == 3_000_000
+    assert 0 < bytes_gas.besides(68) < bytes_gas.besides(300) < bytes_gas.besides(SAMPLE_BYTES)
+
+
+@given(gas=st.integers(0, 2**64), calldata_bytes=st.integers(0, 2**17))
+def test_no_answer_of_a_node_makes_the_limit_unbounded(gas: int, calldata_bytes: int) -> None:
+    assert 0 <= measured(gas).besides(calldata_bytes) <= EXTRA_GAS_MAX
+
+
+def test_a_refusal_leaves_the_last_measurement() -> None:
+    bytes_gas = measured(70_000)
+    bytes_gas.read(RpcError(-32601, "no such method"))
+    assert bytes_gas.besides(SAMPLE_BYTES) == 105_000

@@ -123,6 +123,7 @@ async def test_a_node_that_says_gas_is_dear_makes_nobody_offer_more_than_the_cap
         order = order_for(pay(chain.wallets[1], usdc, 4_000), usdc)
         await settlements.submit(order)
         assert settlements.fees.capped
-        assert (await settlements.outcome(order.id, 15)).paid
-    sent = receipt(chain.rpc_url, settlements._outcomes[order.id].transaction_hash)
+        outcome = await settlements.outcome(order.id, 15)
+        assert outcome.paid
+    sent = receipt(chain.rpc_url, outcome.transaction_hash)
     assert int(sent["effectiveGasPrice"], 16) <= network.max_fee_gwei * 10**9

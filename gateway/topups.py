@@ -1,0 +1,177 @@
+"""`POST /v1/wallet/topups`: a payment that becomes its payer's balance, whole: no request is charged to it, and no fee.
+
+It is the pipeline of `gateway.flow` without an inference: 402 with a quote, the payment, and a receipt that charges nothing.
+The payment proves whose wallet it is; the same payment sent again is told what became of the first.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from gateway.access.keys import Access, WalletCaller, WalletKeyCaller
+from gateway.access.limits import QuoteLimiter
+from gateway.api.errors import ApiError
+from gateway.api.http import Call, read_json, send_json
+from gateway.offers import Offers, SentPayment
+from payments import receipts, wallet_accounts
+from payments.errors import PaymentRefused
+from payments.money import nano_to_usd, usd_to_nano
+from payments.quotes import CHARGE_UNIT_NANO_USD, Quote, QuoteItem, request_digest
+from payments.receipts import ReceiptView
+from payments.store import Store
+from payments.tenders.authorizations import AlreadyUsed
+from payments.tenders.base import Hold, Outcome, Tender
+from payments.tenders.closing import because
+from payments.x402.answers import describe_quote
+
+SCHEMES = frozenset({"exact"})
+"""Whose payments arrive whole. What `upto` and channels promise is settled for an answer's cost, and here there is none."""
+RESUMES_MAX = 3
+ANOTHER_USE_WAIT_S = 30.0
+
+
+class TopUps:
+    """Turns payments into balance.
+
+    Args:
+        store: The database.
+        offers: Makes 402 answers and reads payments.
+        access: Tells who is calling.
+        limiter: Counts what is asked without being paid.
+        minimum_nano_usd: The least that can be topped up at once.
+        maximum_nano_usd: The most.
+        quote_ttl_s: How long a 402 is good for, in seconds.
+        json_depth_max: How deep a body may be nested.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        offers: Offers,
+        access: Access,
+        limiter: QuoteLimiter,
+        minimum_nano_usd: int,
+        maximum_nano_usd: int,
+        quote_ttl_s: int,
+        json_depth_max: int,
+    ) -> None:
+        self._store, self._offers, self._access, self._limiter = store, offers, access, limiter
+        self._minimum, self._maximum = minimum_nano_usd, maximum_nano_usd
+        self._quote_ttl_s = quote_ttl_s
+        self._json_depth_max = json_depth_max
+
+    def limits_json(self) -> dict[str, str]:
+        """What `GET /v1/wallet` says of top-ups."""
+        return {"minimum_usd": nano_to_usd(self._minimum), "maximum_usd": nano_to_usd(self._maximum)}
+
+    async def serve(self, call: Call) -> None:
+        """Answer `POST /v1/wallet/topups`; the body says `amount_usd`."""
+        self._limiter.check(call.client)
+        now = int(time.time())
+        quote = self._quote(call, now)
+        try:
+            sent = self._offers.sent(call)
+            if sent is None:
+                raise PaymentRefused("payment_required", "this is what has to be paid to top up")
+            if sent.scheme.name not in SCHEMES:
+                raise PaymentRefused("wrong_scheme", "a top-up is paid by the scheme exact")
+            await self._require_own(call, sent)
+            _, _, refusal = self._offers.claim(sent, quote.request_digest, now)
+            await self._take(call, sent, self._offers.tender(sent, quote, now, refusal), quote)
+        except PaymentRefused as refused:
+            self._limiter.count(call.client)
+            answer = self._offers.required_for(call, quote, f"{refused.code}: {refused.message}", only=SCHEMES)
+            answer.body["quote"] = describe_quote(quote)
+            headers = {"PAYMENT-REQUIRED": answer.header, "cache-control": "no-store"}
+            await send_json(call.send, 402, answer.body, headers)
+
+    def _quote(self, call: Call, now: int) -> Quote:
+        text = read_json(call.body, self._json_depth_max).get("amount_usd")
+        try:
+            amount = usd_to_nano(text) if isinstance(text, str) else -1
+        except ValueError:
+            amount = -1
+        if not self._minimum <= amount <= self._maximum or amount % CHARGE_UNIT_NANO_USD:
+            self._limiter.count(call.client)
+            raise ApiError(
+                400,
+                "invalid_field",
+                f'`amount_usd` must be a text such as "10.00", from {nano_to_usd(self._minimum)} to'
+                f" {nano_to_usd(self._maximum)}, with at most six decimals",
+                param="amount_usd",
+            )
+        return Quote(
+            id=f"quote_{secrets.token_hex(10)}",
+            items=(QuoteItem("topup", amount),),
+            maximum_nano_usd=amount,
+            route=(),
+            request_digest=request_digest(call.method, call.path, call.body),
+            expires_at=now + self._quote_ttl_s,
+        )
+
+    async def _require_own(self, call: Call, sent: SentPayment) -> None:
+        """Whoever is signed in tops up its own wallet: paying from another one would top up that one instead."""
+        caller = await self._access.caller(call.header(b"authorization"))
+        payer = getattr(sent.payment, "payer", None)
+        if isinstance(caller, WalletCaller | WalletKeyCaller) and caller.address != payer:
+            raise ApiError(
+                403,
+                "payer_mismatch",
+                f"the payment is from {payer}, you are signed in as {caller.address}; nothing was taken",
+            )
+
+    async def _take(self, call: Call, sent: SentPayment, tender: Tender, quote: Quote) -> None:
+        details = {"kind": "topup", "quote": describe_quote(quote)}
+        for _ in range(RESUMES_MAX):
+            try:
+                hold = await tender.authorize(quote, details)
+            except AlreadyUsed as used:
+                if used.state == "in_progress" and await sent.scheme.use_ended(used.receipt_id, ANOTHER_USE_WAIT_S):
+                    continue
+                if used.state == "in_progress":
+                    break
+                await self._answer(call, sent, await self._receipt(used.receipt_id), None)
+                return
+            await self._complete(call, sent, hold)
+            return
+        raise ApiError(409, "payment_in_progress", "this payment is still under way; send it again later")
+
+    async def _complete(self, call: Call, sent: SentPayment, hold: Hold) -> None:
+        try:
+            # Before the money: what arrives later than the caller waits is balance all the same, and is not sent back.
+            await self._store.write(lambda tx: wallet_accounts.open_account(tx, hold.payer))
+            await hold.ready()
+            await hold.capture(0, Outcome({"kind": "topup"}))
+        except BaseException:
+            # Does nothing after a capture; before one, the same payment sent again goes on from here.
+            await hold.interrupt(because("the top-up was not finished"))
+            raise
+        await self._answer(call, sent, await self._receipt(hold.receipt_id), hold.payment_response())
+
+    async def _receipt(self, receipt_id: str) -> ReceiptView:
+        view = await self._store.read(lambda tx: receipts.get(tx, receipt_id))
+        assert view is not None
+        return view
+
+    async def _answer(
+        self, call: Call, sent: SentPayment, receipt: ReceiptView, response: dict[str, Any] | None
+    ) -> None:
+        headers = {
+            "x-farebox-receipt": receipt.id,
+            "x-farebox-quoted-usd": nano_to_usd(receipt.quoted_nano_usd),
+            "x-farebox-cost-usd": nano_to_usd(receipt.charged_nano_usd or 0),
+            "cache-control": "no-store",
+        }
+        if response is not None:
+            headers |= self._offers.payment_headers(call, sent, response)
+        body = {
+            "address": receipt.payer,
+            "asset": receipt.asset,
+            "credited_usd": nano_to_usd(receipt.credited_nano_usd),
+            "receipt": receipt.id,
+            "transaction": receipt.transaction_hash,
+        }
+        await send_json(call.send, 200, body, headers)

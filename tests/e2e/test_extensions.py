@@ -1,0 +1,231 @@
+"""The x402 extensions of a gateway, met by the official package where it has a client for them."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+from eth_account import Account
+from eth_account.messages import encode_defunct, encode_typed_data
+from eth_account.signers.local import LocalAccount
+from eth_utils.address import to_checksum_address
+from x402 import PaymentRequired
+from x402.extensions.bazaar import with_bazaar
+from x402.extensions.payment_identifier import append_payment_identifier_to_extensions
+from x402.http import FacilitatorConfig, HTTPFacilitatorClientSync, x402HTTPClientSync
+
+from agents_sdk.signed_receipts import ReceiptInvalid, read_signed_receipt
+from contracts.devnet import USDC, balance_of
+from gateway.dev.stack import Stack
+from tests.e2e.clients import ask, decoded, encoded, official_client, sign
+from tests.e2e.conftest import QUESTION
+
+IDENTIFIER = "order-7d5d747be160e280504c099d984bcfe0"
+
+
+def asked_for(http: httpx.Client, *names: str) -> dict[str, Any]:
+    asked = ask(http, QUESTION, {"accept-payment": ", ".join(names)})
+    assert asked.status_code == 402
+    required: dict[str, Any] = decoded(asked.headers["payment-required"])
+    return required
+
+
+def sign_named(account: LocalAccount, http: httpx.Client, identifier: str) -> dict[str, str]:
+    """What the official client sends with its extension `payment-identifier`."""
+    asked = ask(http, QUESTION)
+    client = official_client(account)
+    wrapped = x402HTTPClientSync(client)
+    required = wrapped.get_payment_required_response(asked.headers.get, asked.json())
+    assert isinstance(required, PaymentRequired)
+    assert required.extensions is not None
+    append_payment_identifier_to_extensions(required.extensions, identifier)
+    return dict(wrapped.encode_payment_signature_header(client.create_payment_payload(required)))
+
+
+def test_whoever_asks_for_nothing_is_told_of_names_for_payments_within_three_kilobytes(http: httpx.Client) -> None:
+    asked = ask(http, QUESTION)
+    assert len(asked.headers["payment-required"]) <= 3_000
+    required = decoded(asked.headers["payment-required"])
+    assert set(required["extensions"]) == {"farebox", "payment-identifier"}
+    assert len(required["accepts"]) == 2
+
+
+def test_a_second_payment_of_the_same_name_is_not_taken(http: httpx.Client, stack: Stack, wallet: LocalAccount) -> None:
+    first = sign_named(wallet, http, IDENTIFIER)
+    answer = ask(http, QUESTION, first)
+    assert answer.status_code == 200, answer.text
+    held = balance_of(stack.rpc_url, USDC, wallet.address)
+    refused = ask(http, QUESTION, sign_named(wallet, http, IDENTIFIER))
+    assert refused.status_code == 409
+    error = refused.json()["error"]
+    assert error["code"] == "payment_identifier_used"
+    assert error["receipt"] == answer.headers["x-farebox-receipt"]
+    assert balance_of(stack.rpc_url, USDC, wallet.address) == held
+    again = ask(http, QUESTION, first)
+    assert (again.status_code, again.text) == (200, answer.text)
+    assert ask(http, QUESTION, sign_named(wallet, http, IDENTIFIER + "-2")).status_code == 200
+
+
+def test_names_of_two_payers_do_not_meet(http: httpx.Client, stack: Stack) -> None:
+    name = "shared-" + "a" * 20
+    for entry in stack.wallets[:2]:
+        account: LocalAccount = Account.from_key(entry["private_key"])
+        assert ask(http, QUESTION, sign_named(account, http, name)).status_code == 200
+
+
+@pytest.mark.parametrize("identifier", ["short", "x" * 129, "no blanks allowed here", 7])
+def test_a_name_that_is_none_is_refused(http: httpx.Client, wallet: LocalAccount, identifier: Any) -> None:
+    payment = decoded(sign(wallet, ask(http, QUESTION))["PAYMENT-SIGNATURE"])
+    payment["extensions"]["payment-identifier"]["info"]["id"] = identifier
+    refused = ask(http, QUESTION, {"payment-signature": encoded(payment)})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "malformed_payment"
+
+
+FIELDS = {
+    "Offer": "string resourceUrl,string scheme,string network,string asset,address payTo,string amount,"
+    "uint256 maxTimeoutSeconds,uint256 issuedAt",
+    "Receipt": "string network,string resourceUrl,string payer,uint256 issuedAt,string transaction",
+}
+
+
+def signer_of(kind: str, artifact: dict[str, Any], chain_id: int) -> str:
+    """Who signed an offer or a receipt, by the specification and another implementation of EIP-712 than ours."""
+    fields = [dict(zip(("type", "name"), field.split(), strict=True)) for field in FIELDS[kind].split(",")]
+    signable = encode_typed_data(
+        domain_data={"name": f"x402 {kind.lower()}", "version": "1", "chainId": chain_id},
+        message_types={kind: fields},
+        message_data=artifact["payload"],
+    )
+    assert artifact["format"] == "eip712"
+    recovered: str = Account.recover_message(signable, signature=artifact["signature"])
+    return recovered.lower()
+
+
+def test_offers_and_receipts_are_signed_by_the_published_key(
+    http: httpx.Client, stack: Stack, wallet: LocalAccount
+) -> None:
+    published = http.get("/.well-known/farebox-keys").json()["offer-receipt"]["address"]
+    asked = ask(http, QUESTION, {"accept-payment": "offer-receipt"})
+    required = decoded(asked.headers["payment-required"])
+    offers = required["extensions"]["offer-receipt"]["info"]["offers"]
+    assert len(offers) == len(required["accepts"]) == 2
+    for offer, accepted in zip(offers, required["accepts"], strict=True):
+        assert signer_of("Offer", offer, stack.chain_id) == published
+        assert {name: offer["payload"][name] for name in ("asset", "payTo", "amount", "network")} == {
+            name: accepted[name] for name in ("asset", "payTo", "amount", "network")
+        }
+    paid = ask(http, QUESTION, sign(wallet, asked))
+    assert paid.status_code == 200
+    response = decoded(paid.headers["payment-response"])
+    receipt = response["extensions"]["offer-receipt"]["info"]["receipt"]
+    assert signer_of("Receipt", receipt, stack.chain_id) == published
+    assert receipt["payload"]["payer"] == wallet.address.lower()
+    assert receipt["payload"]["transaction"] == response["transaction"]
+    read = read_signed_receipt(paid.headers["payment-response"], published)
+    assert (read.payer, read.transaction) == (wallet.address.lower(), response["transaction"])
+    with pytest.raises(ReceiptInvalid, match="not by"):
+        read_signed_receipt(paid.headers["payment-response"], wallet.address)
+    receipt["payload"]["payer"] = "0x" + "11" * 20
+    with pytest.raises(ReceiptInvalid, match="signed by"):
+        read_signed_receipt(encoded(response), published)
+    with pytest.raises(ReceiptInvalid, match="no signed receipt"):
+        read_signed_receipt(encoded({name: response[name] for name in response.keys() - {"extensions"}}), published)
+    assert signer_of("Receipt", receipt, stack.chain_id) != published
+
+
+def test_a_receipt_is_signed_only_for_those_who_want_one(http: httpx.Client, wallet: LocalAccount) -> None:
+    paid = ask(http, QUESTION, sign(wallet, ask(http, QUESTION)))
+    assert "extensions" not in decoded(paid.headers["payment-response"])
+
+
+def answer_challenge(wallet: LocalAccount, required: dict[str, Any], **changes: str) -> dict[str, str]:
+    """What a client with the extension `sign-in-with-x` sends: the challenge as EIP-4361, signed with EIP-191."""
+    extension = required["extensions"]["sign-in-with-x"]
+    info = extension["info"] | {"chainId": extension["supportedChains"][0]["chainId"], "type": "eip191"} | changes
+    message = (
+        f"{info['domain']} wants you to sign in with your Ethereum account:\n{to_checksum_address(wallet.address)}\n\n"
+        f"{info['statement']}\n\nURI: {info['uri']}\nVersion: {info['version']}\nChain ID: {info['chainId'][7:]}\n"
+        f"Nonce: {info['nonce']}\nIssued At: {info['issuedAt']}\nExpiration Time: {info['expirationTime']}"
+    )
+    signature = wallet.sign_message(encode_defunct(text=message)).signature.hex()
+    proof = info | {"address": wallet.address, "signature": "0x" + signature.removeprefix("0x")}
+    return {"sign-in-with-x": encoded(proof)}
+
+
+def test_a_wallet_with_credit_signs_in_instead_of_paying(
+    http: httpx.Client, stack: Stack, wallet: LocalAccount
+) -> None:
+    # An exact payment takes the maximum; what is not used is credit.
+    assert ask(
+        http, QUESTION | {"max_tokens": 2_000}, sign(wallet, ask(http, QUESTION | {"max_tokens": 2_000}))
+    ).is_success
+    held = balance_of(stack.rpc_url, USDC, wallet.address)
+    proof = answer_challenge(wallet, asked_for(http, "sign-in-with-x"))
+    answer = ask(http, QUESTION, proof)
+    assert answer.status_code == 200, answer.text
+    assert "payment-response" not in answer.headers
+    assert balance_of(stack.rpc_url, USDC, wallet.address) == held
+    again = ask(http, QUESTION, proof)
+    assert again.status_code == 402
+    assert again.json()["error"].startswith("challenge_used")
+
+
+def test_a_wallet_without_credit_is_asked_to_pay(http: httpx.Client) -> None:
+    stranger: LocalAccount = Account.create()
+    answer = ask(http, QUESTION, answer_challenge(stranger, asked_for(http, "sign-in-with-x")))
+    assert answer.status_code == 402
+    assert answer.json()["error"].startswith("insufficient_credit")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"domain": "evil.example"}, "invalid_message"),
+        ({"uri": "http://127.0.0.1/v1/other"}, "invalid_message"),
+        ({"nonce": "0" * 48}, "invalid_message"),
+        ({"expirationTime": "2099-01-01T00:00:00Z"}, "invalid_message"),
+        ({"chainId": "eip155:1"}, "invalid_chain"),
+        ({"statement": "I give you everything."}, "invalid_message"),
+    ],
+)
+def test_a_changed_challenge_lets_nobody_in(
+    http: httpx.Client, wallet: LocalAccount, changes: dict[str, str], code: str
+) -> None:
+    answer = ask(http, QUESTION, answer_challenge(wallet, asked_for(http, "sign-in-with-x"), **changes))
+    assert answer.status_code == 402
+    assert answer.json()["error"].startswith(code)
+
+
+def test_somebody_elses_signature_and_nonsense_let_nobody_in(
+    http: httpx.Client, stack: Stack, wallet: LocalAccount
+) -> None:
+    proof = decoded(answer_challenge(wallet, asked_for(http, "sign-in-with-x"))["sign-in-with-x"])
+    proof["address"] = (
+        stack.wallets[0]["address"] if stack.wallets[0]["address"] != wallet.address else "0x" + "11" * 20
+    )
+    for header in (encoded(proof), "%%%", base64.b64encode(b"[]").decode(), encoded({"domain": 1}), "A" * 9_000):
+        assert ask(http, QUESTION, {"sign-in-with-x": header}).status_code == 402
+
+
+def test_what_is_sold_is_described_and_discovered(http: httpx.Client, stack: Stack) -> None:
+    declared = asked_for(http, "bazaar")["extensions"]["bazaar"]
+    jsonschema.validate(declared["info"], declared["schema"])
+    example = declared["info"]["input"]["body"]
+    assert ask(http, example).status_code == 402
+    client = with_bazaar(HTTPFacilitatorClientSync(FacilitatorConfig(url=stack.gateway_url)))  # type: ignore[arg-type]
+    (item,) = client.extensions.bazaar.list_resources().items
+    assert item.resource == f"{stack.gateway_url}/v1/chat/completions"
+    assert item.accepts is not None
+    assert {offer["payTo"] for offer in item.accepts} == {stack.pay_to.lower()}
+    assert item.service_name == "Farebox"
+
+
+def test_everything_at_once_stays_below_what_servers_take(http: httpx.Client) -> None:
+    names = ("payment-identifier", "sign-in-with-x", "offer-receipt", "bazaar")
+    asked = ask(http, QUESTION, {"accept-payment": ", ".join(names)})
+    assert len(asked.headers["payment-required"]) <= 7_500
+    assert set(decoded(asked.headers["payment-required"])["extensions"]) == {"farebox", *names}
