@@ -7,12 +7,13 @@ the command line. Times are integers of milliseconds since 1970 UTC, amounts int
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, Index, LargeBinary, UniqueConstraint, text
+from sqlalchemy import CheckConstraint, Column, Index, LargeBinary, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
+from payments.columns import big as _big
+from payments.facilitator.tables import DiscoveredResource, FacilitatedPayment
 
-def _big(*, nullable: bool = False, default: int | None = None) -> Column[int]:
-    return Column(BigInteger, nullable=nullable, default=default)
+__all__ = ["DiscoveredResource", "FacilitatedPayment"]
 
 
 class LedgerAccount(SQLModel, table=True):
@@ -229,39 +230,6 @@ class PaymentIdentifier(SQLModel, table=True):
     identifier: str = Field(primary_key=True)
     receipt_id: str
     """Gone if the payment was forgotten: then the name is free again."""
-
-
-class FacilitatedPayment(SQLModel, table=True):
-    """A payment that was settled for another resource server; its terms and its fate are the settlement's."""
-
-    __tablename__ = "facilitated_payment"
-
-    identity: str = Field(primary_key=True)
-    """As of `Authorization`: one authorization settles once."""
-    settlement_id: str = Field(unique=True)
-    client: str
-    """Who asked first, see `payments.facilitator.access`."""
-    granted_to: str | None = None
-    """The one call that was told of the success."""
-    granted_ms: int | None = Field(default=None, sa_column=_big(nullable=True))
-    created_ms: int = Field(sa_column=_big())
-
-
-class DiscoveredResource(SQLModel, table=True):
-    """Something that is sold over x402 and whose payment was settled here: what `/discovery/resources` lists."""
-
-    __tablename__ = "discovered_resource"
-
-    id: str = Field(primary_key=True)
-    """The URL, and for MCP the tool."""
-    type: str
-    """http | mcp"""
-    pay_to: str = Field(index=True)
-    scheme: str
-    network: str
-    document: str
-    """JSON: the item as it is listed."""
-    updated_ms: int = Field(sa_column=_big())
 
 
 class ApiKey(SQLModel, table=True):
