@@ -32,6 +32,7 @@ from payments.ledger.accounts import account_id
 from payments.ledger.books import check
 from payments.recovery import recover
 from payments.settlement.engine import Settlements
+from payments.store import Store
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.base import Outcome
 from payments.tenders.channel import ChannelHold, deposit_id
@@ -41,7 +42,7 @@ from payments.verification import vouchers
 from payments.verification.chain_state import ChainStates
 from payments.verification.signatures import checksum_address
 from payments.x402.channels import ChannelConfig, ChannelPayment, Deposit, Erc3009Deposit, PayloadType, Voucher, hex32
-from tests.payments.exact_samples import DETAILS, QUOTED, open_store, quote_of
+from tests.payments.exact_samples import DETAILS, QUOTED, quote_of
 from tests.payments.settling import PAY_TO, sign
 
 PRICE = QUOTED // 1000
@@ -134,8 +135,10 @@ class Gateway:
 
 
 @contextlib.asynccontextmanager
-async def gateway(directory: Path, chain: Devnet, network: Network, *, owner: str = "one") -> AsyncIterator[Gateway]:
-    store = open_store(directory)
+async def gateway(
+    database: Path | str, chain: Devnet, network: Network, *, owner: str = "one"
+) -> AsyncIterator[Gateway]:
+    store = Store(database)
     await recover(store)
     leases = Leases(store, owner)
     async with Rpc([chain.rpc_url], timeout_s=5) as chain_rpc:
@@ -172,8 +175,8 @@ async def gateway(directory: Path, chain: Devnet, network: Network, *, owner: st
 
 
 @pytest.fixture
-async def opened(tmp_path: Path, chain: Devnet, network: Network) -> AsyncIterator[Gateway]:
-    async with gateway(tmp_path, chain, network) as opened:
+async def opened(database: Path | str, chain: Devnet, network: Network) -> AsyncIterator[Gateway]:
+    async with gateway(database, chain, network) as opened:
         yield opened
 
 
@@ -299,10 +302,10 @@ async def test_a_refund_gives_back_what_was_not_charged_and_can_be_spent_by_nobo
 
 
 async def test_a_restart_finds_the_channel_its_deposit_and_its_claim(
-    tmp_path: Path, chain: Devnet, network: Network
+    database: Path | str, chain: Devnet, network: Network
 ) -> None:
     rpc(chain.rpc_url, "evm_setAutomine", False)
-    async with gateway(tmp_path, chain, network) as opened:
+    async with gateway(database, chain, network) as opened:
         payment = opened.payment(PRICE, deposit=5 * PRICE)
         tender = opened.scheme.tender(
             payment,
@@ -315,14 +318,14 @@ async def test_a_restart_finds_the_channel_its_deposit_and_its_claim(
     # The process is gone with the deposit on its way; it is mined while nobody looks.
     rpc(chain.rpc_url, "evm_mine")
     rpc(chain.rpc_url, "evm_setAutomine", True)
-    async with gateway(tmp_path, chain, network, owner="two") as opened:
+    async with gateway(database, chain, network, owner="two") as opened:
         hold = await opened.take(payment)
         await hold.capture(QUOTED, Outcome())
         identity = deposit_id(payment, opened.token.chain_id)
         assert identity is not None
         assert (await opened.settlements.outcome(identity, 5)).paid
         assert await opened.keeper.claim([await opened.channel()], opened.token) == 1
-    async with gateway(tmp_path, chain, network, owner="three") as opened:
+    async with gateway(database, chain, network, owner="three") as opened:
         await opened.settle_open()
         assert await opened.receivable() == 0
         assert await opened.services.store.read(check) == []
