@@ -7,7 +7,9 @@ a new one is signed only when the gateway says that the first was not used and w
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import random
 import secrets
 import time
@@ -31,6 +33,7 @@ from agents_sdk.answers import (
 from agents_sdk.errors import PolicyViolation, QuoteRejected
 from agents_sdk.journal import StoredPayment
 from agents_sdk.money import nano_to_atomic_up, nano_to_usd
+from agents_sdk.policy import SpendingPolicy
 from agents_sdk.quotes import Demand, Offer, check_quote, choose_offer, read_demand
 from agents_sdk.receipts import Ending, Watch, amount_of, document_of
 from agents_sdk.shared import Shared
@@ -41,7 +44,11 @@ from agents_sdk.wallet import PAYMENT_HEADER
 SIGNATURES_MAX = 2
 """Payments signed for one request: the second only after the first was refused for a reason that a new one cures."""
 TIMED_OUT = frozenset({"quote_expired", "expired"})
-CURABLE = TIMED_OUT | frozenset({"quote_mismatch", "quote_malformed", "route_gone", "insufficient_funds"})
+CURABLE = (
+    TIMED_OUT
+    | frozenset({"quote_mismatch", "quote_malformed", "route_gone", "insufficient_funds"})
+    | frozenset({"exposure_exceeded", "unpaid_answers", "upto_needs_a_key"})
+)
 RETRY_AFTER_S_MAX = 60.0
 PAUSE_S_MAX = 8.0
 POLL_ROUND_S = 10.0
@@ -51,6 +58,7 @@ _CONFLICTS = {
     "payment_already_credited": "credited",
     "payment_already_used": "used",
     "authorization_reused": "used",
+    "authorization_spent": "used",
 }
 """What a 409 of the gateway says became of the payment; of ``payment_in_progress`` nothing is known yet."""
 
@@ -84,7 +92,7 @@ class Exchange:
         self._settings = shared.settings
         self._request = request
         self._digest = digest_of(request)
-        self._headers = _own_headers(request.headers, self._settings.policy.networks)
+        self._headers = _own_headers(request.headers, self._settings.policy)
         self._payer = shared.wallet.address
         self._identifier = f"farebox-{secrets.token_hex(16)}"
         """What the payment is for, in the extension `payment-identifier`: this one request."""
@@ -149,7 +157,7 @@ class Exchange:
     def _sign(self, demand: Demand, offer: Offer) -> Steps[StoredPayment]:
         """Take the amount out of the limits, then sign, then write the payment down."""
         quote, requirement = demand.quote, offer.requirement
-        if offer.token.transfer_method == "permit2":
+        if offer.through_permit2:
             yield from permit2.ensure_allowance(self._shared, offer.token, int(requirement.amount), asked_to=False)
         payment = self._journal.reserve(
             origin=self._shared.origin,
@@ -242,7 +250,7 @@ class Exchange:
         return "answered" if "x-farebox-receipt" in reply.headers else "refused"
 
     def _note_credit(self, payment: StoredPayment, body: bytes, verdict: str) -> None:
-        if verdict == "refused":
+        if verdict == "refused" or scheme_of(payment) == "upto":
             return
         credited = credited_in(body)
         if credited is None and verdict == "credited":
@@ -262,7 +270,10 @@ class Exchange:
                 return
             document = document_of(headers, comment)
             charged = amount_of(document["charged_usd"])
-            if charged is None:
+            scheme = scheme_of(payment)
+            if scheme == "upto":
+                document["credited_usd"] = nano_to_usd(0)  # nothing else was taken
+            elif charged is None:
                 self._shared.look_for_credit = True
             else:
                 # A token that takes a fee on its way leaves less credit than the difference: the gateway knows.
@@ -272,7 +283,7 @@ class Exchange:
                 document["credited_usd"] = nano_to_usd(unused)
                 self._journal.add_credit(self._shared.origin, self._payer, payment.asset, unused)
             self._journal.close_payment(payment, "answered")
-            self._keep_receipt(document, payment.id, "exact", payment.amount_nano_usd, payment.asset)
+            self._keep_receipt(document, payment.id, scheme, payment.amount_nano_usd, payment.asset)
 
         return on_end
 
@@ -338,7 +349,7 @@ class Exchange:
         """The gateway says that Permit2 is not approved (412)."""
         token = self._settings.tokens.by_asset(payment.asset)
         error = error_in(body)
-        if token is None or token.transfer_method != "permit2":
+        if token is None or (token.transfer_method != "permit2" and scheme_of(payment) != "upto"):
             raise QuoteRejected("the gateway asks for a Permit2 approval of a token that does not need one")
         if str(error.get("spender", PERMIT2_ADDRESS)).lower() != PERMIT2_ADDRESS:
             raise QuoteRejected(f"the gateway asks to approve {error.get('spender')}, which is not Permit2")
@@ -393,15 +404,22 @@ def digest_of(request: Send) -> str:
     return digest.hexdigest()
 
 
-def _own_headers(headers: httpx.Headers, networks: Any) -> httpx.Headers:
+def scheme_of(payment: StoredPayment) -> str:
+    """By which scheme a signed payment pays."""
+    assert payment.header is not None
+    return str(json.loads(base64.b64decode(payment.header))["accepted"]["scheme"])
+
+
+def _own_headers(headers: httpx.Headers, policy: SpendingPolicy) -> httpx.Headers:
     """The caller's headers as the gateway should see them."""
     own = headers.copy()
     # The OpenAI SDK cannot leave its API key out; only a real one of the gateway means anything.
     if not own.get("authorization", "").startswith(("Bearer fbk_", "Bearer fba_", "Bearer fbs_")):
         own.pop("authorization", None)
     own["accept-encoding"] = "identity"  # the receipt is read off the raw stream
-    if networks is not None:
-        own["accept-payment"] = ", ".join(sorted(networks))
+    asked = [*(() if tuple(policy.schemes) == ("exact",) else policy.schemes), *sorted(policy.networks or ())]
+    if asked:
+        own["accept-payment"] = ", ".join(asked)
     return own
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from agents_sdk.errors import (
     LimitExceeded,
@@ -46,6 +47,8 @@ class SpendingPolicy:
         recipients: Addresses that may be paid. None: whomever the gateway names.
         max_network_fee: The most that a quote may pass on for settling the payment.
         prefer: The order in which allowed tokens are chosen, as symbols or addresses; others follow in the gateway's order.
+        schemes: Ways of x402 to pay, the first choice first: ``exact`` pays the quoted maximum and the rest becomes credit;
+            ``upto`` pays what the answer cost, after it, and moves every token through Permit2.
         permit2_allowance: How many dollars Permit2 may move per approval, or ``"unlimited"``. Permit2 moves nothing without
             a signature of this wallet for each payment; the bound is for the day that one is stolen. A larger one means
             fewer approval transactions to pay gas for.
@@ -65,9 +68,12 @@ class SpendingPolicy:
     recipients: Collection[str] | None = None
     max_network_fee: str | None = None
     prefer: Sequence[str] = ("USDC", "USDT")
+    schemes: Sequence[Literal["exact", "upto"]] = ("exact",)
     permit2_allowance: str = "100"
 
     def __post_init__(self) -> None:
+        if not self.schemes or not set(self.schemes) <= {"exact", "upto"}:
+            raise ValueError("schemes must name exact, upto, or both")
         for amount in (self.max_per_request, self.max_per_hour, self.max_per_day, self.max_network_fee):
             if amount is not None:
                 usd_to_nano(amount)

@@ -63,6 +63,11 @@ class Offer:
     requirement: PaymentRequirements
     token: Token
 
+    @property
+    def through_permit2(self) -> bool:
+        """Whether Permit2 has to be approved for it."""
+        return self.requirement.scheme == "upto" or self.token.transfer_method == "permit2"
+
 
 def read_demand(headers: Mapping[str, str], body: bytes) -> Demand | None:
     """Read a 402.
@@ -122,10 +127,11 @@ def choose_offer(demand: Demand, policy: SpendingPolicy, tokens: TokenBook, excl
         QuoteRejected: If an offer in a known token shows something else than it would have signed.
         PolicyViolation: If no offer is allowed: what is wrong with the best one.
     """
-    ranked: list[tuple[int, int, Offer]] = []
+    ranked: list[tuple[int, int, int, Offer]] = []
     refusals: list[tuple[int, int, FareboxError]] = []
     for place, requirement in enumerate(demand.required.accepts):
-        if requirement.scheme != "exact" or requirement.extra.get("paymentFlow") not in _SETTLEMENT_FLOWS:
+        scheme = requirement.scheme
+        if scheme not in policy.schemes or requirement.extra.get("paymentFlow") not in _SETTLEMENT_FLOWS:
             continue
         token = tokens.find(requirement.network, requirement.asset)
         if token is None:
@@ -141,12 +147,15 @@ def choose_offer(demand: Demand, policy: SpendingPolicy, tokens: TokenBook, excl
             continue
         _check_offer(requirement, token, demand.quote.maximum_nano_usd)
         if token.asset not in excluded:
-            ranked.append((policy.rank(token), place, Offer(requirement, token)))
+            choice = list(policy.schemes).index(requirement.scheme)  # type: ignore[arg-type]
+            ranked.append((choice, policy.rank(token), place, Offer(requirement, token)))
     if ranked:
-        return min(ranked, key=lambda entry: entry[:2])[2]
+        return min(ranked, key=lambda entry: entry[:3])[3]
     if refusals:
         raise min(refusals, key=lambda entry: entry[:2])[2]
-    raise TokenNotAllowed("the 402 offers no way to pay that this agent has: it pays x402 `exact` on EVM networks")
+    raise TokenNotAllowed(
+        "the 402 offers no way to pay that this agent has: its policy takes x402 " + ", ".join(policy.schemes)
+    )
 
 
 def _check_offer(requirement: PaymentRequirements, token: Token, maximum_nano_usd: int) -> None:
@@ -159,7 +168,10 @@ def _check_offer(requirement: PaymentRequirements, token: Token, maximum_nano_us
     if not 0 < requirement.max_timeout_seconds <= PAYMENT_TIMEOUT_S_MAX:
         raise QuoteRejected(f"a payment good for {requirement.max_timeout_seconds} seconds is asked for")
     method = requirement.extra.get("assetTransferMethod", "eip3009")
-    if method != token.transfer_method:
+    if requirement.scheme == "upto":
+        if method != "permit2":
+            raise QuoteRejected(f"upto moves tokens by permit2, the 402 says {method}")
+    elif method != token.transfer_method:
         raise QuoteRejected(f"{token.symbol} moves by {token.transfer_method}, the 402 says {method}")
     # Signed over by EIP-3009: another domain would be a signature for something else.
     domain = (requirement.extra.get("name"), requirement.extra.get("version"))

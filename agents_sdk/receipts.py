@@ -22,7 +22,7 @@ Ending = Literal["whole", "left", "broken"]
 class Receipt:
     """What became of one paid request. Amounts are dollar texts; None means that it is not known.
 
-    `paid_with` is ``exact`` (a payment on chain) or ``credit`` (what earlier payments left with the gateway).
+    `paid_with` is ``exact`` or ``upto`` (payments on chain) or ``credit`` (what earlier payments left with the gateway).
     """
 
     id: str

@@ -131,9 +131,11 @@ def _x402_client(account: LocalAccount) -> x402ClientSync:
     # Imported at the first payment: it takes a second, and an agent may only look at its receipts.
     from x402 import x402ClientSync
     from x402.mechanisms.evm.exact.client import ExactEvmScheme
+    from x402.mechanisms.evm.upto import UptoEvmClientScheme
 
     client = x402ClientSync()
     client.register("eip155:*", ExactEvmScheme(_Signer(account)))
+    client.register("eip155:*", UptoEvmClientScheme(_Signer(account)))
     # Our policy has decided, with the quote in hand; the client's built-in cap and token list would only second-guess it.
     client.set_spend_controls(False)
     return client

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import orjson
 import pytest
+from eth_account import Account
 from eth_account.signers.local import LocalAccount
 from x402 import x402Client
 from x402.client import x402ClientSync
@@ -17,7 +19,8 @@ from x402.http.clients import x402_httpx_transport
 from x402.mechanisms.evm.signers import EthAccountSigner
 from x402.mechanisms.evm.upto import UptoEvmClientScheme
 
-from contracts.devnet import USDC, approve_permit2, balance_of
+from agents_sdk import Agent, SpendingPolicy
+from contracts.devnet import USDC, approve_permit2, balance_of, mint, rpc
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
 from tests.e2e.clients import JSON, ask, decoded
@@ -153,3 +156,41 @@ def test_beyond_the_limit_the_402_asks_for_exact_and_says_why(
     assert "exposure_exceeded" in refused.text
     assert {offer["scheme"] for offer in decoded(refused.headers["payment-required"])["accepts"]} == {"exact"}
     assert simulator.attempts() == []
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_our_agent_approves_permit2_and_pays_what_the_answer_cost(
+    stack: Stack, http: httpx.Client, simulator: Simulator, tmp_path: Path, stream: bool
+) -> None:
+    account: LocalAccount = Account.create()
+    mint(stack.rpc_url, USDC, account.address, 10**7)
+    rpc(stack.rpc_url, "anvil_setBalance", account.address, hex(10**18))
+    agent = Agent(
+        account,
+        stack.gateway_url,
+        policy=SpendingPolicy(schemes=("upto", "exact")),
+        receipts=tmp_path / "agent.sqlite3",
+        rpc_url=stack.rpc_url,
+    )
+    with agent.openai() as client:
+        answer = client.chat.completions.create(**QUESTION, stream=stream)
+        if stream:
+            list(answer)
+    [receipt] = agent.receipts(limit=1)
+    told = settled(http, receipt.id)
+    assert (receipt.paid_with, told["tender"], receipt.charged_usd) == ("upto", "upto", told["charged_usd"])
+    assert receipt.credited_usd in ("0", "0.00")
+    assert 10**7 - balance_of(stack.rpc_url, USDC, account.address) == atomic(told["charged_usd"])
+    assert len(simulator.attempts()) == 1
+
+
+def test_our_agent_pays_by_exact_where_upto_is_too_much(
+    stack: Stack, http: httpx.Client, wallet: LocalAccount, simulator: Simulator, tmp_path: Path
+) -> None:
+    policy = SpendingPolicy(schemes=("upto", "exact"))
+    agent = Agent(wallet, stack.gateway_url, policy=policy, receipts=tmp_path / "a.sqlite3", rpc_url=stack.rpc_url)
+    with agent.openai() as client:
+        client.chat.completions.create(**QUESTION | {"model": "claude-opus-4.7", "max_tokens": 16_000})
+    [receipt] = agent.receipts(limit=1)
+    assert receipt.paid_with == "exact"
+    assert len(simulator.attempts()) == 1
