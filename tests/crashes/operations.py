@@ -13,7 +13,7 @@ import httpx
 
 from contracts.devnet import USDC, USDT, DevToken
 from tests.crashes.world import MILLION_USD, Run
-from tests.e2e.clients import ask, ask_and_sign, decoded, sign_in
+from tests.e2e.clients import ask, ask_and_sign, decoded, sign, sign_in
 
 MODEL = "deepseek-v4-flash"
 UNAVAILABLE = "qwen3.7-flash"
@@ -170,6 +170,76 @@ class Balance:
         self.answered += 1
 
 
+@dataclass(slots=True)
+class ToppedUp(Exact):
+    """A payment that becomes balance."""
+
+    usd: str = "0.75"
+
+    def prepare(self, run: Run) -> None:
+        """Sign the top-up."""
+        self.headers = sign(run.payer, self._ask(run, {}), self.token.address)
+
+    def act(self, run: Run) -> None:
+        """Pay it."""
+        self._ask(run, self.headers)
+
+    def resume(self, run: Run) -> None:
+        """Send the same payment, which says the same however far the first had come."""
+        answer = self._ask(run, self.headers)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["credited_usd"] == self.usd
+
+    def check(self, run: Run) -> None:
+        """All of it is balance, once."""
+        self.check_money(run)
+        assert run.rows("SELECT balance FROM ledger_account WHERE kind = 'payer'") == [(self.amount * 1000,)]
+
+    def _ask(self, run: Run, headers: dict[str, str]) -> httpx.Response:
+        return run.http.post("/v1/wallet/topups", json={"amount_usd": self.usd}, headers=headers)
+
+
+@dataclass(slots=True)
+class Withdrawn(ToppedUp):
+    """A balance that its wallet takes out."""
+
+    settings: dict[str, str] = field(default_factory=lambda: {"FAREBOX_WALLET__WITHDRAWAL_MINIMUM_USD": "0.01"})
+    session: dict[str, str] = field(default_factory=dict)
+
+    def prepare(self, run: Run) -> None:
+        """Have a balance."""
+        ToppedUp.prepare(self, run)
+        ToppedUp.act(self, run)
+        self.session = sign_in(run.http, run.payer) | {"idempotency-key": "the-same"}
+
+    def act(self, run: Run) -> None:
+        """Take all of it out."""
+        self._withdraw(run)
+
+    def done(self, run: Run) -> bool:
+        """The money is there, and the books know it."""
+        return run.rows("SELECT state FROM withdrawal") == [("paid",)]
+
+    def resume(self, run: Run) -> None:
+        """Ask for the same once more, and for all that is left besides; wait for the money."""
+        answer = self._withdraw(run)
+        assert answer.status_code == 200, answer.text
+        another = self._withdraw(run, "another")
+        assert another.status_code >= 400, another.text
+        run.until(lambda: run.balance(self.token, run.payer.address) == MILLION_USD, "the money is back")
+        run.until(lambda: self.done(run), "the withdrawal is paid")
+
+    def check(self, run: Run) -> None:
+        """All of it is back, once."""
+        assert run.balance(self.token, run.payer.address) == MILLION_USD
+        assert run.balance(self.token, run.treasury.address) == 0
+        assert run.rows("SELECT balance FROM ledger_account WHERE kind = 'payer'") == [(0,)]
+
+    def _withdraw(self, run: Run, key: str = "the-same") -> httpx.Response:
+        headers = self.session | {"idempotency-key": key}
+        return run.http.post("/v1/wallet/withdrawals", json={"asset": "USDC", "amount_usd": "all"}, headers=headers)
+
+
 def words(answer: httpx.Response) -> str:
     """What an answer says, without what the transport adds."""
     with contextlib.suppress(ValueError):
@@ -183,5 +253,7 @@ OPERATIONS: dict[str, type[Operation] | Any] = {
     "released": Released,
     "refunded": Refunded,
     "prepaid credit": lambda: Balance(credit=True),
+    "topped up": ToppedUp,
+    "withdrawn": Withdrawn,
     "API key": lambda: Balance(credit=False),
 }
