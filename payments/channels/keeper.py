@@ -14,8 +14,6 @@ from collections.abc import Sequence
 
 from payments.chain.channel_contract import (
     CHANNEL_TOPICS,
-    GAS_CLAIM_BASE,
-    GAS_CLAIM_EACH,
     Claim,
     encode_claim_and_settle,
 )
@@ -40,7 +38,6 @@ log = logging.getLogger(__name__)
 INTERVAL_S = 1.0
 CLAIMS_MAX = 100
 """Channels in one claim: about 5 million gas."""
-GAS_MAX = GAS_CLAIM_BASE + CLAIMS_MAX * GAS_CLAIM_EACH
 DUE_MAX = 1_000
 """Channels looked at in one round."""
 REORGANISED_BLOCKS = 64

@@ -164,6 +164,7 @@ def test_what_was_taken_out_before_it_was_claimed_is_a_loss_until_it_is_deposite
     chain.capture(chain.taken(600, 600), 600)
     chain.becomes(balance=100)
     assert chain.channel.lost_nano_usd == 500 * NANO
+    assert claim_of(chain.channel, USDC).total == 100, "what is left is claimed"
     assert check(chain.database) == []
     chain.becomes(balance=1_100)
     assert chain.channel.lost_nano_usd == 0
