@@ -35,6 +35,8 @@ _OTHER_VARIABLES = {CONFIG_VARIABLE, "FAREBOX_DEBUG", "FAREBOX_WALLET_KEY", "FAR
 _SECRET_HEADERS = {"authorization", "api-key", "x-api-key", "x-goog-api-key", "proxy-authorization", "cookie"}
 _HIDDEN = {*SECRETS, "headers", "rpc_urls", "database_url"}
 """Fields whose values are never repeated in a message."""
+_PASSWORD = re.compile(r"//[^/@]*:[^/@]+@|[?&]password=")
+"""A password in a database's URL."""
 _SYNTAX_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)")
 
 
@@ -215,6 +217,11 @@ def _secrets_in_file(merged: _Merged) -> Iterator[Problem]:
             yield Problem(
                 merged.place((name,)), what, f"Remove it here (and replace it: it was on disk) and set {variable}"
             )
+    database_url = merged.data.get("database_url")
+    if isinstance(database_url, str) and _PASSWORD.search(database_url):
+        del merged.data["database_url"]
+        fix = "Remove it here (and replace it: it was on disk) and set FAREBOX_DATABASE_URL"
+        yield Problem(merged.place(("database_url",)), "database_url holds a password", fix)
     providers = merged.data.get("providers")
     for provider, values in providers.items() if isinstance(providers, dict) else ():
         headers = values.get("headers") if isinstance(values, dict) else None

@@ -282,8 +282,9 @@ def _service(data: Mapping[str, Any]) -> Iterator[Finding]:
     public_url, database_url = data.get("public_url"), data.get("database_url")
     if isinstance(public_url, str) and not _is_url(public_url):
         yield Finding(("public_url",), "public_url is not a URL", "Write it like https://gateway.example.com")
-    if isinstance(database_url, str) and not re.fullmatch(r"sqlite:///.+", database_url):
-        yield Finding(("database_url",), "only SQLite databases can be used", "Write sqlite:///path/to/farebox.db")
+    if isinstance(database_url, str) and not re.fullmatch(r"sqlite:///.+|postgres(ql)?://.+", database_url):
+        fix = "Write sqlite:///path/to/farebox.db or postgresql://user@host/database"
+        yield Finding(("database_url",), "only SQLite and PostgreSQL databases can be used", fix)
     if data.get("networks"):
         if not data.get("secret"):
             what = "not set; quotes cannot outlive a restart or be shared by replicas"

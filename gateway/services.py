@@ -39,7 +39,7 @@ from payments.channels.refunds import Refunder
 from payments.channels.services import has_channels
 from payments.doctor import verify_tokens
 from payments.facilitator import records as facilitated
-from payments.leases import Leases
+from payments.leases import Leases, instance_name
 from payments.migrate import upgrade
 from payments.money import nano_to_atomic_down, usd_to_nano
 from payments.quotes import QuoteSealer
@@ -49,7 +49,7 @@ from payments.settlement.engine import Settlements
 from payments.settlement.refunds import Refunds
 from payments.settlement.withdrawer import Withdrawer
 from payments.sign_in import SignIn
-from payments.store import Store
+from payments.store import Store, StoreBusy
 from payments.tenders import upto_settlement
 from payments.tenders.exact import PAYMENT
 from payments.tenders.exact_scheme import ExactScheme
@@ -111,10 +111,8 @@ class Services:
     async def open(cls, settings: Settings, metrics: Metrics) -> AsyncIterator[Services]:
         """Open the database, resume what a crash left behind, and start every part."""
         async with contextlib.AsyncExitStack() as cleanup:
-            path = settings.database_path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            upgrade(path)
-            store = Store(path)
+            upgrade(settings.database)
+            store = Store(settings.database)
             cleanup.callback(store.close)
             secret = (settings.secret or secrets.token_hex(32)).encode()
             if settings.secret is None:
@@ -129,9 +127,12 @@ class Services:
             planner = Planner(settings, catalog, engine, count_input)
 
             await recovery.recover(store)
-            leases = Leases(store, f"instance:{secrets.token_hex(8)}")
+            leases = Leases(store, store.instance)
             await leases.start()
             cleanup.push_async_callback(leases.stop)
+            await leases.acquire(instance_name(store.instance))
+            watcher = asyncio.create_task(recovery.watch(store, leases))
+            cleanup.callback(watcher.cancel)
             chains: list[Chain] = []
             payable: list[NetworkPayments] = []
             for network in settings.resolved_networks():
@@ -310,7 +311,8 @@ async def _sweep(store: Store) -> None:
     """Forget kept answers and used nonces whose time is over."""
     while True:
         await asyncio.sleep(SWEEP_INTERVAL_S)
-        await store.write(lambda tx: recovery.sweep_expired(tx, time.time_ns() // 1_000_000))
+        with contextlib.suppress(StoreBusy):  # next time, then
+            await store.write(lambda tx: recovery.sweep_expired(tx, time.time_ns() // 1_000_000))
 
 
 def _gauges(chains: list[Chain]) -> Iterator[tuple[str, str, dict[str, str], float]]:

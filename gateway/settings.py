@@ -328,7 +328,7 @@ class Settings(BaseSettings):
     data_dir: Path = Path(".farebox")
     """Where the database is, unless `database_url` says otherwise."""
     database_url: str | None = None
-    """Default: SQLite in `data_dir`."""
+    """sqlite:///… or postgresql://… (several replicas may share it; with a password only as FAREBOX_DATABASE_URL)."""
     secret: str | None = Field(default=None, min_length=32, repr=False)
     """FAREBOX_SECRET: signs quotes and sessions. The same on all replicas."""
     signer_keys: list[str] = Field(default_factory=list, repr=False)
@@ -363,11 +363,12 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     @property
-    def database_path(self) -> Path:
-        """The SQLite database file."""
+    def database(self) -> Path | str:
+        """Where the database is: a SQLite file, or a PostgreSQL URL."""
         if self.database_url is None:
             return self.data_dir / DATABASE_FILE
-        return Path(self.database_url.removeprefix("sqlite:///"))
+        path = self.database_url.removeprefix("sqlite:///")
+        return self.database_url if path == self.database_url else Path(path)
 
     def resolved_networks(self) -> tuple[Network, ...]:
         """The networks on which payments are taken, the operator's first choice first.

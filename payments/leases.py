@@ -31,6 +31,7 @@ _TAKE = """
 """
 _RENEW = "UPDATE lease SET expires_ms = ? WHERE name = ? AND owner = ? RETURNING name"
 _GIVE_BACK = "DELETE FROM lease WHERE name = ? AND owner = ?"
+_END_INSTANCES = "DELETE FROM lease WHERE name LIKE 'instance:%' AND expires_ms <= ?"
 _REQUIRE = "SELECT 1 FROM lease WHERE name = ? AND owner = ? AND expires_ms > ?"
 _HOLDER = "SELECT owner FROM lease WHERE name = ? AND expires_ms > ?"
 
@@ -144,24 +145,42 @@ def require(tx: Transaction, name: str, owner: str) -> None:
     Raises:
         LeaseLost: It has not; the unit is undone.
     """
-    if tx.execute(_REQUIRE, (name, owner, _now_ms())).fetchone() is None:
+    if tx.execute(_REQUIRE, (name, owner, _now_ms(tx))).fetchone() is None:
         raise LeaseLost(f"{name} is not {owner}'s any more")
+
+
+def instance_name(instance: str) -> str:
+    """The lease that says that a process lives."""
+    return f"instance:{instance}"
+
+
+def end_dead_instances(tx: Transaction, *, alone: bool) -> None:
+    """Forget the processes that have stopped renewing; from here on they cannot renew either, but must begin anew.
+
+    Args:
+        tx: The unit's transaction.
+        alone: Nobody else serves from this database, so that all leases are a dead process's.
+    """
+    if alone:
+        tx.execute("DELETE FROM lease")
+    else:
+        tx.execute(_END_INSTANCES, (_now_ms(tx),))
 
 
 def holder(tx: Transaction, name: str) -> str | None:
     """Who has the lease now, or None."""
-    row = tx.execute(_HOLDER, (name, _now_ms())).fetchone()
+    row = tx.execute(_HOLDER, (name, _now_ms(tx))).fetchone()
     return None if row is None else str(row[0])
 
 
 def _take(tx: Transaction, name: str, owner: str, ttl_ms: int) -> bool:
-    now = _now_ms()
+    now = _now_ms(tx)
     return tx.execute(_TAKE, (name, owner, now + ttl_ms, now)).fetchone() is not None
 
 
 def _renew(tx: Transaction, names: Iterable[str], owner: str, ttl_ms: int) -> set[str]:
     # An expired lease that nobody took is still its owner's: nobody else can have acted under it.
-    until = _now_ms() + ttl_ms
+    until = _now_ms(tx) + ttl_ms
     return {name for name in names if tx.execute(_RENEW, (until, name, owner)).fetchone() is not None}
 
 
@@ -175,5 +194,6 @@ def _elapsed_s() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+def _now_ms(tx: Transaction) -> int:
+    # The database's own clock: those of several machines differ.
+    return tx.now_ms()

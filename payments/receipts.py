@@ -31,8 +31,8 @@ TRANSITIONS: dict[str, frozenset[str]] = {
 CLOSED = frozenset({"captured", "released"})
 
 _INSERT = (
-    "INSERT INTO receipt (id, state, uses, tender, payer, asset, quoted_nano_usd, paid_nano_usd, details, created_ms)"
-    " VALUES (?, 'open', 1, ?, ?, ?, ?, 0, ?, ?)"
+    "INSERT INTO receipt (id, state, uses, tender, payer, asset, quoted_nano_usd, paid_nano_usd, details, instance,"
+    " created_ms) VALUES (?, 'open', 1, ?, ?, ?, ?, 0, ?, ?, ?)"
 )
 _DELETE = "DELETE FROM receipt WHERE id = ? AND paid_nano_usd = 0 AND state IN ('open', 'interrupted')"
 _CLOSE = (
@@ -44,17 +44,19 @@ _RELEASE_UNSETTLED = (
     " WHERE id = ? AND state IN ('open', 'interrupted')"
 )
 _REOPEN = (
-    "UPDATE receipt SET state = 'open', uses = uses + 1, reason = NULL"
+    "UPDATE receipt SET state = 'open', uses = uses + 1, reason = NULL, instance = ?"
     " WHERE id = ? AND state = 'interrupted' RETURNING uses"
 )
 _SET_PAID = "UPDATE receipt SET paid_nano_usd = ? WHERE id = ?"
 _INTERRUPT_ORPHANS = (
-    "UPDATE receipt SET state = 'interrupted', reason = ? WHERE state = 'open' AND tender = 'exact' RETURNING id"
+    "UPDATE receipt SET state = 'interrupted', reason = ? WHERE state = 'open' AND tender = 'exact'"
+    " AND NOT EXISTS (SELECT 1 FROM lease WHERE lease.name = 'instance:' || receipt.instance) RETURNING id"
 )
 _RELEASE_ORPHANS = (
-    "UPDATE receipt SET state = 'released', charged_nano_usd = 0, reason = ?, closed_ms = ?"
-    " WHERE state = 'open' RETURNING id"
+    "UPDATE receipt SET state = 'released', charged_nano_usd = 0, reason = ?, closed_ms = ? WHERE state = 'open'"
+    " AND NOT EXISTS (SELECT 1 FROM lease WHERE lease.name = 'instance:' || receipt.instance) RETURNING id"
 )
+_STATE = "SELECT state FROM receipt WHERE id = ?"
 _VIEW = """
     SELECT receipt.id, receipt.state, receipt.tender, receipt.payer, receipt.asset, receipt.quoted_nano_usd,
            receipt.paid_nano_usd, receipt.charged_nano_usd, receipt.details, receipt.reason, receipt.created_ms,
@@ -157,7 +159,7 @@ def open_receipt(
         quoted_nano_usd: The most that it may cost.
         details: What is known of the request: itemised quote, model asked for. No content.
     """
-    parameters = (id, tender, payer, asset, quoted_nano_usd, orjson.dumps(details).decode(), _now_ms())
+    parameters = (id, tender, payer, asset, quoted_nano_usd, orjson.dumps(details).decode(), tx.instance, _now_ms())
     tx.execute(_INSERT, parameters)
 
 
@@ -198,7 +200,7 @@ def reopen_receipt(tx: Transaction, id: str) -> int | None:
     Returns:
         Which use of the receipt this is; None, with nothing changed, if it is not interrupted (any more).
     """
-    row = tx.execute(_REOPEN, (id,)).fetchone()
+    row = tx.execute(_REOPEN, (tx.instance, id)).fetchone()
     return None if row is None else int(row[0])
 
 
@@ -213,7 +215,7 @@ def release_unsettled(tx: Transaction, id: str, reason: str) -> None:
 
 
 def end_orphans(tx: Transaction, reason: str) -> tuple[int, int]:
-    """End every open receipt, at a start: nobody works on them any more.
+    """End every open receipt whose instance has no lease, not even an expired one: nobody works on it any more.
 
     Returns:
         How many were interrupted, because the same payment can take them up, and how many released.
@@ -221,6 +223,12 @@ def end_orphans(tx: Transaction, reason: str) -> tuple[int, int]:
     interrupted = tx.execute(_INTERRUPT_ORPHANS, (reason,)).fetchall()
     released = tx.execute(_RELEASE_ORPHANS, (reason, _now_ms())).fetchall()
     return len(interrupted), len(released)
+
+
+def is_open(tx: Transaction, id: str) -> bool:
+    """Whether somebody, in whatever process, works on the request."""
+    row = tx.execute(_STATE, (id,)).fetchone()
+    return row is not None and row[0] == "open"
 
 
 def forget(tx: Transaction, id: str) -> None:

@@ -1,23 +1,34 @@
 """Putting right what a crash left behind, before anything else runs; and sweeping away what has expired.
 
-At a start nobody works on any request, so every open receipt is an orphan. What they held is freed: a signed payment's
-receipt is interrupted, to be taken up by the same payment sent again, the others are released. Transfers that are under
-way are the settlement engine's: when it finds one mined, the money becomes the payer's credit.
+A receipt says which instance works on it, and an instance lives as long as its lease. The open receipts of the others are
+orphans, and what they held is freed: a signed payment's receipt is interrupted, to be taken up by the same payment sent
+again, the others are released. On SQLite nobody else works on anything at a start; on PostgreSQL each gateway also looks now
+and then, so that a replica that died is cleaned up by the others. Transfers that are under way are the settlement engine's:
+when it finds one mined, the money becomes the payer's credit.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass
 
 from payments import receipts
+from payments.leases import Leases, end_dead_instances, instance_name
 from payments.ledger import transfers
-from payments.store import Store, Transaction
+from payments.store import Store, StoreBusy, Transaction
 from payments.tenders import authorizations, pledges
 
 REASON = "gateway_restarted"
 
-_ORPHANED_HOLDS = "SELECT id FROM ledger_transfer WHERE state = 'pending' AND id LIKE 'hold:%'"
+WATCH_INTERVAL_S = 5.0
+
+_ORPHANED_HOLDS = """
+    SELECT id FROM ledger_transfer WHERE state = 'pending' AND id LIKE 'hold:%' AND NOT EXISTS (
+        SELECT 1 FROM receipt JOIN lease ON lease.name = 'instance:' || receipt.instance
+        WHERE receipt.id = ledger_transfer.reference
+    )
+"""
 log = logging.getLogger(__name__)
 
 
@@ -32,20 +43,45 @@ class Recovered:
 
 
 async def recover(store: Store) -> Recovered:
-    """Become the database's one owner and put right what the last one left; before the settlement engine starts.
+    """Begin to serve from the database and put right what dead processes left; before the settlement engine starts.
 
     Raises:
-        StoreOwned: Another process serves from this database.
+        StoreOwned: Another process serves from this database, which only one may do.
     """
     store.own()
-    recovered = await store.write(put_right)
+    return await _put_right(store, alone=not store.shared)
+
+
+async def watch(store: Store, leases: Leases) -> None:
+    """While this process serves: prove that it lives, and put right what other replicas leave when they die. For ever.
+
+    Args:
+        store: Owned.
+        leases: Under way; this process's.
+    """
+    name = instance_name(store.instance)
+    while True:
+        await asyncio.sleep(WATCH_INTERVAL_S)
+        try:
+            if not leases.held(name):
+                # It was stopped for longer than the lease lasts; what it was working on then is not its own any more.
+                await leases.acquire(name)
+            if store.shared:
+                await _put_right(store, alone=False)
+        except StoreBusy as error:
+            log.warning("other replicas cannot be looked after now: %s", error)
+
+
+async def _put_right(store: Store, *, alone: bool) -> Recovered:
+    recovered = await store.write(lambda tx: put_right(tx, alone=alone))
     if recovered != Recovered(0, 0, 0, 0):
         log.warning("recovered from a crash: %s", recovered)
     return recovered
 
 
-def put_right(tx: Transaction) -> Recovered:
-    """What `recover` does, as one unit."""
+def put_right(tx: Transaction, *, alone: bool) -> Recovered:
+    """End what belongs to no living process, as one unit; `alone`: no other process serves from this database."""
+    end_dead_instances(tx, alone=alone)
     holds = [row[0] for row in tx.execute(_ORPHANED_HOLDS).fetchall()]
     for hold in holds:
         transfers.void(tx, hold)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
+import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,9 @@ class Store:
 
     def __init__(self, location: Path | str) -> None:
         self.location = location
-        self._database = _open(location, self._deliver)
+        self.instance = secrets.token_hex(8)
+        """This process, in receipts and leases."""
+        self._database = _open(location, self.instance, self._deliver)
         self.shared = self._database.shared
         """Whether other processes may serve from the same database."""
         self._queue: queue.Queue[Pending | None] = queue.Queue(maxsize=QUEUE_MAX)
@@ -250,14 +253,14 @@ class _Listener:
             log.debug("a notification came for a closed event loop")
 
 
-def _open(location: Path | str, deliver: Deliver) -> Database:
+def _open(location: Path | str, instance: str, deliver: Deliver) -> Database:
     if is_postgres(location):
         from payments.databases.postgres import Postgres
 
-        return Postgres(str(location), deliver)
+        return Postgres(str(location), instance, deliver)
     from payments.databases.sqlite import Sqlite
 
-    return Sqlite(Path(location), deliver)
+    return Sqlite(Path(location), instance, deliver)
 
 
 def _tell(group: list[Pending]) -> None:

@@ -42,10 +42,11 @@ def facilitator(
     if not settings.networks or not settings.signer_keys:
         raise Failed("there is nothing to settle with", "Configure networks, and set FAREBOX_SIGNER_KEYS")
     from gateway import serving
+    from payments.migrate import without_password
 
     host, port = host or settings.host, settings.facilitator.port if port is None else port
     if as_json:
-        print_json({"host": host, "port": port, "database": str(settings.database_path)})
+        print_json({"host": host, "port": port, "database": without_password(settings.database)})
     with telling_why_not():
         serving.run(_opened(settings, anybody), host, port, settings.limits)
 
@@ -57,7 +58,7 @@ def _options(settings: Settings, anybody: bool) -> Options:
     wanted = settings.facilitator
     networks = zip(settings.networks, settings.resolved_networks(), strict=True)
     return Options(
-        database_path=settings.database_path,
+        database=settings.database,
         networks=tuple(
             NetworkOptions(network, own.rpc_urls, own.confirmations, own.batch_contract, tuple(own.wallet_factories))
             for own, network in networks

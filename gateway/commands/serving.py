@@ -31,9 +31,10 @@ def serve(
     changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update=changes)
     from gateway import app
+    from payments.migrate import without_password
 
     if as_json:
-        print_json({"host": settings.host, "port": settings.port, "database": str(settings.database_path)})
+        print_json({"host": settings.host, "port": settings.port, "database": without_password(settings.database)})
     with telling_why_not():
         app.serve(settings)
 
@@ -48,7 +49,7 @@ def telling_why_not() -> Iterator[None]:
     from payments.anchors import AnotherChain
     from payments.chain.rpc import RpcError, RpcUnavailable
     from payments.doctor import TokenMismatch
-    from payments.migrate import SchemaTooNew
+    from payments.migrate import DatabaseUnreachable, SchemaTooNew
     from payments.store import StoreOwned
 
     try:
@@ -65,6 +66,8 @@ def telling_why_not() -> Iterator[None]:
         raise Failed(str(error), "Stop the other gateway, or give this one another data_dir") from None
     except SchemaTooNew as error:
         raise Failed(str(error), "Use the newer farebox, or another data_dir") from None
+    except DatabaseUnreachable as error:
+        raise Failed(str(error), "Start the database, and check FAREBOX_DATABASE_URL") from None
 
 
 @reporting

@@ -17,6 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from payments.store import StoreBusy
+
 if TYPE_CHECKING:
     from gateway.config import Problem
     from gateway.settings import Settings
@@ -33,6 +35,7 @@ SERVER_MODULES = {
     "cryptography",
     "orjson",
     "prometheus_client",
+    "psycopg",
     "pydantic_settings",
     "sha3",
     "splintr",
@@ -87,7 +90,7 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             what = f"this command needs the gateway's parts ({error.name} is not installed)"
             show_failure(what, "Run: pip install 'farebox[gateway]'", as_json)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, StoreBusy) as error:
             fix = "Check that the disk is not full, the file is writable, and it is a Farebox database"
             show_failure(f"the database cannot be used: {error}", fix, as_json)
         except OSError as error:
@@ -179,19 +182,21 @@ def open_database(settings: Settings, *, create: bool = False) -> Iterator[Datab
     Raises:
         Failed: If it is not there and may not be made, or is newer than this version.
     """
-    from payments.migrate import SchemaTooNew, upgrade
+    from payments.migrate import DatabaseUnreachable, SchemaTooNew, upgrade
     from payments.store import Store
 
-    path = settings.database_path
-    if not create and not path.exists():
+    location = settings.database
+    if not create and isinstance(location, Path) and not location.exists():
         raise Failed(
-            f"there is no database at {path}", "Name the gateway's configuration with --config, or start it once"
+            f"there is no database at {location}", "Name the gateway's configuration with --config, or start it once"
         )
     try:
-        upgrade(path)
+        upgrade(location)
     except SchemaTooNew as error:
         raise Failed(str(error), "Update farebox") from None
-    store = Store(path)
+    except DatabaseUnreachable as error:
+        raise Failed(str(error), "Start the database, and check FAREBOX_DATABASE_URL") from None
+    store = Store(location)
     try:
         yield Database(store)
     finally:

@@ -44,6 +44,9 @@ class Rows(Protocol):
 class Transaction(Protocol):
     """What a unit sees: statements inside one atomic change. Placeholders are ``?`` on every database."""
 
+    instance: str
+    """The process that makes the change."""
+
     def execute(self, sql: str, parameters: Sequence[Any] = (), /) -> Rows:
         """Run one statement and return its rows."""
 

@@ -85,7 +85,8 @@ class _IntegerLoader(Loader):
 class _Transaction:
     """What a unit sees."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, instance: str) -> None:
+        self.instance = instance
         self._connection = connection
 
     def execute(self, sql: str, parameters: Sequence[Any] = (), /) -> Rows:
@@ -105,15 +106,17 @@ class Postgres:
 
     Args:
         url: ``postgresql://…``.
+        instance: This process's name; no other process has the same.
         deliver: Takes notifications.
     """
 
     shared = True
     readers = 4
 
-    def __init__(self, url: str, deliver: Deliver) -> None:
+    def __init__(self, url: str, instance: str, deliver: Deliver) -> None:
         self._url = url
         self._deliver = deliver
+        self._instance = instance
         self._writer = secrets.token_hex(12)
         self._number = 0
         self._writing: Connection | None = None
@@ -129,7 +132,7 @@ class Postgres:
         mark = _MARK.format(writer=self._writer, number=self._number)
         try:
             connection = self._begin()
-            _run(connection, group)
+            _run(_Transaction(connection, self._instance), connection, group)
         except Exception as error:  # noqa: BLE001 - handed to every caller: nothing was committed
             self._fail(group, error)
             return
@@ -149,7 +152,7 @@ class Postgres:
                 connection = known or self._open_reader()
                 _simple(connection, "BEGIN")
                 try:
-                    return query(_Transaction(connection))
+                    return query(_Transaction(connection, self._instance))
                 finally:
                     if not _dead(connection):
                         _simple(connection, "ROLLBACK")
@@ -266,9 +269,8 @@ class Postgres:
                 self._closed.wait(1)
 
 
-def _run(connection: Connection, group: list[Pending]) -> None:
+def _run(transaction: _Transaction, connection: Connection, group: list[Pending]) -> None:
     """Run the units of a group, each standing or falling by itself."""
-    transaction = _Transaction(connection)
     alone = len(group) == 1
     if not alone:
         _simple(connection, "SAVEPOINT unit")

@@ -27,6 +27,7 @@ class Connection(sqlite3.Connection):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.instance = ""
         self.notices: list[tuple[str, str]] = []
 
     def notify(self, channel: str, payload: str) -> None:
@@ -41,14 +42,16 @@ class Sqlite:
 
     Args:
         path: The file.
+        instance: This process's name.
         deliver: Takes notifications.
     """
 
     shared = False
     readers = 2
 
-    def __init__(self, path: Path, deliver: Deliver) -> None:
+    def __init__(self, path: Path, instance: str, deliver: Deliver) -> None:
         self._path = path
+        self._instance = instance
         self._deliver = deliver
         self._writing: Connection | None = None
         self._local = threading.local()
@@ -140,6 +143,7 @@ class Sqlite:
             check_same_thread=False,
             factory=Connection,
         )
+        connection.instance = self._instance
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")

@@ -39,7 +39,8 @@ class NetworkOptions:
 class Options:
     """What an operator decides."""
 
-    database_path: Path
+    database: Path | str
+    """A SQLite file, or a PostgreSQL URL."""
     networks: tuple[NetworkOptions, ...]
     signer_keys: tuple[str, ...]
     """Private keys (hex) of the accounts that pay the gas."""
@@ -78,9 +79,8 @@ async def opened(options: Options) -> AsyncIterator[Services]:
         StoreOwned, SchemaTooNew: The database belongs to another process, or to a newer Farebox.
     """
     async with contextlib.AsyncExitStack() as cleanup:
-        options.database_path.parent.mkdir(parents=True, exist_ok=True)
-        upgrade(options.database_path)
-        store = Store(options.database_path)
+        upgrade(options.database)
+        store = Store(options.database)
         cleanup.callback(store.close)
         store.own()
         engines: list[Settlements] = []

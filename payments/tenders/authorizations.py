@@ -56,6 +56,10 @@ _FORGET_UNWRITTEN = (
     "DELETE FROM payment_authorization WHERE state = 'reserved'"
     " AND NOT EXISTS (SELECT 1 FROM settlement WHERE settlement.reference = payment_authorization.receipt_id)"
 )
+_UNATTENDED = (
+    " AND NOT EXISTS (SELECT 1 FROM receipt JOIN lease ON lease.name = 'instance:' || receipt.instance"
+    " WHERE receipt.id = payment_authorization.receipt_id)"
+)
 _FORGET = f"{_FORGET_UNWRITTEN} AND receipt_id = ? RETURNING receipt_id"
 
 UseState = Literal["in_progress", "captured", "released", "credited", "burnt"]
@@ -188,14 +192,15 @@ def forget(tx: Transaction, use: Use, reason: str) -> None:
 
 
 def forget_unwritten(tx: Transaction) -> int:
-    """Forget every reservation for which nothing was written to the outbox: only at a start, when nobody can be about to.
+    """Forget every reservation for which nothing was written to the outbox, and of whose instance there is no lease: nobody
+    can be about to.
 
     Nobody was told of their receipts, and nothing can come of them; the same payment sent again is a first use.
 
     Returns:
         How many that were.
     """
-    receipt_ids = [row[0] for row in tx.execute(f"{_FORGET_UNWRITTEN} RETURNING receipt_id").fetchall()]
+    receipt_ids = [row[0] for row in tx.execute(f"{_FORGET_UNWRITTEN}{_UNATTENDED} RETURNING receipt_id").fetchall()]
     for receipt_id in receipt_ids:
         receipts.forget(tx, receipt_id)
     return len(receipt_ids)

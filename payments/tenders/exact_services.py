@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Protocol
 
+from payments import receipts
 from payments.chain.networks import Token
 from payments.errors import PaymentError
 from payments.settlement.orders import SettlementOrder
 from payments.store import Store
 from payments.x402.wire import Payment
+
+POLL_S = 0.2
+"""How often the database is asked whether a use in another replica has ended."""
 
 
 class Settled(Protocol):
@@ -102,15 +107,23 @@ class ExactServices:
         self._under_way: dict[str, asyncio.Event] = {}
 
     async def use_ended(self, receipt_id: str, timeout_s: float) -> bool:
-        """Wait until nobody in this process works on a receipt. False if somebody still does after `timeout_s`."""
+        """Wait until nobody works on a receipt, here or in another replica. False if somebody still does after `timeout_s`."""
         ended = self._under_way.get(receipt_id)
         if ended is None:
-            return True
+            return not self.store.shared or await self._use_ended_elsewhere(receipt_id, timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 await ended.wait()
         except TimeoutError:
             return False
+        return True
+
+    async def _use_ended_elsewhere(self, receipt_id: str, timeout_s: float) -> bool:
+        until = time.monotonic() + timeout_s
+        while await self.store.read(lambda tx: receipts.is_open(tx, receipt_id)):
+            if time.monotonic() >= until:
+                return False
+            await asyncio.sleep(POLL_S)
         return True
 
     def begin_use(self, receipt_id: str) -> None:

@@ -151,7 +151,7 @@ MISTAKES = [
     ("port = 9000", "prot = 9000", 3, "no setting prot", "Did you mean port?"),
     ("port = 9000", 'port = "high"', 3, "port: 'high'", "integer"),
     ("port = 9000", 'public_url = "example.com"', 3, "public_url is not a URL", "https://"),
-    ("port = 9000", 'database_url = "postgresql://u:p@h/d"', 3, "only SQLite", "sqlite:///"),
+    ("port = 9000", 'database_url = "mysql://u@h/d"', 3, "only SQLite and PostgreSQL", "sqlite:///"),
     (KEY_ADDRESS, "0x123", 2, "'0x123' is not an address", "40 hex digits"),
     (KEY_ADDRESS, "0x" + "0" * 40, 2, "zero address", "treasury"),
     (KEY_ADDRESS, "0x833589fCD6eDb6E08f4c7C32D4f71b54bdA02914", 2, "typing mistake", "EIP-55"),
@@ -202,6 +202,7 @@ MISTAKES = [
         "'cheap' is not known",
         "balanced",
     ),
+    ("port = 9000", 'database_url = "postgresql://u:p@h/d"', 3, "holds a password", "FAREBOX_DATABASE_URL"),
 ]
 
 

@@ -50,7 +50,7 @@ class Running:
 def options(chain: Devnet, network: Network, directory: Path, **wanted: Any) -> Options:
     """Options of a facilitator that anybody may use; its signer is the first wallet."""
     return Options(
-        database_path=directory / "farebox.db",
+        database=directory / "farebox.db",
         networks=(NetworkOptions(network, [chain.rpc_url]),),
         signer_keys=(chain.wallets[0].private_key,),
         **{"require_key": False, "settlement_wait_s": 20, **wanted},

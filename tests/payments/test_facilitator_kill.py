@@ -40,7 +40,7 @@ def live_until_dead(
     chain: Devnet, network: Network, directory: Path, call: dict[str, Any], kill_at: Step | None
 ) -> list[Step]:
     directory.mkdir()
-    assert options(chain, network, directory).database_path.parent == directory
+    assert Path(options(chain, network, directory).database).parent == directory
     # Forked from a process that has everything imported and nothing running.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.payments.test_facilitator_kill"])

@@ -23,7 +23,7 @@ class Clock:
     def __call__(self) -> float:
         return self.at_s
 
-    def now_ms(self) -> int:
+    def now_ms(self, _: Transaction) -> int:
         return round(self.at_s * 1000)
 
 
