@@ -84,6 +84,7 @@ def create_app(settings: Settings) -> Starlette:
             route("POST", "/v1/wallet/sessions", create_session),
             route("GET", "/v1/wallet", wallet(WalletApi.get_wallet)),
             route("GET", "/v1/wallet/history", wallet(WalletApi.get_history)),
+            route("POST", "/v1/wallet/deposit-addresses", wallet(WalletApi.create_deposit_addresses)),
             route("GET", "/v1/wallet/keys", wallet(WalletApi.list_keys)),
             route("POST", "/v1/wallet/keys", wallet(WalletApi.create_key)),
             route("DELETE", "/v1/wallet/keys/{key}", wallet(WalletApi.revoke_key)),

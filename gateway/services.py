@@ -28,7 +28,7 @@ from gateway.replays import Replays
 from gateway.routing.catalog import Catalog
 from gateway.routing.engine import Engine
 from gateway.routing.tokens import count_input, count_text
-from gateway.settings import Settings, WalletSettings
+from gateway.settings import NetworkSettings, Settings, WalletSettings
 from gateway.topups import TopUps
 from payments import anchors, recovery
 from payments.chain.batches import missing_for_upto
@@ -37,6 +37,7 @@ from payments.chain.rpc import Rpc
 from payments.channels.kinds import register as register_channel_kinds
 from payments.channels.refunds import Refunder
 from payments.channels.services import has_channels
+from payments.deposits import Deposits
 from payments.doctor import verify_tokens
 from payments.facilitator import records as facilitated
 from payments.leases import Leases, instance_name
@@ -44,6 +45,7 @@ from payments.migrate import upgrade
 from payments.money import nano_to_atomic_down, usd_to_nano
 from payments.quotes import QuoteSealer
 from payments.reconciliation import open_books
+from payments.settlement import sweeps
 from payments.settlement.alarms import Alarms
 from payments.settlement.engine import Settlements
 from payments.settlement.refunds import Refunds
@@ -62,6 +64,7 @@ from payments.x402.extensions.offer_receipt import OfferSigner
 from payments.x402.extensions.sign_in_with_x import SignInWithX
 
 SWEEP_INTERVAL_S = 60.0
+DEPOSIT_INTERVAL_S_MIN = 1.0
 WEI_DECIMALS = 18
 QUOTE_MARGIN_S = 60
 """What a payment's validity exceeds a quote's by, so that a payment signed at the last moment can still be mined."""
@@ -77,6 +80,7 @@ class Chain:
     settlements: Settlements
     refunds: Refunds
     withdrawer: Withdrawer
+    deposits: Deposits | None
     alarms: Alarms
     refunder: Refunder | None
 
@@ -189,7 +193,8 @@ class Services:
                 json_depth_max=depth,
             )
             limits = {"topups": topups.limits_json() if payable else None, "withdrawals": withdrawals.limits_json()}
-            wallet = WalletApi(store, sign_in, access, assets, limits, depth)
+            deposits = [chain.deposits for chain in chains if chain.deposits is not None]
+            wallet = WalletApi(store, sign_in, access, assets, limits, deposits, depth)
             metrics.add_gauges(lambda: _gauges(chains))
             sweeper = asyncio.create_task(_sweep(store))
             cleanup.callback(sweeper.cancel)
@@ -228,8 +233,12 @@ async def _open_chain(
     refunds = Refunds(store, settlements, network.tokens, threshold_nano_usd)
     sends_back = settings.treasury_key is not None and threshold_nano_usd > 0
     withdrawer = Withdrawer(store, settlements, network.tokens, pay_to)
+    settlements.handle("sweep", sweeps.kind())
     await settlements.start()
     cleanup.push_async_callback(settlements.stop)
+    deposits = None
+    if own.deposit_factory is not None:
+        deposits = await _open_deposits(settings, network, own, settlements, store, leases, cleanup)
     await withdrawer.start()
     cleanup.push_async_callback(withdrawer.stop)
     if sends_back:
@@ -270,8 +279,42 @@ async def _open_chain(
     if settlements.signers and await has_channels(rpc):
         channels, refunder = await open_channels(settings, settlements, services, pay_to, leases, cleanup)
         schemes.append(channels)
-    chain = Chain(network, rpc, settlements, refunds, withdrawer, alarms, refunder)
+    chain = Chain(network, rpc, settlements, refunds, withdrawer, deposits, alarms, refunder)
     return chain, NetworkPayments(network, tuple(schemes))
+
+
+async def _open_deposits(
+    settings: Settings,
+    network: Network,
+    own: NetworkSettings,
+    settlements: Settlements,
+    store: Store,
+    leases: Leases,
+    cleanup: contextlib.AsyncExitStack,
+) -> Deposits:
+    assert own.deposit_factory is not None
+    deposits = Deposits(
+        store,
+        settlements.rpc,
+        network,
+        settings.pay_to_for(network.chain_id),
+        own.deposit_factory,
+        confirmations=own.confirmations,
+        leased=leases,
+        interval_s=max(network.block_time_ms / 1000, DEPOSIT_INTERVAL_S_MIN),
+    )
+    await deposits.start()
+    cleanup.push_async_callback(deposits.stop)
+    sweeping = sweeps.Sweeps(
+        store,
+        settlements,
+        deposits,
+        threshold_nano_usd=usd_to_nano(settings.wallet.sweep_threshold_usd),
+        interval_s=settings.wallet.sweep_interval_s,
+    )
+    await sweeping.start()
+    cleanup.push_async_callback(sweeping.stop)
+    return deposits
 
 
 def _withdrawal_limits(settings: WalletSettings) -> Limits:

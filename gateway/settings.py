@@ -283,6 +283,10 @@ class WalletSettings(Section):
     """The least that a payment can top a balance up with; its gas is the operator's."""
     topup_maximum_usd: Usd = "10000"
     """The most that a payment can top a balance up with."""
+    sweep_threshold_usd: Usd = "1"
+    """A deposit address with less stays unswept; what is on it is the wallet's balance all the same."""
+    sweep_interval_s: int = Field(default=300, gt=0)
+    """How often deposit addresses are swept to the treasury."""
     withdrawal_minimum_usd: Usd = "1"
     """The least that a wallet can withdraw at once; withdrawals need the treasury key."""
     withdrawal_maximum_usd: Usd = "10000"

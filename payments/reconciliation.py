@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from payments import forwarders
 from payments.chain.logs import Log, get_logs
 from payments.chain.networks import Network, Token
-from payments.chain.rpc import Rpc
+from payments.chain.rpc import Request, Rpc
 from payments.chain.transactions import TRANSFER_TOPIC, address_topic, encode_balance_of
+from payments.deposits import ADDRESSES_MAX, Deposits
 from payments.ledger import books, transfers
 from payments.ledger.accounts import account_id
 from payments.ledger.books import Finding
@@ -25,7 +27,7 @@ from payments.store import Store, Transaction
 _PAID = "('mined', 'superseded', 'final')"
 _SETTLED_LOG = (
     f"SELECT 1 FROM settlement WHERE chain_id=? AND token=? AND transaction_hash=? AND state IN {_PAID}"  # noqa: S608
-    " AND (transfer_log_index=? OR kind IN ('refund', 'withdrawal'))"
+    " AND kind<>'sweep' AND (transfer_log_index=? OR kind IN ('refund', 'withdrawal'))"
 )
 # A payment is under way from its submission on; its transfer is in the log before its row says so.
 _OPEN = "SELECT 1 FROM settlement WHERE chain_id=? AND token=? AND payer=? AND pay_to=? AND state IN ('queued', 'submitted')"
@@ -85,7 +87,15 @@ class _Chain:
     logs: list[Log]
 
 
-async def reconcile(store: Store, rpc: Rpc, network: Network, pay_to: str, *, confirmations: int = 2) -> Report:
+async def reconcile(
+    store: Store,
+    rpc: Rpc,
+    network: Network,
+    pay_to: str,
+    *,
+    confirmations: int = 2,
+    deposits: Deposits | None = None,
+) -> Report:
     """Bring the books of one network up to the chain, and compare.
 
     Args:
@@ -94,12 +104,16 @@ async def reconcile(store: Store, rpc: Rpc, network: Network, pay_to: str, *, co
         network: Its tokens.
         pay_to: The treasury.
         confirmations: How far below the head the chain is read.
+        deposits: Of the network, if it has deposit addresses; need not be started.
 
     Raises:
         RpcError: A node refused a question.
         RpcUnavailable: No node answered.
     """
     report = Report()
+    if deposits is not None:
+        # What lies at deposit addresses is read first: the treasury's own logs say less about a sweep.
+        await deposits.catch_up()
     head = int(await rpc.call("eth_blockNumber"), 16)
     for token in network.tokens:
         cursor = await store.read(lambda tx, asset=token.asset: _cursor(tx, asset))  # type: ignore[misc]
@@ -123,8 +137,39 @@ async def reconcile(store: Store, rpc: Rpc, network: Network, pay_to: str, *, co
                 f" {compared.books}"
             )
             report.findings.append(Finding("chain_differs", token.asset, message))
+        if deposits is not None:
+            report.findings.extend(await _compare_forwarders(store, rpc, token))
     report.findings.extend(await store.read(books.check))
     return report
+
+
+async def _compare_forwarders(store: Store, rpc: Rpc, token: Token) -> list[Finding]:
+    """What the deposit addresses have on chain, against the books, at the block that deposits were read to."""
+    cursor, known = await store.read(
+        lambda tx: (forwarders.cursor(tx, token.chain_id), sorted(forwarders.addresses(tx, token.chain_id)))
+    )
+    if cursor is None or not known:
+        return []
+    block_number, held = cursor.block_number, 0
+    for start in range(0, len(known), ADDRESSES_MAX):
+        requests: list[Request] = [
+            ("eth_call", ({"to": token.address, "data": "0x" + encode_balance_of(each).hex()}, hex(block_number)))
+            for each in known[start : start + ADDRESSES_MAX]
+        ]
+        held += sum(int(answer, 16) for answer in await rpc.ask(requests))
+
+    def by_the_books(tx: Transaction) -> int:
+        balance = transfers.balance(tx, account_id("forwarders", token.asset)).balance
+        came, left = forwarders.booked_above(tx, token.chain_id, token.asset, block_number)
+        return -balance - came + left
+
+    on_chain, expected = atomic_to_nano_down(held, token.decimals), await store.read(by_the_books)
+    if abs(on_chain - expected) <= await store.read(lambda tx: _tolerance(tx, token)):
+        return []
+    message = (
+        f"at block {block_number} the deposit addresses have {on_chain} nano-USD on chain, the books say {expected}"
+    )
+    return [Finding("forwarders_differ", token.asset, message)]
 
 
 async def open_books(store: Store, rpc: Rpc, network: Network, pay_to: str) -> None:
@@ -161,8 +206,12 @@ def _compare(tx: Transaction, chain: _Chain, cursor: int | None) -> TokenReport 
     if _cursor(tx, asset) != cursor:
         return Finding("read_meanwhile", asset, "another check ran at the same time; run it again")
     booked, in_flight, first_open = [], 0, None
+    known = forwarders.addresses(tx, token.chain_id)
     for log in chain.logs:
         amount = _amount(log, chain)
+        if amount > 0 and (swept_from := known.get("0x" + log["topics"][1][-40:].lower())) is not None:
+            forwarders.book(tx, _sweep(log, chain, swept_from.address), swept_from.wallet, chain.treasury)
+            continue
         if _is_settled(tx, log, token):
             continue
         if _is_open(tx, log, token):
@@ -175,6 +224,7 @@ def _compare(tx: Transaction, chain: _Chain, cursor: int | None) -> TokenReport 
         message = "payments are under way, so that the treasury's opening balance cannot be told; run it again later"
         return Finding("not_opened", asset, message)
     above = sum(_settled_above(tx, chain))
+    above += forwarders.swept_above(tx, token.chain_id, asset, chain.treasury, chain.block_number)
     custody = transfers.balance(tx, account_id("custody", asset)).balance
     on_chain = atomic_to_nano_down(chain.balance, token.decimals)
     if cursor is None:
@@ -219,6 +269,19 @@ def _book(tx: Transaction, log: Log, amount: int, asset: str) -> tuple[Movement,
     return Movement(log_id, "0x" + counterparty[-40:], amount), new
 
 
+def _sweep(log: Log, chain: _Chain, address: str) -> forwarders.Movement:
+    return forwarders.Movement(
+        direction="out",
+        token=chain.token,
+        address=address,
+        other=chain.treasury,
+        value=int(log["data"], 16),
+        transaction_hash=log["transactionHash"],
+        log_index=int(log["logIndex"], 16),
+        block_number=int(log["blockNumber"], 16),
+    )
+
+
 def _amount(log: Log, chain: _Chain) -> int:
     """Nano-USD, positive into the treasury."""
     incoming = log["topics"][2][-40:].lower() == chain.treasury[2:]
@@ -252,9 +315,10 @@ def _tolerance(tx: Transaction, token: Token) -> int:
     """A token finer than a nano-USD loses less than one with each transfer; all others are exact."""
     if token.decimals <= NANO_DECIMALS:
         return 0
-    custody = account_id("custody", token.asset)
+    custody, deposited = account_id("custody", token.asset), account_id("forwarders", token.asset)
     count = tx.execute(
-        "SELECT COUNT(*) FROM ledger_transfer WHERE debit_account=? OR credit_account=?", (custody, custody)
+        "SELECT COUNT(*) FROM ledger_transfer WHERE debit_account IN (?, ?) OR credit_account IN (?, ?)",
+        (custody, deposited, custody, deposited),
     ).fetchone()
     return int(count[0])
 

@@ -7,7 +7,7 @@ the command line. Times are integers of milliseconds since 1970 UTC, amounts int
 
 from __future__ import annotations
 
-from sqlalchemy import CheckConstraint, Column, Index, LargeBinary, UniqueConstraint, text
+from sqlalchemy import BigInteger, CheckConstraint, Column, Index, LargeBinary, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 from payments.columns import big as _big
@@ -281,6 +281,57 @@ class Withdrawal(SQLModel, table=True):
     reason: str | None = None
     created_ms: int = Field(sa_column=_big())
     updated_ms: int = Field(sa_column=_big())
+
+
+class DepositAddress(SQLModel, table=True):
+    """An address of a wallet's own, to which it deposits by plain transfer."""
+
+    __tablename__ = "deposit_address"
+
+    chain_id: int = Field(sa_column=Column(BigInteger, primary_key=True))
+    address: str = Field(primary_key=True)
+    wallet: str = Field(index=True)
+    factory: str
+    """The contract that can sweep it."""
+    created_ms: int = Field(sa_column=_big())
+
+
+class DepositCursor(SQLModel, table=True):
+    """How far a chain's deposits were read into the ledger."""
+
+    __tablename__ = "deposit_cursor"
+
+    chain_id: int = Field(sa_column=Column(BigInteger, primary_key=True))
+    block_number: int = Field(sa_column=_big())
+    block_hash: str
+    """To notice a reorganisation below the confirmation depth."""
+
+
+class ForwarderMovement(SQLModel, table=True):
+    """A Transfer to or from a deposit address, booked under the ledger transfer of the same id."""
+
+    __tablename__ = "forwarder_movement"
+    __table_args__ = (Index("forwarder_movement_block", "chain_id", "block_number"),)
+
+    id: str = Field(primary_key=True)
+    """`log:<transaction hash>:<log index>`"""
+    chain_id: int = Field(sa_column=_big())
+    asset: str
+    direction: str
+    """in | out"""
+    address: str
+    wallet: str
+    other: str
+    """Who sent it, or who got it."""
+    amount_nano_usd: int = Field(sa_column=_big())
+    transaction_hash: str
+    log_index: int = Field(sa_column=_big())
+    block_number: int = Field(sa_column=_big())
+    state: str
+    """booked | reversed (a reorganisation took it away; booked again if it comes back)"""
+    bookings: int = 0
+    """How often it was reversed."""
+    created_ms: int = Field(sa_column=_big())
 
 
 class SignInNonce(SQLModel, table=True):

@@ -9,14 +9,17 @@ from urllib.parse import parse_qs
 from gateway.access.keys import Access, WalletCaller, WalletKeyCaller
 from gateway.api.errors import ApiError
 from gateway.api.http import Call, read_json
-from payments import accounts, wallet_accounts
+from payments import accounts, forwarders, wallet_accounts
 from payments.accounts import ApiKeyView, TooManyKeys, UnknownKey
+from payments.chain.rpc import RpcError, RpcUnavailable
+from payments.deposits import Deposits
 from payments.ledger import history, transfers
 from payments.ledger.accounts import payer_account
 from payments.ledger.history import PAGE_MAX, BadCursor
 from payments.money import nano_to_usd
 from payments.sign_in import SignIn, use_nonce
 from payments.store import Store, Transaction
+from payments.verification.signatures import checksum_address
 
 PAGE_DEFAULT = 50
 KEY_NAME_CHARACTERS_MAX = 100
@@ -58,6 +61,7 @@ class WalletApi:
         access: Tells who is calling.
         assets: The ledger's names of the tokens taken, such as ``eip155:8453/USDC``.
         limits: Of top-ups and withdrawals, for whoever looks; None for what is not to be had here.
+        deposits: Of each network that has deposit addresses.
         json_depth_max: How deep a body may be nested.
     """
 
@@ -68,6 +72,7 @@ class WalletApi:
         access: Access,
         assets: tuple[str, ...],
         limits: dict[str, dict[str, str] | None],
+        deposits: list[Deposits],
         json_depth_max: int,
     ) -> None:
         self._store = store
@@ -75,6 +80,7 @@ class WalletApi:
         self._access = access
         self._assets = assets
         self._limits = limits
+        self._deposits = deposits
         self._json_depth_max = json_depth_max
 
     async def create_challenge(self, call: Call) -> dict[str, Any]:
@@ -97,8 +103,36 @@ class WalletApi:
     async def get_wallet(self, call: Call) -> dict[str, Any]:
         """What the wallet has here, per token."""
         address = await looking(self._access, call)
-        balances = await self._store.read(lambda tx: [self._balance(tx, address, asset) for asset in self._assets])
-        return {"address": address, "balances": balances, "limits": self._limits}
+        balances, deposits = await self._store.read(
+            lambda tx: (
+                [self._balance(tx, address, asset) for asset in self._assets],
+                forwarders.of_wallet(tx, address),
+            )
+        )
+        return {
+            "address": address,
+            "balances": balances,
+            "deposit_addresses": [_deposit_json(f"eip155:{chain_id}", to) for chain_id, to in deposits],
+            "limits": self._limits,
+        }
+
+    async def create_deposit_addresses(self, call: Call) -> dict[str, Any]:
+        """The wallet's own address on every network that has such: what is sent there is its balance. Made once."""
+        address = await signed_in(self._access, call)
+        if not self._deposits:
+            message = "this gateway has no deposit addresses; POST /v1/wallet/topups instead"
+            raise ApiError(503, "deposits_unavailable", message)
+        try:
+            made = [_deposit_json(each.network.caip2, await each.register(address)) for each in self._deposits]
+        except (RpcError, RpcUnavailable):
+            message = "the chain cannot be asked right now; try again shortly"
+            raise ApiError(503, "settlement_unavailable", message, headers={"retry-after": "2"}) from None
+        tokens = [
+            {"network": each.network.caip2, "symbol": token.symbol, "address": token.address}
+            for each in self._deposits
+            for token in each.network.tokens
+        ]
+        return {"address": address, "deposit_addresses": made, "tokens": tokens}
 
     async def get_history(self, call: Call) -> dict[str, Any]:
         """A page of what came in, was charged for and left, newest first; `limit` and `before` are in the query."""
@@ -168,6 +202,10 @@ class WalletApi:
         if not isinstance(value, str) or len(value) > 4096:
             raise ApiError(400, "invalid_field", f"`{field}` must be a text of at most 4096 characters", param=field)
         return value
+
+
+def _deposit_json(network: str, address: str) -> dict[str, str]:
+    return {"network": network, "address": checksum_address(address)}
 
 
 def _key_json(view: ApiKeyView) -> dict[str, Any]:

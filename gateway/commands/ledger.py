@@ -108,14 +108,21 @@ def _report(settings: Settings, database: Database, offline: bool) -> Report:
 
 async def _reconcile_all(settings: Settings, database: Database) -> Report:
     from payments.chain.rpc import Rpc, RpcError, RpcUnavailable
+    from payments.deposits import Deposits
     from payments.reconciliation import Report, reconcile
 
     whole = Report()
     for network, own in zip(settings.resolved_networks(), settings.networks, strict=True):
         rpc = Rpc(own.rpc_urls)
         try:
+            pay_to = settings.pay_to_for(network.chain_id)
+            deposits = None
+            if own.deposit_factory is not None:
+                deposits = Deposits(
+                    database.store, rpc, network, pay_to, own.deposit_factory, confirmations=own.confirmations
+                )
             found = await reconcile(
-                database.store, rpc, network, settings.pay_to_for(network.chain_id), confirmations=own.confirmations
+                database.store, rpc, network, pay_to, confirmations=own.confirmations, deposits=deposits
             )
         except (RpcError, RpcUnavailable) as error:
             fix = "Check rpc_urls (`farebox doctor` looks closer), or use --offline for the books alone"

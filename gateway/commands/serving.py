@@ -48,6 +48,7 @@ def telling_why_not() -> Iterator[None]:
     """
     from payments.anchors import AnotherChain
     from payments.chain.rpc import RpcError, RpcUnavailable
+    from payments.deposits import FactoryMismatch
     from payments.doctor import TokenMismatch
     from payments.migrate import DatabaseUnreachable, SchemaTooNew
     from payments.store import StoreOwned
@@ -56,6 +57,8 @@ def telling_why_not() -> Iterator[None]:
         yield
     except AnotherChain as error:
         raise Failed(str(error), "Use the data_dir that belongs to this chain, or a new one") from None
+    except FactoryMismatch as error:
+        raise Failed(str(error), "Correct networks.deposit_factory or pay_to") from None
     except TokenMismatch as error:
         raise Failed(f"a token is not what the configuration says: {error}", "Run: farebox doctor") from None
     except (RpcUnavailable, RpcError) as error:

@@ -1,17 +1,20 @@
 """The books' accounts: how they are named, and which of them may go below zero.
 
 A balance above zero is what we owe the account's owner. `custody` is the counter side of everything on chain, so its balance
-is minus what the treasury should hold; `variance` is what the operator lost on overruns and on
-answers that were never paid; `receivable` is minus what was earned from a payer and is not on chain yet. What settlements
-cost is kept in the chain's own coin (`native_asset`, in gwei): `signer` is minus what each has paid, `gas` the sum.
+is minus what the treasury should hold, and that of `forwarders` minus what the deposit addresses hold; `variance` is what the
+operator lost on overruns and on answers that were never paid; `receivable` is minus what was earned from a payer and is not on
+chain yet. What settlements cost is kept in the chain's own coin (`native_asset`, in gwei): `signer` is minus what each has
+paid, `gas` the sum.
 """
 
 from __future__ import annotations
 
 from payments.store import Transaction
 
-OVERDRAFT_KINDS = frozenset({"custody", "variance", "owner", "grants", "signer", "receivable"})
-OWNERLESS_KINDS = frozenset({"custody", "revenue", "variance", "dust", "unattributed", "owner", "grants", "gas"})
+OVERDRAFT_KINDS = frozenset({"custody", "forwarders", "variance", "owner", "grants", "signer", "receivable"})
+OWNERLESS_KINDS = frozenset(
+    {"custody", "forwarders", "revenue", "variance", "dust", "unattributed", "owner", "grants", "gas"}
+)
 OWNED_KINDS = frozenset({"payer", "pool", "key", "signer", "receivable"})
 
 _INSERT = (

@@ -20,10 +20,12 @@ QUESTION: dict[str, Any] = {
     "max_tokens": 64,
 }
 
+ENVIRONMENT = {"FAREBOX_LIMITS__QUOTES_PER_MINUTE": "100000", "FAREBOX_WALLET__SWEEP_INTERVAL_S": "1"}
+
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with running(tmp_path_factory.mktemp("stack"), environment={"FAREBOX_LIMITS__QUOTES_PER_MINUTE": "100000"}) as (
+    with running(tmp_path_factory.mktemp("stack"), environment=ENVIRONMENT) as (
         stack,
         _,
     ):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import secrets
+import shlex
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -165,3 +171,65 @@ def test_what_was_topped_up_and_not_spent_is_withdrawn(http: httpx.Client, stack
     assert nano(available(http, session)) == rest % 1000
     assert http.get("/v1/wallet/withdrawals", headers=session).json()["withdrawals"] == [found]
     assert http.get(made[0]["poll"], headers=sign_in(http, Account.create())).status_code == 404
+
+
+def usdc_of_address(stack: Stack, address: str) -> int:
+    return balance_of(stack.rpc_url, USDC, address)
+
+
+def variables_of(stack: Stack) -> dict[str, str]:
+    """The gateway's configuration, as `farebox dev` leaves it for a shell."""
+    lines = (Path(stack.database_url.removeprefix("sqlite:///")).parent / "dev.env").read_text().splitlines()
+    return dict(shlex.split(line)[1].split("=", 1) for line in lines)
+
+
+def until_available(http: httpx.Client, headers: dict[str, str], usd: str) -> None:
+    deadline = time.monotonic() + 20
+    while (found := available(http, headers)["USDC"]) != usd:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+
+
+def test_a_deposit_is_spent_by_a_key_and_the_rest_withdrawn_and_the_books_equal_the_chain(
+    http: httpx.Client, stack: Stack, fresh: LocalAccount
+) -> None:
+    session = sign_in(http, fresh)
+    asked = http.post("/v1/wallet/deposit-addresses", headers=session).json()
+    (deposit,) = asked["deposit_addresses"]
+    assert {token["symbol"] for token in asked["tokens"]} == {"USDC", "USDT"}
+    data = call_data("transfer(address,uint256)", deposit["address"], 2_500_000)
+    sent = send_signed(stack.rpc_url, fresh.key.hex(), USDC.address, data)
+    rpc(stack.rpc_url, "anvil_mine", hex(4))
+    until_available(http, session, "2.50")
+    assert http.get("/v1/wallet", headers=session).json()["deposit_addresses"] == [deposit]
+    (line,) = history(http, session)
+    assert (line["type"], line["amount_usd"], line["transaction"]) == ("deposit", "2.50", sent)
+
+    key = http.post("/v1/wallet/keys", headers=session, json={"name": "agent"}).json()["key"]
+    assert ask(http, QUESTION, {"authorization": f"Bearer {key}"}).status_code == 200
+    rest = nano(available(http, session))
+    assert 0 < rest < 2_500_000_000
+    headers = session | {"idempotency-key": secrets.token_hex(8)}
+    body = {"asset": "USDC", "amount_usd": "all"}
+    deadline = time.monotonic() + 20
+    # What is deposited is not in the treasury before it is swept: until then there may be nothing to pay it out of.
+    while (made := http.post("/v1/wallet/withdrawals", json=body, headers=headers)).status_code != 200:
+        assert made.json()["error"]["code"] == "withdrawal_impossible", made.text
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    while (found := http.get(made.json()["poll"], headers=session).json())["state"] != "paid":
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    assert usdc_of(stack, fresh) == 500_000 + rest // 1000
+    rpc(stack.rpc_url, "anvil_mine", hex(4))
+    while usdc_of_address(stack, deposit["address"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    rpc(stack.rpc_url, "anvil_mine", hex(4))
+    check = subprocess.run(
+        [sys.executable, "-m", "gateway.cli", "ledger", "check", "--json"],
+        env=os.environ | variables_of(stack),
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(check.stdout)["findings"] == [], check.stdout + check.stderr

@@ -1,0 +1,478 @@
+"""Deposits by plain transfer: credited once, at depth, whatever the chain does; swept when worth it; books equal the chain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contracts.devnet import (
+    Devnet,
+    DevToken,
+    Wallet,
+    as_owner,
+    balance_of,
+    call_data,
+    place_operator_contracts,
+    rpc,
+    send_as,
+    send_signed,
+)
+from payments import forwarders, wallet_accounts
+from payments.chain.networks import Network, Token
+from payments.chain.rpc import Rpc
+from payments.deposits import Deposits, FactoryMismatch
+from payments.leases import LeaseLost, Leases
+from payments.ledger import books as ledger_books
+from payments.ledger import history, transfers
+from payments.ledger.accounts import account_id, payer_account
+from payments.reconciliation import Report, open_books, reconcile
+from payments.settlement import sweeps
+from payments.settlement.sweeps import Sweeps
+from payments.store import Store
+from tests.payments.settling import Books, engine, mine, open_store, rows
+from tests.payments.test_refunds import decided
+
+USD = 1_000_000_000
+CENT = 10_000
+"""In atomic units."""
+CONFIRMATIONS = 2
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = open_store(tmp_path)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def treasury(chain: Devnet) -> Wallet:
+    return chain.wallets[3]
+
+
+@pytest.fixture
+def factory(chain: Devnet, treasury: Wallet) -> str:
+    _, factory = place_operator_contracts(chain.rpc_url, treasury.address, treasury.address, [chain.wallets[0].address])
+    return factory.lower()
+
+
+@pytest.fixture
+async def deposits(
+    chain: Devnet, network: Network, store: Store, treasury: Wallet, factory: str
+) -> AsyncIterator[Deposits]:
+    mine(chain.rpc_url, CONFIRMATIONS + 1)
+    async with Rpc([chain.rpc_url]) as node:
+        await open_books(store, node, network, treasury.address)
+        yield Deposits(store, node, network, treasury.address.lower(), factory, confirmations=CONFIRMATIONS)
+
+
+def give(chain: Devnet, token: DevToken, address: str, value: int, sender: Wallet | None = None) -> str:
+    sender = sender or chain.wallets[5]
+    return send_signed(
+        chain.rpc_url, sender.private_key, token.address, call_data("transfer(address,uint256)", address, value)
+    )
+
+
+async def balance(store: Store, wallet: Wallet, token: Token) -> int:
+    account = payer_account(wallet.address.lower(), token.asset)
+    return (await store.read(lambda tx: transfers.balance(tx, account))).balance
+
+
+async def proof(deposits: Deposits, store: Store) -> Report:
+    """The books of both, against the chain."""
+    return await reconcile(
+        store, deposits._rpc, deposits.network, deposits.treasury, confirmations=CONFIRMATIONS, deposits=deposits
+    )
+
+
+async def test_a_deposit_is_credited_at_depth_and_not_before_and_once(
+    chain: Devnet, store: Store, deposits: Deposits
+) -> None:
+    usdc, wallet = deposits.network.tokens[0], chain.wallets[1]
+    await deposits.verify()
+    address = await deposits.register(wallet.address.lower())
+    assert await deposits.register(wallet.address.lower()) == address
+    sent = give(chain, chain.usdc, address, 5 * CENT)
+    for _ in range(CONFIRMATIONS):
+        await deposits.catch_up()
+        assert await balance(store, wallet, usdc) == 0
+        mine(chain.rpc_url)
+    assert [await deposits.catch_up() for _ in range(3)] == [1, 0, 0]
+    assert await balance(store, wallet, usdc) == USD // 20
+    (line,) = (await store.read(lambda tx: history.page(tx, wallet.address.lower(), 9))).entries
+    assert (line.kind, line.amount_nano_usd, line.transaction_hash) == ("deposit", USD // 20, sent)
+    assert await store.read(lambda tx: wallet_accounts.keeps_balance(tx, wallet.address.lower()))
+    assert (await proof(deposits, store)).findings == []
+
+
+async def test_a_restart_goes_on_and_replicas_credit_once(
+    chain: Devnet, network: Network, store: Store, deposits: Deposits
+) -> None:
+    usdc, usdt = network.tokens
+    wallet, other = chain.wallets[1], chain.wallets[2]
+    addresses = [await deposits.register(each.address.lower()) for each in (wallet, other)]
+    for number, token in itertools.product(range(3), (chain.usdc, chain.usdt)):
+        give(chain, token, addresses[0], (number + 1) * CENT)
+    give(chain, chain.usdc, addresses[1], CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    async with Rpc([chain.rpc_url]) as node:
+        replicas = [
+            Deposits(store, node, network, deposits.treasury, deposits.factory, confirmations=CONFIRMATIONS)
+            for _ in range(4)
+        ]
+        assert sum(await asyncio.gather(*(each.catch_up() for each in replicas))) == 7
+        mine(chain.rpc_url, 3)
+        assert sum(await asyncio.gather(*(each.catch_up() for each in replicas))) == 0
+    assert [await balance(store, wallet, token) for token in (usdc, usdt)] == [6 * USD // 100] * 2
+    assert await balance(store, other, usdc) == USD // 100
+    assert (await proof(deposits, store)).findings == []
+
+
+async def test_only_the_holder_of_the_lease_books(
+    chain: Devnet, network: Network, store: Store, deposits: Deposits
+) -> None:
+    address = await deposits.register(chain.wallets[1].address.lower())
+    give(chain, chain.usdc, address, CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    first, second = Leases(store, "first"), Leases(store, "second")
+    assert await first.acquire(f"watcher:{network.chain_id}")
+    deposits._leased = second
+    with pytest.raises(LeaseLost):
+        await deposits.round()
+    assert await balance(store, chain.wallets[1], network.tokens[0]) == 0
+    deposits._leased = first
+    assert await deposits.catch_up() == 1
+
+
+async def test_a_reorganisation_above_the_depth_is_not_noticed_in_the_books(
+    chain: Devnet, store: Store, deposits: Deposits
+) -> None:
+    usdc, wallet = deposits.network.tokens[0], chain.wallets[1]
+    address = await deposits.register(wallet.address.lower())
+    await deposits.catch_up()
+    give(chain, chain.usdc, address, CENT)
+    await deposits.catch_up()
+    rpc(chain.rpc_url, "anvil_reorg", 1, [])
+    mine(chain.rpc_url, CONFIRMATIONS + 2)
+    assert await deposits.catch_up() == 0
+    assert await balance(store, wallet, usdc) == 0
+    assert (await proof(deposits, store)).findings == []
+
+
+async def test_a_reorganisation_below_the_depth_takes_the_credit_back_and_what_comes_again_counts(
+    chain: Devnet, store: Store, deposits: Deposits
+) -> None:
+    usdc, wallet = deposits.network.tokens[0], chain.wallets[1]
+    address = await deposits.register(wallet.address.lower())
+    mine(chain.rpc_url, 2)
+    await deposits.catch_up()
+    give(chain, chain.usdc, address, 3 * CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    assert await deposits.catch_up() == 1
+    # A cent of it is spent before it vanishes: the operator's loss.
+    spent = account_id("revenue", usdc.asset)
+    account = payer_account(wallet.address.lower(), usdc.asset)
+    await store.write(
+        lambda tx: transfers.post(tx, id="spent", debit=account, credit=spent, amount=USD // 100, reference="x")
+    )
+    rpc(chain.rpc_url, "anvil_reorg", CONFIRMATIONS + 1, [])
+    mine(chain.rpc_url, 2)
+    await deposits.catch_up()
+    assert await balance(store, wallet, usdc) == 0
+    variance = await store.read(lambda tx: transfers.balance(tx, account_id("variance", usdc.asset)).balance)
+    assert variance == -USD // 100
+    assert (await proof(deposits, store)).findings == []
+    give(chain, chain.usdc, address, 2 * CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    await deposits.catch_up()
+    assert await balance(store, wallet, usdc) == 2 * USD // 100
+    assert (await proof(deposits, store)).findings == []
+
+
+async def test_what_lay_at_an_address_before_it_was_asked_for_is_the_wallets_too(
+    chain: Devnet, store: Store, deposits: Deposits
+) -> None:
+    usdc, wallet = deposits.network.tokens[0], chain.wallets[1]
+    give(chain, chain.usdc, deposits.address_of(wallet.address.lower()), 4 * CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    await deposits.catch_up()
+    await deposits.register(wallet.address.lower())
+    await deposits.register(wallet.address.lower())
+    await deposits.catch_up()
+    assert await balance(store, wallet, usdc) == 4 * USD // 100
+    assert (await proof(deposits, store)).findings == []
+
+
+async def test_a_token_that_is_not_taken_is_nothing(chain: Devnet, store: Store, deposits: Deposits) -> None:
+    wallet, fake = chain.wallets[1], "0x" + "fa" * 20
+    address = await deposits.register(wallet.address.lower())
+    code = rpc(chain.rpc_url, "eth_getCode", chain.usdc.address, "latest")
+    rpc(chain.rpc_url, "anvil_setCode", fake, code)
+    with contextlib.suppress(Exception):
+        send_signed(
+            chain.rpc_url, chain.wallets[5].private_key, fake, call_data("transfer(address,uint256)", address, 0)
+        )
+    mine(chain.rpc_url, CONFIRMATIONS)
+    assert await deposits.catch_up() == 0
+    assert await balance(store, wallet, deposits.network.tokens[0]) == 0
+
+
+async def test_a_factory_that_pays_somebody_else_is_refused(
+    chain: Devnet, network: Network, store: Store, deposits: Deposits
+) -> None:
+    for treasury, factory in ((chain.wallets[4].address, deposits.factory), (deposits.treasury, chain.usdc.address)):
+        wrong = Deposits(store, deposits._rpc, network, treasury, factory)
+        with pytest.raises(FactoryMismatch):
+            await wrong.verify()
+
+
+# --- nodes ------------------------------------------------------------------------------------------------------------
+
+
+class Nodes:
+    """Several nodes that answer from one chain, some of them wrongly."""
+
+    def __init__(self, node: Rpc, lies: list[Any]) -> None:
+        self._node, self._lies = node, lies
+
+    async def call(self, method: str, params: Any = ()) -> Any:
+        return await self._node.call(method, params)
+
+    async def ask(self, requests: Any) -> Any:
+        return await self._node.ask(requests)
+
+    async def ask_each(self, requests: Any) -> list[list[Any]]:
+        truth = await self._node.ask(requests)
+        return [lie(requests, list(truth)) for lie in self._lies]
+
+
+def honest(requests: Any, replies: list[Any]) -> list[Any]:
+    return replies
+
+
+def silent_about_logs(requests: Any, replies: list[Any]) -> list[Any]:
+    return [[] if request[0] == "eth_getLogs" else reply for request, reply in zip(requests, replies, strict=True)]
+
+
+def behind(requests: Any, replies: list[Any]) -> list[Any]:
+    return [None, *replies[1:]]
+
+
+def generous(requests: Any, replies: list[Any]) -> list[Any]:
+    def more(logs: list[Any]) -> list[Any]:
+        return [each | {"data": hex(int(each["data"], 16) * 1000)} for each in logs]
+
+    return [more(r) if q[0] == "eth_getLogs" else r for q, r in zip(requests, replies, strict=True)]
+
+
+def nonsense(requests: Any, replies: list[Any]) -> list[Any]:
+    return [7 for _ in replies]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "credited"),
+    [
+        ([honest], True),
+        ([honest, honest, silent_about_logs], True),
+        ([silent_about_logs, honest, honest, generous], True),
+        ([nonsense, behind, honest], True),
+        ([honest, silent_about_logs], False),
+        ([generous, honest], False),
+        ([behind], False),
+        ([nonsense], False),
+    ],
+)
+async def test_what_most_nodes_say_counts_and_nothing_while_they_disagree(
+    chain: Devnet, store: Store, deposits: Deposits, nodes: list[Any], credited: bool
+) -> None:
+    usdc, wallet = deposits.network.tokens[0], chain.wallets[1]
+    address = await deposits.register(wallet.address.lower())
+    give(chain, chain.usdc, address, CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    node: Any = deposits._rpc
+    several: Any = Nodes(node, nodes)
+    deposits._rpc = several
+    await deposits.catch_up()
+    assert await balance(store, wallet, usdc) == (USD // 100 if credited else 0)
+    deposits._rpc = node
+    await deposits.catch_up()
+    assert await balance(store, wallet, usdc) == USD // 100
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def sweeping(
+    chain: Devnet, store: Store, deposits: Deposits, threshold_nano_usd: int = USD
+) -> AsyncIterator[Sweeps]:
+    async with engine(
+        store, deposits.network, chain.rpc_url, [chain.wallets[0]], Books(deposits.network), start=False
+    ) as settlements:
+        settlements.handle("sweep", sweeps.kind())
+        await settlements.start()
+        yield Sweeps(store, settlements, deposits, threshold_nano_usd=threshold_nano_usd, interval_s=60)
+
+
+async def test_a_sweep_moves_what_is_worth_it_and_leaves_the_rest(
+    chain: Devnet, store: Store, deposits: Deposits, treasury: Wallet
+) -> None:
+    usdc, _ = deposits.network.tokens
+    before = balance_of(chain.rpc_url, chain.usdc, treasury.address)
+    addresses = [await deposits.register(each.address.lower()) for each in chain.wallets[:3]]
+    for address, value in zip(addresses, (150 * CENT, 200 * CENT, 99 * CENT), strict=True):
+        give(chain, chain.usdc, address, value)
+    give(chain, chain.usdt, addresses[0], 100 * CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    await deposits.catch_up()
+    assert (await proof(deposits, store)).findings == []
+    async with sweeping(chain, store, deposits) as sweeper:
+        assert await sweeper.round() == 2
+        assert await sweeper.round() == 0
+        await decided(store)
+        # The books follow at depth; until then nothing is swept again, nor after it.
+        assert await sweeper.round() == 0
+        assert (await proof(deposits, store)).findings == []
+        mine(chain.rpc_url, CONFIRMATIONS)
+        assert (await proof(deposits, store)).findings == []
+        assert await sweeper.round() == 0
+    assert balance_of(chain.rpc_url, chain.usdc, treasury.address) == before + 350 * CENT
+    held = await store.read(lambda tx: transfers.balance(tx, account_id("forwarders", usdc.asset)).balance)
+    assert held == -99 * USD // 100
+    assert {kind for kind, state in await rows(store, "kind, state") if state in ("mined", "final")} == {"sweep"}
+    # The first sweep made the clones; a second deposit to the same address is swept as well.
+    give(chain, chain.usdc, addresses[0], 500 * CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    await deposits.catch_up()
+    async with sweeping(chain, store, deposits) as sweeper:
+        assert await sweeper.round() == 1
+        await decided(store)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    assert (await proof(deposits, store)).findings == []
+    assert balance_of(chain.rpc_url, chain.usdc, treasury.address) == before + 850 * CENT
+
+
+async def test_an_address_that_the_token_blocks_holds_nobody_up_and_is_not_tried_at_once_again(
+    chain: Devnet, store: Store, deposits: Deposits, treasury: Wallet
+) -> None:
+    before = balance_of(chain.rpc_url, chain.usdc, treasury.address)
+    addresses = [await deposits.register(each.address.lower()) for each in chain.wallets[:2]]
+    for address in addresses:
+        give(chain, chain.usdc, address, 200 * CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    await deposits.catch_up()
+    as_owner(chain.rpc_url, chain.usdc, "blacklist(address)", addresses[0])
+    async with sweeping(chain, store, deposits) as sweeper:
+        assert await sweeper.round() == 1
+        await decided(store)
+        mine(chain.rpc_url, CONFIRMATIONS)
+        await deposits.catch_up()
+        assert await sweeper.round() == 0
+    assert balance_of(chain.rpc_url, chain.usdc, treasury.address) == before + 200 * CENT
+    assert [await balance(store, wallet, deposits.network.tokens[0]) for wallet in chain.wallets[:2]] == [2 * USD] * 2
+    assert (await proof(deposits, store)).findings == []
+
+
+async def test_of_a_token_that_takes_a_fee_what_arrived_is_credited_and_the_sweeps_fee_is_the_operators(
+    chain: Devnet, store: Store, deposits: Deposits, treasury: Wallet
+) -> None:
+    usdt, wallet = deposits.network.tokens[1], chain.wallets[1]
+    as_owner(chain.rpc_url, chain.usdt, "setParams(uint256,uint256)", 10, 40)
+    address = await deposits.register(wallet.address.lower())
+    give(chain, chain.usdt, address, 10_000_000)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    await deposits.catch_up()
+    assert await balance(store, wallet, usdt) == balance_of(chain.rpc_url, chain.usdt, address) * 1_000 < 10 * USD
+    async with sweeping(chain, store, deposits) as sweeper:
+        assert await sweeper.round() == 1
+        await decided(store)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    assert (await proof(deposits, store)).findings == []
+    lost = await store.read(lambda tx: transfers.balance(tx, account_id("variance", usdt.asset)).balance)
+    assert lost < 0
+    assert await balance(store, wallet, usdt) > 9 * USD
+
+
+async def test_anybodys_sweep_is_booked_as_well(
+    chain: Devnet, store: Store, deposits: Deposits, treasury: Wallet
+) -> None:
+    from payments.chain.batches import account_of, encode_sweep
+
+    wallet = chain.wallets[1]
+    address = await deposits.register(wallet.address.lower())
+    give(chain, chain.usdc, address, 7 * CENT)
+    data = encode_sweep(chain.usdc.address.lower(), [account_of(wallet.address.lower())])
+    send_as(chain.rpc_url, chain.wallets[5].address, deposits.factory, "0x" + data.hex())
+    mine(chain.rpc_url, CONFIRMATIONS)
+    # The treasury's books may find it before those of the addresses do, and the other way round.
+    assert (await proof(deposits, store)).findings == []
+    await deposits.catch_up()
+    assert (await proof(deposits, store)).findings == []
+    unattributed = account_id("unattributed", deposits.network.tokens[0].asset)
+    assert await store.read(lambda tx: transfers.balance(tx, unattributed).balance) == 0
+    assert await balance(store, wallet, deposits.network.tokens[0]) == 7 * USD // 100
+
+
+async def test_a_plain_transfer_to_the_treasury_stays_unattributed(
+    chain: Devnet, store: Store, deposits: Deposits
+) -> None:
+    await deposits.register(chain.wallets[5].address.lower())
+    give(chain, chain.usdc, deposits.treasury, CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    report = await proof(deposits, store)
+    assert report.findings == []
+    assert [movement.amount_nano_usd for token in report.tokens for movement in token.booked] == [USD // 100]
+    assert await balance(store, chain.wallets[5], deposits.network.tokens[0]) == 0
+
+
+async def test_money_that_the_books_do_not_know_at_an_address_is_found(
+    chain: Devnet, store: Store, deposits: Deposits
+) -> None:
+    address = await deposits.register(chain.wallets[1].address.lower())
+    give(chain, chain.usdc, address, CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    await deposits.catch_up()
+    await store.write(lambda tx: tx.execute("DELETE FROM forwarder_movement"))
+    await store.write(
+        lambda tx: transfers.post(
+            tx,
+            id="wrong",
+            debit=account_id("variance", deposits.network.tokens[0].asset),
+            credit=account_id("forwarders", deposits.network.tokens[0].asset),
+            amount=1_000,
+            reference="x",
+        )
+    )
+    assert "forwarders_differ" in {finding.code for finding in (await proof(deposits, store)).findings}
+
+
+async def test_what_is_booked_is_compared_by_transaction_not_by_place() -> None:
+    token = Token("USDC", 1, "0x" + "aa" * 20, 6, "eip3009", "USDC", "2")
+
+    def movement(transaction: str, index: int, value: int) -> forwarders.Movement:
+        return forwarders.Movement("in", token, "0xf", "0xs", value, transaction, index, 9)
+
+    known = [
+        ("log:a:3", "in", "a", 5_000, "0xf"),
+        ("log:a:4", "in", "a", 5_000, "0xf"),
+        ("log:b:1", "in", "b", 1_000, "0xf"),
+    ]
+    found = [movement("a", 7, 5), movement("a", 8, 5), movement("a", 9, 5), movement("c", 1, 1)]
+    still, new, gone = forwarders.match(known, found)
+    assert [(id, each.log_index) for id, each in still] == [("log:a:3", 7), ("log:a:4", 8)]
+    assert sorted(each.id for each in new) == ["log:a:9", "log:c:1"]
+    assert gone == ["log:b:1"]
+
+
+async def test_the_books_alone_stay_whole(chain: Devnet, store: Store, deposits: Deposits) -> None:
+    address = await deposits.register(chain.wallets[1].address.lower())
+    give(chain, chain.usdc, address, CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    await deposits.catch_up()
+    assert await store.read(ledger_books.check) == []
