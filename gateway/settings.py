@@ -270,10 +270,8 @@ class FacilitatorSettings(Section):
     """How long /settle waits for the transfer before it answers settlement_pending; at most `limits.drain_s` counts."""
     calls_per_minute: int = Field(default=6_000, gt=0)
     """Of one client, /verify and /settle together."""
-    payer_failures_per_hour: int = Field(default=3, gt=0)
-    """Settlements of one payer that may fail and cost gas, before it has to wait."""
     client_failures_per_hour: int = Field(default=100, gt=0)
-    """Of one client, likewise."""
+    """Settlements of one client that may fail and cost gas, before it has to wait."""
 
 
 class WalletSettings(Section):

@@ -70,8 +70,8 @@ def _options(settings: Settings, anybody: bool) -> Options:
         # Whoever waits is answered before the process ends.
         settlement_wait_s=min(wanted.settlement_wait_s, max(settings.limits.drain_s - 1, 1)),
         calls_per_minute=wanted.calls_per_minute,
-        payer_failures_per_hour=wanted.payer_failures_per_hour,
         client_failures_per_hour=wanted.client_failures_per_hour,
+        cross_check_nano_usd=usd_to_nano(settings.payments.cross_check_usd),
         gas_alarm_wei=nano_to_atomic_down(usd_to_nano(settings.payments.gas_alarm_native), WEI_DECIMALS),
     )
 

@@ -15,6 +15,7 @@ import coincurve
 from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, MULTICALL3_ADDRESS, UPTO_PERMIT2_PROXY_ADDRESS, Token
 from payments.verification.signatures import ECDSA_BYTES, keccak256
 from payments.verification.wallet_signatures import unwrap
+from payments.x402.extensions.eip2612 import Eip2612Permit
 from payments.x402.wire import Eip3009Authorization, Payment, Permit2Authorization, UptoAuthorization
 
 RlpItem = int | bytes | Sequence["RlpItem"]
@@ -200,6 +201,10 @@ _TRANSFER_WITH_AUTHORIZATION_BYTES = selector(
     "transferWithAuthorization(address,address,uint256,uint256,uint256,bytes32,bytes)"
 )
 _PROXY_SETTLE = selector("settle(((address,uint256),uint256,uint256),address,(address,uint256),bytes)")
+_PROXY_SETTLE_WITH_PERMIT = selector(
+    "settleWithPermit((uint256,uint256,bytes32,bytes32,uint8),((address,uint256),uint256,uint256),address,(address,uint256),"
+    "bytes)"
+)
 _UPTO_SETTLE = selector("settle(((address,uint256),uint256,uint256),uint256,address,(address,address,uint256),bytes)")
 _TRANSFER = selector("transfer(address,uint256)")
 _BALANCE_OF = selector("balanceOf(address)")
@@ -250,6 +255,30 @@ def encode_proxy_settle(authorization: Permit2Authorization, signature: bytes) -
     )
 
 
+def encode_proxy_settle_with_permit(
+    permit: Eip2612Permit, authorization: Permit2Authorization, signature: bytes
+) -> bytes:
+    """Calldata for the exact proxy's `settleWithPermit`: the allowance by EIP-2612, and the payment, in one."""
+    return b"".join(
+        (
+            _PROXY_SETTLE_WITH_PERMIT,
+            word(permit.value),
+            word(permit.deadline),
+            permit.signature[:64],
+            word(permit.signature[64]),
+            address_word(authorization.token),
+            word(authorization.amount),
+            word(authorization.nonce),
+            word(authorization.deadline),
+            address_word(authorization.payer),
+            address_word(authorization.to),
+            word(authorization.valid_after),
+            word(13 * WORD),
+            _tail(signature),
+        )
+    )
+
+
 def encode_upto_settle(authorization: UptoAuthorization, signature: bytes, amount: int) -> bytes:
     """Calldata for the upto proxy's `settle(permit, amount, owner, witness, signature)`, to be called by the facilitator."""
     assert amount <= authorization.amount
@@ -291,7 +320,12 @@ def settle_call(payment: Payment, token: Token, *, deploy: bool = False) -> tupl
         return UPTO_PERMIT2_PROXY_ADDRESS, data
     signature, deployment = unwrap(payment.signature)
     if isinstance(payment.authorization, Permit2Authorization):
-        call = EXACT_PERMIT2_PROXY_ADDRESS, encode_proxy_settle(payment.authorization, signature)
+        data = (
+            encode_proxy_settle(payment.authorization, signature)
+            if payment.permit is None
+            else encode_proxy_settle_with_permit(payment.permit, payment.authorization, signature)
+        )
+        call = EXACT_PERMIT2_PROXY_ADDRESS, data
     else:
         call = token.address, encode_transfer_with_authorization(payment.authorization, signature)
     if deployment is None or not deploy:

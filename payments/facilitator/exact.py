@@ -14,9 +14,11 @@ from payments.facilitator.wire import FacilitatorCall
 from payments.settlement.orders import SettlementOrder
 from payments.verification import checks
 from payments.verification.chain_state import ChainStates
+from payments.verification.permits import check_permit
 from payments.verification.wallet_signatures import check_factory
+from payments.x402.extensions import eip2612
 from payments.x402.requirements import Requirement
-from payments.x402.wire import Payment
+from payments.x402.wire import Payment, Permit2Authorization
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,11 @@ class ExactFacilitation:
             if error.code != "expired":
                 raise
             refusal = error
+        if isinstance(payment.authorization, Permit2Authorization):
+            permit = eip2612.read(call.document.get("extensions"))
+            if permit is not None:
+                refusal = refusal or _too_late(permit, payment.authorization, token, now)
+                payment = replace(payment, permit=permit)
         identity = payment.identity(self.network.chain_id, token)
         authorization = payment.authorization
         call_to, call_data = settle_call(payment, token)
@@ -123,3 +130,16 @@ class ExactFacilitation:
             if requirement.extra.get(name, ours) != ours:
                 raise PaymentRefused("invalid_requirements", f"extra.{name} of {token.symbol} must be {ours}")
         return token
+
+
+def _too_late(
+    permit: eip2612.Eip2612Permit, authorization: Permit2Authorization, token: Token, now: int
+) -> PaymentRefused | None:
+    """Check a permit; the refusal if all that is wrong with it is its age."""
+    try:
+        check_permit(permit, authorization, token, now=now)
+    except PaymentRefused as error:
+        if error.code != "eip2612_deadline_expired":
+            raise
+        return error
+    return None

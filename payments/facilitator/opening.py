@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from payments import anchors
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
 from payments.doctor import verify_tokens
@@ -22,6 +23,7 @@ from payments.settlement.engine import Settlements
 from payments.store import Store
 from payments.tenders.exact import PAYMENT
 from payments.verification.chain_state import ChainStates
+from payments.x402.extensions import eip2612
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,10 @@ class Options:
     minimum_nano_usd: int = 0
     settlement_wait_s: float = 30
     calls_per_minute: int = 6_000
-    payer_failures_per_hour: int = 3
     client_failures_per_hour: int = 100
     gas_alarm_wei: int = 0
+    cross_check_nano_usd: int | None = None
+    """Settlements from here on count only when two nodes have their evidence."""
 
 
 @dataclass(slots=True)
@@ -89,6 +92,7 @@ async def opened(options: Options) -> AsyncIterator[Services]:
             rpc = Rpc(entry.rpc_urls, chain_id=entry.network.chain_id, lag_blocks_max=entry.network.lag_blocks_max)
             cleanup.push_async_callback(rpc.aclose)
             await verify_tokens(rpc, entry.network)
+            await anchors.hold_fast(store, rpc, entry.network)
             engine = Settlements(
                 store,
                 rpc,
@@ -96,6 +100,7 @@ async def opened(options: Options) -> AsyncIterator[Services]:
                 options.signer_keys,
                 batch_contract=entry.batch_contract,
                 confirmations=entry.confirmations,
+                cross_check_nano_usd=options.cross_check_nano_usd,
             )
             # A gateway may have worked on this database: what it left under way goes on.
             engine.handle("payment", PAYMENT)
@@ -105,11 +110,10 @@ async def opened(options: Options) -> AsyncIterator[Services]:
             store,
             {engine.network.chain_id: engine for engine in engines},
             schemes,
-            extensions=[BAZAAR],
+            extensions=[BAZAAR, eip2612.NAME],
             pay_to=options.pay_to,
             minimum_nano_usd=options.minimum_nano_usd,
             settlement_wait_s=options.settlement_wait_s,
-            payer_failures_per_hour=options.payer_failures_per_hour,
             client_failures_per_hour=options.client_failures_per_hour,
         )
         await facilitator.start()

@@ -45,8 +45,8 @@ class Facilitator:
         pay_to: Whom it settles for, lower-case hex; empty for anybody.
         minimum_nano_usd: The least that is worth settling.
         settlement_wait_s: How long `settle` waits for the evidence, in seconds.
-        payer_failures_per_hour: Failed settlements of one payer, each of which cost us gas; then it has to wait.
-        client_failures_per_hour: Of one client, likewise.
+        client_failures_per_hour: Settlements of one client that may fail, each of which costs us gas, before it has to wait. A
+            payer's are counted by the engine.
     """
 
     def __init__(
@@ -59,7 +59,6 @@ class Facilitator:
         pay_to: frozenset[str] = frozenset(),
         minimum_nano_usd: int = 0,
         settlement_wait_s: float = 30,
-        payer_failures_per_hour: int = 3,
         client_failures_per_hour: int = 100,
     ) -> None:
         self.networks = tuple({scheme.network.chain_id: scheme.network for scheme in schemes}.values())
@@ -68,7 +67,6 @@ class Facilitator:
         self._extensions = list(extensions)
         self._pay_to, self._minimum_nano_usd = pay_to, minimum_nano_usd
         self._wait_s = settlement_wait_s
-        self._payer_failures = Buckets(payer_failures_per_hour, HOUR_S)
         self._client_failures = Buckets(client_failures_per_hour, HOUR_S)
         self._beginning: dict[str, asyncio.Task[bool]] = {}
         self._asked: dict[str, int] = {}
@@ -174,12 +172,11 @@ class Facilitator:
         if payment.refusal is not None:
             raise payment.refusal
         order = payment.order
-        for failures, name in ((self._payer_failures, order.payer), (self._client_failures, client)):
-            wait_s = failures.wait_s(name)
-            if wait_s:
-                raise PaymentRefused(
-                    "payer_suspended", f"too many settlements failed and cost gas; try again in {wait_s} s"
-                )
+        self._settlements[order.chain_id].admit(order.payer)
+        wait_s = self._client_failures.wait_s(client)
+        if wait_s:
+            message = f"too many settlements of this server failed and cost gas; try again in {wait_s} s"
+            raise PaymentRefused("client_suspended", message)
         before = partial(self._unmined.before, order.payer, payment.token.asset)
         return await payment.check_chain(lambda: before(order.id))
 
@@ -279,12 +276,11 @@ class Facilitator:
     def _tell(self, row: dict[str, Any], blamed: str | None) -> None:
         """Units run on the store's thread; what is kept here belongs to the loop's."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._decided, row["id"], row["payer"], blamed)
+        self._loop.call_soon_threadsafe(self._decided, row["id"], blamed)
 
-    def _decided(self, settlement_id: str, payer: str, blamed: str | None) -> None:
+    def _decided(self, settlement_id: str, blamed: str | None) -> None:
         self._uncount_open(settlement_id)
         if blamed is not None:
-            self._payer_failures.take(payer)
             self._client_failures.take(blamed)
 
     def _count_open(self, settlement_id: str, payer: str, asset: str, value_nano_usd: int) -> None:

@@ -45,7 +45,8 @@ _ANY_METHOD = {
     "permit2_allowance_required": "permit2_allowance_required",
     "transfer_would_fail": "invalid_exact_evm_transaction_simulation_failed",
     "settlement_failed": "transaction_failed",
-    "payer_suspended": "payer_suspended",
+    "payments_reverted": "payer_suspended",
+    "client_suspended": "client_suspended",
     PENDING: PENDING,
     DUPLICATE: DUPLICATE,
 }
@@ -130,6 +131,8 @@ def reason_for(code: str, payment: PaymentHeader | None) -> str:
     """The protocol's word for an error of ours; ``invalid_payload`` where it has none."""
     method = payment.transfer_method if isinstance(payment, Payment) else "eip3009"
     own = _BY_METHOD[method].get(code) if payment is not None else None
+    if code.startswith("eip2612_"):
+        return code
     return own or _ANY_METHOD.get(code, "invalid_payload")
 
 

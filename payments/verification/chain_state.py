@@ -239,7 +239,8 @@ def _judge(check: _Check, results: Sequence[CallResult], in_use: int) -> Payment
             f"the payer has {max(balance - in_use, 0)} atomic units of {token.symbol} that are not in use, and"
             f" {authorization.value} are needed",
         )
-    if permit2 and _number(results[2]) - (in_use if check.apart else 0) < authorization.value:
+    allowed = check.payment.permit is not None  # by the very call that takes the payment, as its simulation shows
+    if permit2 and not allowed and _number(results[2]) - (in_use if check.apart else 0) < authorization.value:
         return AllowanceRequired(
             "permit2_allowance_required",
             f"the payer must once approve Permit2 for {token.symbol}: call approve({PERMIT2_ADDRESS}, amount) on"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import orjson
@@ -21,6 +21,7 @@ from payments.errors import PaymentMalformed
 from payments.x402.answers import QUOTE_EXTENSION, PaymentRequiredAnswer, payment_required, payment_response
 from payments.x402.channels import decode_channel_payment
 from payments.x402.extensions import identifier
+from payments.x402.extensions.eip2612 import Eip2612Permit
 from payments.x402.fields import (
     is_deeper_than,
     read_address,
@@ -140,6 +141,8 @@ class Payment(PaymentHeader):
 
     authorization: Eip3009Authorization | Permit2Authorization
     signature: bytes
+    permit: Eip2612Permit | None = field(default=None, kw_only=True)
+    """Gives Permit2 its allowance in the same call; only once it was checked (`payments.verification.permits`)."""
 
     @property
     def payer(self) -> str:

@@ -14,19 +14,24 @@ from contracts.devnet import Devnet, balance_of, rpc
 from payments import accounts
 from payments.chain.networks import Network
 from payments.facilitator.app import create_app
+from payments.settlement import outbox, reverts
 from payments.settlement.engine import Settlements
+from payments.settlement.orders import SettlementOrder
 from payments.verification.chain_state import ChainStates
 from tests.payments.facilitating import SHOP, VALUE, Running, body, facilitator
-from tests.payments.settling import receipt, rows
+from tests.payments.settling import open_store, receipt, rows
 
 
 def held_by_shop(chain: Devnet) -> int:
     return balance_of(chain.rpc_url, chain.usdc, SHOP) + balance_of(chain.rpc_url, chain.usdt, SHOP)
 
 
-async def until_submitted(running: Running) -> None:
+async def until_submitted(chain: Devnet, running: Running) -> None:
+    """Wait until the one settlement is written, and its transaction waits for a block."""
     async with asyncio.timeout(20):
         while await rows(running.services.store, "state") != [("submitted",)]:  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(0.01)
+        while int(rpc(chain.rpc_url, "txpool_status")["pending"], 16) == 0:
             await asyncio.sleep(0.01)
 
 
@@ -165,7 +170,7 @@ async def test_verify_says_no_while_another_call_settles(chain: Devnet, network:
     rpc(chain.rpc_url, "evm_setAutomine", False)
     async with facilitator(chain, network, tmp_path) as running:
         settling = asyncio.create_task(running.settle(call))
-        await until_submitted(running)
+        await until_submitted(chain, running)
         assert (await running.verify(call))["invalidReason"] == "settlement_pending"
         rpc(chain.rpc_url, "evm_mine")
         assert (await settling)["success"]
@@ -200,7 +205,7 @@ async def test_a_success_that_nobody_hears_is_told_to_the_next_who_asks(
             "client": None,
         }
         first = asyncio.create_task(app(scope, receive, send))
-        await until_submitted(running)
+        await until_submitted(chain, running)
         gone.set()
         await first
         assert heard[0]["status"] == 499
@@ -222,13 +227,16 @@ async def test_two_payments_that_one_balance_covers_do_not_both_burn_gas(
         assert len(await rows(running.services.store)) == 1
 
 
-async def test_a_payer_whose_settlements_fail_has_to_wait(chain: Devnet, network: Network, tmp_path: Path) -> None:
+async def test_a_payer_whose_settlements_fail_has_to_wait(
+    chain: Devnet, network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reverts, "REVERTS_MAX", 1)
     usdc = network.tokens[0]
     rpc(chain.rpc_url, "evm_setAutomine", False)
-    async with facilitator(chain, network, tmp_path, payer_failures_per_hour=1) as running:
+    async with facilitator(chain, network, tmp_path) as running:
         call = body(chain.wallets[2], usdc, network)
         settling = asyncio.create_task(running.settle(call))
-        await until_submitted(running)
+        await until_submitted(chain, running)
         # The money goes elsewhere before the block is made.
         drain(chain, chain.wallets[2].address)
         rpc(chain.rpc_url, "evm_mine")
@@ -238,6 +246,19 @@ async def test_a_payer_whose_settlements_fail_has_to_wait(chain: Devnet, network
         assert refused["invalidReason"] == "payer_suspended"
         assert (await running.settle(call))["errorReason"] == "transaction_failed"
         assert (await running.verify(body(chain.wallets[3], usdc, network)))["isValid"]
+
+
+async def test_a_server_whose_settlements_fail_has_to_wait(chain: Devnet, network: Network, tmp_path: Path) -> None:
+    usdc = network.tokens[0]
+    rpc(chain.rpc_url, "evm_setAutomine", False)
+    async with facilitator(chain, network, tmp_path, client_failures_per_hour=1) as running:
+        settling = asyncio.create_task(running.settle(body(chain.wallets[2], usdc, network)))
+        await until_submitted(chain, running)
+        drain(chain, chain.wallets[2].address)
+        rpc(chain.rpc_url, "evm_mine")
+        assert (await settling)["errorReason"] == "transaction_failed"
+        refused = await running.settle(body(chain.wallets[3], usdc, network))
+        assert refused["errorReason"] == "client_suspended"
 
 
 def drain(chain: Devnet, address: str) -> None:
@@ -309,3 +330,38 @@ async def test_only_listed_recipients_and_worthwhile_amounts_are_settled(
             assert (await running.verify(call))["invalidReason"] == "invalid_payment_requirements"
             assert (await running.settle(call))["success"] is False
         assert await rows(running.services.store) == []
+
+
+async def test_what_only_a_gateway_can_book_is_left_to_it(chain: Devnet, network: Network, tmp_path: Path) -> None:
+    usdc = network.tokens[0]
+    refund = SettlementOrder(
+        id="refund_1",
+        kind="refund",
+        reference="refund:refund_1",
+        chain_id=network.chain_id,
+        token=usdc.address,
+        payer=chain.wallets[1].address.lower(),
+        pay_to=SHOP,
+        value=VALUE,
+        authorization_nonce=None,
+        call_to=usdc.address,
+        call_data=b"",
+        valid_before=0,
+    )
+    store = open_store(tmp_path)
+    await store.write(lambda tx: outbox.enqueue(tx, refund))
+    store.close()
+    async with facilitator(chain, network, tmp_path) as running:
+        assert (await running.settle(body(chain.wallets[2], usdc, network)))["success"]
+        assert set(await rows(running.services.store)) >= {("refund_1", "queued")}
+
+
+async def test_an_operator_sees_what_it_does(chain: Devnet, network: Network, tmp_path: Path) -> None:
+    async with facilitator(chain, network, tmp_path, gas_alarm_wei=10**30) as running:
+        assert (await running.settle(body(chain.wallets[2], network.tokens[0], network)))["success"]
+        assert (await running.http.get("/healthz")).status_code == 200
+        ready = await running.http.get("/readyz")
+        assert (ready.status_code, ready.json()["alarms"][0]["code"]) == (503, "low_gas")
+        metrics = (await running.http.get("/metrics")).text
+        assert 'farebox_facilitator_settlements_total{result="success"} 1.0' in metrics
+        assert 'farebox_settlements_paid{network="eip155:84532"} 1.0' in metrics
