@@ -31,7 +31,7 @@ async def until_submitted(chain: Devnet, running: Running) -> None:
     async with asyncio.timeout(20):
         while await rows(running.services.store, "state") != [("submitted",)]:  # noqa: ASYNC110 - there is no event
             await asyncio.sleep(0.01)
-        while int(rpc(chain.rpc_url, "txpool_status")["pending"], 16) == 0:
+        while int(rpc(chain.rpc_url, "txpool_status")["pending"], 16) == 0:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
