@@ -14,7 +14,15 @@ from contracts.operators import deposit_address
 from payments.chain.logs import Log
 from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS
 from payments.chain.rpc import Request, Rpc
-from payments.chain.transactions import WORD, Call, address_word, selector, topic, word
+from payments.chain.transactions import (
+    TRANSFER_WITH_AUTHORIZATION,
+    WORD,
+    Call,
+    address_word,
+    selector,
+    topic,
+    word,
+)
 
 EXECUTED_TOPIC = topic("Executed(uint256,bool)")
 SWEPT_TOPIC = topic("Swept(bytes32,address,uint256)")
@@ -27,6 +35,9 @@ OWN_GAS_PER_CALL = 16_000
 
 _EXECUTE = selector("execute((address,uint256,bytes)[])")
 _IS_SIGNER = selector("isSigner(address)")
+_EXECUTE_TRANSFERS = selector("executeTransfers(address,address,uint256,bytes)")
+_PACKED = ((0, 20), (2, 12), (3, 6), (4, 6), (5, 32), (6, 1), (7, 32), (8, 32))
+"""Position and bytes of the arguments in a packed transfer, as `FareboxBatch.sol` has them."""
 _SWEEP = selector("sweep(address,bytes32[])")
 
 
@@ -49,6 +60,41 @@ def encode_execute(calls: Sequence[Call]) -> bytes:
         tails.append(tail)
         offset += len(tail)
     return b"".join((_EXECUTE, word(WORD), word(len(calls)), *heads, *tails))
+
+
+def encode_batch(calls: Sequence[Call]) -> bytes:
+    """Calldata of the batch contract for these calls: packed if all of them are EIP-3009 transfers of one token to one
+    recipient, as most are; else `encode_execute`. What the calls do, and the events, are the same."""
+    packed = [_packed_transfer(call.data) for call in calls]
+    first = calls[0]
+    recipient = _argument(first.data, 1)
+    alike = all(
+        (call.to, call.gas, call.value, _argument(call.data, 1)) == (first.to, first.gas, 0, recipient)
+        for call in calls
+    )
+    entries = b"".join(each for each in packed if each is not None)
+    if not alike or None in packed:
+        return encode_execute(calls)
+    heads = (_EXECUTE_TRANSFERS, address_word(first.to), recipient, word(first.gas), word(4 * WORD), word(len(entries)))
+    return b"".join((*heads, entries, b"\0" * (-len(entries) % WORD)))
+
+
+def _packed_transfer(data: bytes) -> bytes | None:
+    """The arguments of `transferWithAuthorization` but the recipient, in their fewest bytes; None for another call, or one
+    whose arguments need more of them."""
+    if data[:4] != TRANSFER_WITH_AUTHORIZATION or len(data) != 4 + 9 * WORD:
+        return None
+    fields = []
+    for position, length in _PACKED:
+        argument = _argument(data, position)
+        if any(argument[: WORD - length]):
+            return None
+        fields.append(argument[WORD - length :])
+    return b"".join(fields)
+
+
+def _argument(data: bytes, position: int) -> bytes:
+    return data[4 + position * WORD : 4 + (position + 1) * WORD]
 
 
 def batch_gas_limit(calls: Sequence[Call]) -> int:

@@ -194,7 +194,7 @@ def _tail(data: bytes) -> bytes:
 TRANSFER_TOPIC = topic("Transfer(address,address,uint256)")
 AUTHORIZATION_USED_TOPIC = topic("AuthorizationUsed(address,bytes32)")
 
-_TRANSFER_WITH_AUTHORIZATION = selector(
+TRANSFER_WITH_AUTHORIZATION = selector(
     "transferWithAuthorization(address,address,uint256,uint256,uint256,bytes32,uint8,bytes32,bytes32)"
 )
 _TRANSFER_WITH_AUTHORIZATION_BYTES = selector(
@@ -233,7 +233,7 @@ def encode_transfer_with_authorization(authorization: Eip3009Authorization, sign
         )
     )
     if len(signature) == ECDSA_BYTES:
-        return _TRANSFER_WITH_AUTHORIZATION + terms + word(signature[64]) + signature[:64]
+        return TRANSFER_WITH_AUTHORIZATION + terms + word(signature[64]) + signature[:64]
     return _TRANSFER_WITH_AUTHORIZATION_BYTES + terms + word(7 * WORD) + _tail(signature)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from payments.chain.batches import batch_gas_limit, encode_execute
+from payments.chain.batches import batch_gas_limit, encode_batch
 from payments.chain.gas import BytesGas
 from payments.chain.signers import FeeEstimate, Signer, least_loaded
 from payments.chain.transactions import Call, Fees
@@ -278,7 +278,7 @@ class Dispatcher:
 
     def _batch(self, calls: Sequence[Call]) -> Call:
         assert self._batch_contract is not None
-        return Call(self._batch_contract, encode_execute(calls), batch_gas_limit(calls))
+        return Call(self._batch_contract, encode_batch(calls), batch_gas_limit(calls))
 
     def _failed(self, lane: _Lane, loads: list[_Load], error: BaseException) -> None:
         """Nothing was written: tell those who wait, and try the queued ones again."""

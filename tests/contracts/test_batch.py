@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from contracts import operators
 from contracts.devnet import Devnet, RpcRefused, balance_of, call_data, place_operator_contracts, receipt, rpc, send_as
-from payments.chain.batches import Executed, batch_gas_limit, encode_execute, logs_of_call, logs_of_calls
+from payments.chain.batches import (
+    Executed,
+    batch_gas_limit,
+    encode_batch,
+    encode_execute,
+    logs_of_call,
+    logs_of_calls,
+)
 from payments.chain.transactions import TRANSFER_TOPIC, Call
 from tests.contracts.calls import authorization, encoded, events, read, selector, sign_authorization
 
@@ -16,6 +26,9 @@ TRANSFER = "transferWithAuthorization(address,address,uint256,uint256,uint256,by
 GAS_EACH = 150_000
 BURNER = "0x00000000000000000000000000000000000b0413"
 BOMBER = "0x00000000000000000000000000000000000b0b0b"
+
+Encode = Callable[[Sequence[Call]], bytes]
+BOTH = pytest.mark.parametrize("encode", [encode_execute, encode_batch])
 
 
 @pytest.fixture
@@ -36,22 +49,30 @@ def payment(chain: Devnet, payer: int, value: int, number: int = 0) -> Call:
     return Call(chain.usdc.address.lower(), bytes.fromhex(data[2:]), GAS_EACH)
 
 
-def execute(chain: Devnet, batch: str, calls: list[Call], *, sender: int = 9, gas: int | None = None) -> dict:  # type: ignore[type-arg]
-    """Send a batch whatever becomes of it, and return its receipt."""
+def execute(
+    chain: Devnet,
+    batch: str,
+    calls: list[Call],
+    *,
+    sender: int = 9,
+    gas: int | None = None,
+    encode: Encode = encode_batch,
+) -> dict[str, Any]:
+    """Send a batch whatever becomes of it, and return its receipt. It is packed if it can be."""
     transaction = {
         "from": chain.wallets[sender].address,
         "to": batch,
-        "data": "0x" + encode_execute(calls).hex(),
+        "data": "0x" + encode(calls).hex(),
         "gas": hex(batch_gas_limit(calls) if gas is None else gas),
     }
     sent = rpc(chain.rpc_url, "eth_sendTransaction", transaction)
     with contextlib.suppress(RpcRefused):  # raised for one that reverted
         receipt(chain.rpc_url, sent)
-    mined: dict = rpc(chain.rpc_url, "eth_getTransactionReceipt", sent)  # type: ignore[type-arg]
+    mined: dict[str, Any] = rpc(chain.rpc_url, "eth_getTransactionReceipt", sent)
     return mined
 
 
-def results_of(mined: dict, count: int) -> list[Executed] | None:  # type: ignore[type-arg]
+def results_of(mined: dict[str, Any], count: int) -> list[Executed] | None:
     """What the calls of a batch came to; None if nothing was executed."""
     if mined["status"] != "0x1":
         return None
@@ -63,10 +84,13 @@ def results_of(mined: dict, count: int) -> list[Executed] | None:  # type: ignor
     return results
 
 
-def test_every_payment_of_a_batch_is_made_and_its_logs_are_told_apart(chain: Devnet, batch: str) -> None:
+@BOTH
+def test_every_payment_of_a_batch_is_made_and_its_logs_are_told_apart(
+    chain: Devnet, batch: str, encode: Encode
+) -> None:
     before = balance_of(chain.rpc_url, chain.usdc, chain.wallets[7].address)
 
-    mined = execute(chain, batch, [payment(chain, payer, 1_000 + payer) for payer in range(5)])
+    mined = execute(chain, batch, [payment(chain, payer, 1_000 + payer) for payer in range(5)], encode=encode)
 
     assert balance_of(chain.rpc_url, chain.usdc, chain.wallets[7].address) - before == 5_010
     results = results_of(mined, 5)
@@ -78,10 +102,11 @@ def test_every_payment_of_a_batch_is_made_and_its_logs_are_told_apart(chain: Dev
         assert moved[0]["topics"][1][-40:] == chain.wallets[payer].address[2:].lower()
 
 
-def test_a_payment_that_fails_undoes_only_itself(chain: Devnet, batch: str) -> None:
+@BOTH
+def test_a_payment_that_fails_undoes_only_itself(chain: Devnet, batch: str, encode: Encode) -> None:
     good, bad, other = payment(chain, 0, 5), payment(chain, 1, 10**15), payment(chain, 2, 7)
 
-    results = results_of(execute(chain, batch, [good, bad, other]), 3)
+    results = results_of(execute(chain, batch, [good, bad, other], encode=encode), 3)
 
     assert results is not None
     assert [result.success for result in results] == [True, False, True]
@@ -103,7 +128,8 @@ def test_a_call_that_burns_all_it_gets_leaves_the_others_theirs(chain: Devnet, b
     assert spent < 2 * 120_000 + GAS_EACH + 4_000_000
 
 
-def test_a_batch_with_too_little_gas_does_nothing_at_all(chain: Devnet, batch: str) -> None:
+@BOTH
+def test_a_batch_with_too_little_gas_does_nothing_at_all(chain: Devnet, batch: str, encode: Encode) -> None:
     """For want of gas no single payment fails, which would look as if it could not be made."""
     calls = [payment(chain, payer, 9) for payer in range(4)]
     enough = batch_gas_limit(calls)
@@ -112,7 +138,7 @@ def test_a_batch_with_too_little_gas_does_nothing_at_all(chain: Devnet, batch: s
     outcomes = []
 
     for eighths in range(1, 9):
-        results = results_of(execute(chain, batch, calls, gas=enough * eighths // 8), 4)
+        results = results_of(execute(chain, batch, calls, gas=enough * eighths // 8, encode=encode), 4)
         outcomes.append(results is not None)
         if results is not None:
             assert [result.success for result in results] == [True] * 4
@@ -126,10 +152,13 @@ def test_a_batch_with_too_little_gas_does_nothing_at_all(chain: Devnet, batch: s
 def test_only_a_signer_may_send_a_batch(chain: Devnet, batch: str) -> None:
     owner, signer, stranger = chain.wallets[8], chain.wallets[9], chain.wallets[3]
     data = "0x" + encode_execute([payment(chain, 0, 5)]).hex()
+    packed = "0x" + encode_batch([payment(chain, 0, 5)]).hex()
+    assert packed[:10] != data[:10]
     for sender in (stranger, owner):
-        with pytest.raises(RpcRefused) as refused:
-            send_as(chain.rpc_url, sender.address, batch, data)
-        assert refused.value.data == selector("NotSigner()")
+        for attempt in (data, packed):
+            with pytest.raises(RpcRefused) as refused:
+                send_as(chain.rpc_url, sender.address, batch, attempt)
+            assert refused.value.data == selector("NotSigner()")
 
     with pytest.raises(RpcRefused) as refused:
         send_as(chain.rpc_url, signer.address, batch, call_data("setSigner(address,bool)", stranger.address, 1))
@@ -140,6 +169,44 @@ def test_only_a_signer_may_send_a_batch(chain: Devnet, batch: str) -> None:
     send_as(chain.rpc_url, stranger.address, batch, data)
     with pytest.raises(RpcRefused):
         send_as(chain.rpc_url, signer.address, batch, data)
+
+
+def test_what_is_not_alike_is_not_packed(chain: Devnet, batch: str) -> None:
+    alike = [payment(chain, payer, 1_000) for payer in range(3)]
+    packed = encode_batch(alike)
+    assert len(packed) < len(encode_execute(alike)) * 2 // 3
+    other = payment(chain, 3, 1_000)
+    for changed in (
+        dataclasses.replace(other, to=chain.usdt.address.lower()),
+        dataclasses.replace(other, gas=GAS_EACH + 1),
+        dataclasses.replace(other, data=other.data + b"\0"),
+        dataclasses.replace(other, data=b"\0" * 4 + other.data[4:]),
+        with_argument(other, 0, 2**160),  # no address
+        with_argument(other, 1, 7),  # to somebody else
+        with_argument(other, 2, 2**96),
+        with_argument(other, 3, 2**48),
+        with_argument(other, 4, 2**256 - 1),  # without end
+        with_argument(other, 6, 256),
+    ):
+        assert encode_batch([*alike, changed]) == encode_execute([*alike, changed])
+    widest = with_argument(with_argument(other, 2, 2**96 - 1), 4, 2**48 - 1)
+    assert encode_batch([*alike, widest])[:4] == packed[:4]
+
+
+def with_argument(call: Call, position: int, value: int) -> Call:
+    start = 4 + 32 * position
+    return dataclasses.replace(call, data=call.data[:start] + value.to_bytes(32, "big") + call.data[start + 32 :])
+
+
+def test_packed_transfers_of_another_length_are_refused(chain: Devnet, batch: str) -> None:
+    whole = encode_batch([payment(chain, 0, 5)])
+    token, to = chain.usdc.address, chain.wallets[7].address
+    transfers = whole[4 + 5 * 32 :][:141]
+    for cut in (transfers[:-1], transfers + b"\0"):
+        data = encoded("executeTransfers(address,address,uint256,bytes)", token, to, GAS_EACH, cut)
+        with pytest.raises(RpcRefused) as refused:
+            send_as(chain.rpc_url, chain.wallets[9].address, batch, data)
+        assert refused.value.data == selector("NotTransfers()")
 
 
 def test_only_the_owner_gives_the_contract_away(chain: Devnet, batch: str) -> None:

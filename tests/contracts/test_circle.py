@@ -20,7 +20,7 @@ from contracts.devnet import (
     receipt,
     rpc,
 )
-from payments.chain.batches import batch_gas_limit, encode_execute, logs_of_calls
+from payments.chain.batches import batch_gas_limit, encode_batch, logs_of_calls
 from payments.chain.networks import Network, Token
 from payments.chain.rpc import Rpc
 from payments.chain.transactions import AUTHORIZATION_USED_TOPIC, TRANSFER_TOPIC, Call, address_of, settle_call
@@ -131,7 +131,7 @@ async def test_what_circle_blocks_is_refused_and_costs_nothing(
         assert count == 0
 
 
-@pytest.mark.parametrize(("payers", "gas_max"), [(5, 46_000), (50, 51_500)])
+@pytest.mark.parametrize(("payers", "gas_max"), [(5, 43_500), (50, 50_000)])
 def test_fifty_payments_share_a_transaction_and_its_gas(
     circle_chain: Devnet, network: Network, payers: int, gas_max: int
 ) -> None:
@@ -148,7 +148,7 @@ def test_fifty_payments_share_a_transaction_and_its_gas(
     transaction = {
         "from": signer.address,
         "to": batch,
-        "data": "0x" + encode_execute(calls).hex(),
+        "data": "0x" + encode_batch(calls).hex(),
         "gas": hex(batch_gas_limit(calls)),
     }
     mined = receipt(chain.rpc_url, rpc(chain.rpc_url, "eth_sendTransaction", transaction))

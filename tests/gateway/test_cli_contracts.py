@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from contracts import operators
 from contracts.devnet import Devnet, call_data, rpc, send_as
 from contracts.operators import CREATE2_DEPLOYER
 from tests.gateway.test_cli import KEY, KEY_ADDRESS, Run, on_chain, parsed, run
@@ -52,13 +53,14 @@ def test_contracts_are_created_once_and_then_found_by_the_doctor(
 
 
 def test_a_creation_that_was_cut_short_goes_on_where_it_stopped(run: Run, on_chain: Devnet) -> None:
-    balance = rpc(on_chain.rpc_url, "eth_getBalance", KEY_ADDRESS, "latest")
-    rpc(on_chain.rpc_url, "anvil_setBalance", KEY_ADDRESS, hex(4 * 10**14))  # enough for the first one
+    data = "0x" + operators.forwarder(KEY_ADDRESS).deployer_data.hex()
+    send_as(on_chain.rpc_url, on_chain.wallets[0].address, CREATE2_DEPLOYER, data)
+    rpc(on_chain.rpc_url, "anvil_setBalance", KEY_ADDRESS, "0x0")
     failed = run("contracts", "deploy", "--json")
     assert failed.exit_code == 1
     assert KEY_ADDRESS in json.loads(failed.stdout)["error"]["fix"]
 
-    rpc(on_chain.rpc_url, "anvil_setBalance", KEY_ADDRESS, balance)
+    rpc(on_chain.rpc_url, "anvil_setBalance", KEY_ADDRESS, hex(10**18))
     made = parsed(run("contracts", "deploy", "--json"))["contracts"]
     assert made[0]["transaction"] is None
     assert made[-1]["transaction"] is not None

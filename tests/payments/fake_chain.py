@@ -4,6 +4,7 @@ contract, a mempool, and reorganisations. What it does not know it refuses."""
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import time
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ _EIP3009 = selector("transferWithAuthorization(address,address,uint256,uint256,u
 _TRANSFER = encode_transfer("0x" + "00" * 20, 0)[:4]
 _STATE = encode_authorization_state("0x" + "00" * 20, 0)[:4]
 _EXECUTE = encode_execute([])[:4]
+_EXECUTE_TRANSFERS = selector("executeTransfers(address,address,uint256,bytes)")
+_TRANSFER_LENGTHS = (20, 12, 6, 6, 32, 1, 32, 32)
 
 
 class Reverted(Exception):
@@ -288,6 +291,8 @@ def _address(word: int) -> str:
 
 
 def _calls_of(data: bytes) -> list[tuple[str, bytes]]:
+    if data[:4] == _EXECUTE_TRANSFERS:
+        return _transfers_of(data[4:])
     assert data[:4] == _EXECUTE
 
     def number(at: int) -> int:
@@ -299,6 +304,17 @@ def _calls_of(data: bytes) -> list[tuple[str, bytes]]:
         at = start + number(start + index * WORD)
         content = at + number(at + 2 * WORD)
         calls.append((_address(number(at)), data[content + WORD : content + WORD + number(content)]))
+    return calls
+
+
+def _transfers_of(data: bytes) -> list[tuple[str, bytes]]:
+    """The calls that the batch contract makes of packed transfers."""
+    token, recipient = "0x" + data[12:WORD].hex(), data[WORD : 2 * WORD]
+    entries = io.BytesIO(data[5 * WORD :][: int.from_bytes(data[4 * WORD : 5 * WORD], "big")])
+    calls = []
+    while len(first := entries.read(_TRANSFER_LENGTHS[0])):
+        payer, *others = (each.rjust(WORD, b"\0") for each in (first, *map(entries.read, _TRANSFER_LENGTHS[1:])))
+        calls.append((token, b"".join((_EIP3009, payer, recipient, *others))))
     return calls
 
 
