@@ -341,6 +341,8 @@ class Settlements:
             self.failed += 1
             if entry.burnt:
                 self._reverts.reverted(entry.order.payer)
+                # In another block the same call may succeed.
+                self.finality.watch(entry)
         else:
             self.paid += 1
             self._reverts.paid(entry.order.payer)
@@ -373,12 +375,10 @@ class Settlements:
         """A reorganisation took evidence away: the same bytes go out once more, and the evidence is found anew."""
 
         def unit(tx: Transaction) -> tuple[list[Entry], list[Outgoing]]:
-            moved = [
-                entry
-                for entry in vanished
-                if states.move(tx, entry.id, entry.state_without_evidence, transfer_log_index=None, block_number=None)
-            ]
-            ids = {entry.transaction_id for entry in moved if entry.transaction_id is not None}
+            gone: dict[str, Any] = {"transfer_log_index": None, "block_number": None}
+            paid = [entry for entry in vanished if entry.state != "failed"]
+            moved = [entry for entry in paid if states.move(tx, entry.id, entry.state_without_evidence, **gone)]
+            ids = {entry.transaction_id for entry in vanished if entry.transaction_id is not None}
             transactions = loading.with_entries(tx, outgoing.load(tx, sorted(ids), self.accounts)) if ids else []
             for transaction in transactions:
                 outgoing.exclude(tx, transaction)

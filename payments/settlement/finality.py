@@ -61,20 +61,20 @@ class Finality:
         self._looked_at = time.monotonic()
         entries = list(self.watched.values())
         await self._restore_block_hashes([entry for entry in entries if entry.block_hash is None])
-        numbers = sorted({entry.block_number for entry in entries if entry.block_number is not None})
+        numbers = sorted({_block(entry) for entry in entries})
         requests: list[Request] = [("eth_getBlockByNumber", (hex(number), False)) for number in numbers]
         blocks = dict(zip(numbers, await self._rpc.batch(requests), strict=True))
         verdicts = Verdicts()
         for entry in entries:
-            assert entry.block_number is not None
-            block = blocks[entry.block_number]
+            number = _block(entry)
+            block = blocks[number]
             if isinstance(block, RpcError):
                 continue
             if block is None or block["hash"] != entry.block_hash:
                 # A node that lags behind does not know the block yet; only one that is past it can say that it is gone.
-                if head >= entry.block_number:
+                if head >= number:
                     verdicts.vanished.append(entry)
-            elif head - entry.block_number >= self._confirmations:
+            elif head - number >= self._confirmations:
                 verdicts.final.append(entry)
         for entry in (*verdicts.final, *verdicts.vanished):
             self.watched.pop(entry.id, None)
@@ -90,3 +90,10 @@ class Finality:
             if entry.state == "superseded" or evidence is not None:
                 entry.block_number = int(receipt["blockNumber"], 16)
                 entry.block_hash = receipt["blockHash"]
+
+
+def _block(entry: Entry) -> int:
+    """Of its evidence; of our reverted call where there is none."""
+    number = entry.burnt_in_block if entry.block_number is None else entry.block_number
+    assert number is not None
+    return number

@@ -84,6 +84,9 @@ class Judge:
                 included.proven.append((entry, evidence))
             elif entry.state == "submitted":
                 (included.untried if reverted_batch else included.unproven).append(entry)
+            else:
+                # Given up before a reorganisation, and not paid by us now: perhaps by another transaction.
+                self._spawn(self._look_once(entry, int(receipt["blockNumber"], 16)))
         self._included.append(included)
         if not self._recording:
             self._recording = True
@@ -138,6 +141,11 @@ class Judge:
         if state is not None:
             self._paid(entry, evidence, state)
         return state is not None
+
+    async def _look_once(self, entry: Entry, head: int) -> None:
+        found = await self.search(entry, head)
+        if isinstance(found, Evidence):
+            await self.record(entry, found)
 
     async def search(self, entry: Entry, head: int) -> Evidence | NoEvidence:
         """Look for evidence in anybody's transaction up to block `head`.
@@ -209,7 +217,8 @@ class Judge:
         sender = None if included.outgoing.signer is None else included.outgoing.signer.address
         for entry in included.unproven:
             entry.burnt = True
-            head = int(included.receipt["blockNumber"], 16)
+            head = entry.burnt_in_block = int(included.receipt["blockNumber"], 16)
+            entry.block_hash = included.receipt["blockHash"]
             self._spawn(self.look_elsewhere(entry, head, sender=sender, reverted=True))
 
     async def record(self, entry: Entry, evidence: Evidence) -> bool:

@@ -70,6 +70,7 @@ class Entry:
     """Whether the evidence is a transaction of ours."""
     burnt: bool = False
     """Whether our own call for it moved nothing, so that its gas was paid for nothing."""
+    burnt_in_block: int | None = None
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
