@@ -194,7 +194,7 @@ def test_a_body_beyond_the_limit_is_413(http: httpx.Client) -> None:
     assert answer.status_code == 413
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/", 404), ("GET", "/v1/chat/completions", 405)])
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/", 404), ("GET", "/v1/quote", 405)])
 def test_other_urls_answer_in_the_same_form(http: httpx.Client, method: str, path: str, status: int) -> None:
     answer = http.request(method, path)
     assert answer.status_code == status
