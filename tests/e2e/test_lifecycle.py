@@ -247,7 +247,7 @@ def test_logs_hold_nothing_of_what_was_said_and_no_secret(
         "its signature": decoded(headers["PAYMENT-SIGNATURE"])["payload"]["signature"][2:40],
         "the API key": stack.api_key,
         "the admin key": stack.admin_key,
-        "the session": session["Authorization"].split()[1],
+        "the session": session["authorization"].split()[1],
         "the provider's key": environment["FAREBOX_DEV_PROVIDER_KEY"] + '"',
         "the gateway's secret": environment["FAREBOX_SECRET"],
         "the signer's key": json.loads(environment["FAREBOX_SIGNER_KEYS"])[0][2:],
