@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -35,20 +34,13 @@ from payments.reconciliation import Report, open_books, reconcile
 from payments.settlement import sweeps
 from payments.settlement.sweeps import Sweeps
 from payments.store import Store
-from tests.payments.settling import Books, engine, mine, open_store, rows
+from tests.payments.settling import Books, engine, mine, rows
 from tests.payments.test_refunds import decided
 
 USD = 1_000_000_000
 CENT = 10_000
 """In atomic units."""
 CONFIRMATIONS = 2
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(tmp_path)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

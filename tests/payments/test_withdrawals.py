@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -20,18 +19,11 @@ from payments.settlement.engine import Settlements
 from payments.settlement.withdrawer import Withdrawer
 from payments.store import Store
 from payments.withdrawals import Limits, NotUnderReview, UnknownWithdrawal, Withdrawal, WithdrawalRefused
-from tests.payments.settling import Books, engine, open_store, rows, transactions, until
+from tests.payments.settling import Books, engine, rows, transactions, until
 from tests.payments.test_refunds import decided, owe
 
 USD = 1_000_000_000
 LIMITS = Limits(minimum=USD, maximum=100 * USD, daily=150 * USD, review=50 * USD, fee=0)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(tmp_path)
-    yield opened
-    opened.close()
 
 
 @contextlib.asynccontextmanager
