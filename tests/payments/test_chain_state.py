@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from contracts.devnet import Devnet, approve_permit2, as_owner, mint, rpc
+from contracts.devnet import Devnet, approve_permit2, as_owner, mint, rpc, send_as
 from payments.chain.networks import MULTICALL3_ADDRESS, PERMIT2_ADDRESS, Network
 from payments.chain.rpc import Rpc
+from payments.chain.transactions import settle_call
 from payments.errors import AllowanceRequired, PaymentRefused, SettlementUnavailable
 from payments.verification.chain_state import ChainStates
 from tests.payments.settling import PAY_TO, pay
@@ -70,11 +71,8 @@ async def test_a_used_nonce_is_refused(chain: Devnet, network: Network, node: Rp
     for wallet, token in ((chain.wallets[1], usdc), (chain.wallets[2], usdt)):
         payment = pay(wallet, token, 100)
         await states.check(payment, token, PAY_TO)
-        from payments.chain.transactions import settle_call
-
         to, data = settle_call(payment, token)
-        sender = chain.wallets[0].address
-        rpc(chain.rpc_url, "eth_sendTransaction", {"from": sender, "to": to, "data": "0x" + data.hex()})
+        send_as(chain.rpc_url, chain.wallets[0].address, to, "0x" + data.hex())
         with pytest.raises(PaymentRefused) as refused:
             await states.check(payment, token, PAY_TO)
         assert refused.value.code == "authorization_used"

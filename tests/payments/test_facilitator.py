@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from contracts.devnet import Devnet, balance_of, rpc
+from contracts.devnet import Devnet, balance_of, rpc, send_as
 from payments import accounts
 from payments.chain.networks import Network
 from payments.facilitator.app import create_app
@@ -72,7 +72,7 @@ def approve(chain: Devnet, symbol: str) -> None:
     data = "0x095ea7b3" + "000000000022d473030f116ddee9f6b43ac78ba3".rjust(64, "0") + "f" * 64
     sender = chain.wallets[2].address
     rpc(chain.rpc_url, "anvil_impersonateAccount", sender)
-    rpc(chain.rpc_url, "eth_sendTransaction", {"from": sender, "to": token.address, "data": data})
+    send_as(chain.rpc_url, sender, token.address, data)
 
 
 async def test_usdc_is_settled_over_permit2_where_the_server_asks_for_that(
