@@ -30,16 +30,14 @@ from gateway.routing.engine import Engine
 from gateway.routing.tokens import count_input, count_text
 from gateway.settings import NetworkSettings, Settings, WalletSettings
 from gateway.topups import TopUps
-from payments import anchors, recovery
+from payments import anchors, kinds, recovery
 from payments.chain.batches import missing_for_upto
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
-from payments.channels.kinds import register as register_channel_kinds
 from payments.channels.refunds import Refunder
 from payments.channels.services import has_channels
 from payments.deposits import Deposits
 from payments.doctor import verify_tokens
-from payments.facilitator import records as facilitated
 from payments.leases import Leases, instance_name
 from payments.migrate import upgrade
 from payments.money import nano_to_atomic_down, usd_to_nano
@@ -52,8 +50,6 @@ from payments.settlement.refunds import Refunds
 from payments.settlement.withdrawer import Withdrawer
 from payments.sign_in import SignIn
 from payments.store import Store, StoreBusy
-from payments.tenders import upto_settlement
-from payments.tenders.exact import PAYMENT
 from payments.tenders.exact_scheme import ExactScheme
 from payments.tenders.exact_services import ExactServices
 from payments.tenders.schemes import Scheme
@@ -221,19 +217,13 @@ async def _open_chain(
         confirmations=own.confirmations,
         cross_check_nano_usd=usd_to_nano(settings.payments.cross_check_usd),
     )
-    settlements.handle("payment", PAYMENT)
-    register_channel_kinds(settlements, store, network)
-    if own.batch_contract is not None:
-        # Whatever is offered now: what was captured before is settled.
-        settlements.handle(upto_settlement.KIND, upto_settlement.kind(network))
+    # Whatever is offered now: what was begun before, here or in another process, comes to its end.
+    kinds.register(settlements, store)
     upto_works = own.batch_contract is not None and await _can_settle_upto(rpc, own.batch_contract, settlements)
-    settlements.handle(facilitated.KIND, facilitated.kind())
     threshold_nano_usd = usd_to_nano(settings.payments.refund_threshold_usd)
-    # Also where none are to be begun: those that were begun before must come to their end.
     refunds = Refunds(store, settlements, network.tokens, threshold_nano_usd)
     sends_back = settings.treasury_key is not None and threshold_nano_usd > 0
     withdrawer = Withdrawer(store, settlements, network.tokens, pay_to)
-    settlements.handle("sweep", sweeps.kind())
     await settlements.start()
     cleanup.push_async_callback(settlements.stop)
     deposits = None

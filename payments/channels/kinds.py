@@ -31,7 +31,6 @@ from payments.chain.transactions import (
 )
 from payments.channels import book
 from payments.money import atomic_to_nano_down
-from payments.settlement.engine import Settlements
 from payments.settlement.orders import Evidence, Kind, NoEvidence, SettlementOrder
 from payments.store import Store, Transaction
 
@@ -107,27 +106,23 @@ class ClaimProof:
         return NoEvidence(nonce_consumed=True)
 
 
-def register(settlements: Settlements, store: Store, network: Network, *, batchable: bool = True) -> None:
-    """Teach the engine the three kinds; before it starts.
+def kinds(store: Store, network: Network) -> dict[str, Kind]:
+    """The three kinds by name.
 
     Args:
-        settlements: The engine.
         store: The database.
         network: Its tokens.
-        batchable: Whether the batch contract may carry them.
     """
     books = _Books(network)
-    settlements.handle(
-        "channel_deposit",
-        Kind(DepositProof(), books.deposited, books.deposit_failed, lambda _: GAS_DEPOSIT, batchable=batchable),
-    )
-    settlements.handle(
-        "channel_claim", Kind(ClaimProof(store), books.claimed, books.claim_failed, gas_of_claim, batchable=batchable)
-    )
-    settlements.handle(
-        "channel_refund",
-        Kind(RefundProof(), books.refunded, books.refund_failed, lambda _: GAS_REFUND, batchable=batchable),
-    )
+    return {
+        "channel_deposit": Kind(
+            DepositProof(), books.deposited, books.deposit_failed, lambda _: GAS_DEPOSIT, batchable=True
+        ),
+        "channel_claim": Kind(ClaimProof(store), books.claimed, books.claim_failed, gas_of_claim, batchable=True),
+        "channel_refund": Kind(
+            RefundProof(), books.refunded, books.refund_failed, lambda _: GAS_REFUND, batchable=True
+        ),
+    }
 
 
 def gas_of_claim(order: SettlementOrder) -> int:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from payments import anchors
+from payments import anchors, kinds
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
 from payments.doctor import verify_tokens
@@ -21,7 +21,6 @@ from payments.migrate import upgrade
 from payments.settlement.alarms import Alarms
 from payments.settlement.engine import Settlements
 from payments.store import Store
-from payments.tenders.exact import PAYMENT
 from payments.verification.chain_state import ChainStates
 from payments.x402.extensions import eip2612
 
@@ -102,8 +101,8 @@ async def opened(options: Options) -> AsyncIterator[Services]:
                 confirmations=entry.confirmations,
                 cross_check_nano_usd=options.cross_check_nano_usd,
             )
-            # A gateway may have worked on this database: what it left under way goes on.
-            engine.handle("payment", PAYMENT)
+            # Gateways may work on this database too: whoever holds the key settles everybody's.
+            kinds.register(engine, store)
             engines.append(engine)
             schemes.append(ExactFacilitation(entry.network, ChainStates(rpc, entry.network), entry.wallet_factories))
         facilitator = Facilitator(

@@ -17,7 +17,7 @@ from typing import Any
 
 from payments.settlement import outbox, states
 from payments.settlement.evidence import PaymentProof
-from payments.settlement.orders import Kind, LedgerCallback, SettlementOrder
+from payments.settlement.orders import Kind, SettlementOrder
 from payments.store import Transaction
 from payments.tenders import authorizations
 
@@ -60,13 +60,13 @@ class Record:
         return self.call in calls and self.value == value
 
 
+def kind() -> Kind:
+    """How these settlements are carried and proven. Nothing is booked: the money never was ours."""
+    return Kind(PaymentProof(), _nothing, _nothing, outbox.order_gas, batchable=True)
+
+
 def _nothing(tx: Transaction, row: dict[str, Any]) -> None:
     return
-
-
-def kind(on_paid: LedgerCallback = _nothing, on_failed: LedgerCallback = _nothing) -> Kind:
-    """How these settlements are carried and proven. Nothing is booked: the money never was ours."""
-    return Kind(PaymentProof(), on_paid, on_failed, outbox.order_gas, batchable=True)
 
 
 def settlement_id(identity: str) -> str:
@@ -128,21 +128,16 @@ def take_back(tx: Transaction, identity: str, call: str) -> None:
     )
 
 
-def open_settlements(tx: Transaction) -> list[tuple[str, int, str, str, int]]:
-    """The settlements whose fate is not known: id, chain id, token, payer and value in atomic units of each."""
+def open_settlements(tx: Transaction) -> list[tuple[str, int, str, str, int, str]]:
+    """The settlements whose fate is not known: id, chain id, token, payer, value in atomic units, and who asked first."""
     marks = ",".join("?" * len(states.OPEN))
     rows = tx.execute(
-        f"SELECT id, chain_id, token, payer, value FROM settlement WHERE kind = ? AND state IN ({marks})"  # noqa: S608 - only marks
-        " ORDER BY created_ms",
-        (KIND, *sorted(states.OPEN)),
+        "SELECT settlement.id, chain_id, token, payer, value, client FROM settlement"  # noqa: S608 - only marks
+        " JOIN facilitated_payment ON facilitated_payment.settlement_id = settlement.id"
+        f" WHERE settlement.state IN ({marks}) ORDER BY settlement.created_ms",
+        tuple(sorted(states.OPEN)),
     ).fetchall()
-    return [(row[0], row[1], row[2], row[3], int(row[4])) for row in rows]
-
-
-def client_of(tx: Transaction, settlement: str) -> str:
-    """Who first asked for a settlement."""
-    row = tx.execute("SELECT client FROM facilitated_payment WHERE settlement_id = ?", (settlement,)).fetchone()
-    return str(row[0]) if row is not None else ""
+    return [(row[0], row[1], row[2], row[3], int(row[4]), row[5]) for row in rows]
 
 
 def _now_ms() -> int:

@@ -20,13 +20,14 @@ from typing import Any
 from payments.buckets import Buckets
 from payments.errors import PaymentError, PaymentRefused, SettlementUnavailable
 from payments.facilitator import records, wire
-from payments.facilitator.records import KIND, Record
+from payments.facilitator.records import Record
 from payments.facilitator.schemes import Facilitated, FacilitatedScheme
 from payments.facilitator.wire import FacilitatorCall
 from payments.money import atomic_to_nano_down
 from payments.settlement.engine import Settlements
 from payments.settlement.orders import SettlementOrder
-from payments.store import Store, Transaction
+from payments.settlement.outcomes import SettlementOutcome
+from payments.store import Store
 from payments.tenders.exact_services import Unmined
 
 log = logging.getLogger(__name__)
@@ -74,18 +75,17 @@ class Facilitator:
         self._unmined = Unmined()
         self._open: dict[str, tuple[str, str]] = {}
         """Payer and asset of each settlement that is counted in `_unmined`."""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        for engine in settlements.values():
-            engine.handle(KIND, records.kind(self._paid, self._failed))
 
     async def start(self) -> None:
         """Learn what is under way; before the engines start."""
-        self._loop = asyncio.get_running_loop()
         tokens = {(token.chain_id, token.address): token for network in self.networks for token in network.tokens}
-        for settlement_id, chain_id, address, payer, value in await self._store.read(records.open_settlements):
+        for settlement_id, chain_id, address, payer, value, client in await self._store.read(records.open_settlements):
             token = tokens.get((chain_id, address))
             if token is not None:
                 self._count_open(settlement_id, payer, token.asset, atomic_to_nano_down(value, token.decimals))
+                self._settlements[chain_id].outcomes.follow(
+                    settlement_id, partial(self._decided, settlement_id, client)
+                )
 
     def supported(self) -> dict[str, Any]:
         """The answer of `/supported`."""
@@ -225,16 +225,19 @@ class Facilitator:
 
     async def _begin(self, payment: Facilitated, client: str) -> bool:
         order = payment.order
+        engine = self._settlements[order.chain_id]
         self._count_open(order.id, order.payer, payment.token.asset, _worth_nano_usd(payment))
+        engine.outcomes.follow(order.id, partial(self._decided, order.id, client))
         begun = False
         try:
             order = await self._check_first(payment, client)
             begun = await self._store.write(lambda tx: records.begin(tx, payment.identity, order, client))
         finally:
             if not begun:
+                engine.outcomes.unfollow(order.id)
                 self._uncount_open(order.id)
         if begun:
-            self._settlements[order.chain_id].take_queued(order.id)
+            engine.take_queued(order.id)
         return begun
 
     async def _conclude(
@@ -265,23 +268,11 @@ class Facilitator:
 
     # --- what the engines decide --------------------------------------------------------------------------------------
 
-    def _paid(self, tx: Transaction, row: dict[str, Any]) -> None:
-        # Whoever executes an authorization before us makes our transaction revert, and us pay for it.
-        wasted = row["state"] == "superseded"
-        self._tell(row, records.client_of(tx, row["id"]) if wasted else None)
-
-    def _failed(self, tx: Transaction, row: dict[str, Any]) -> None:
-        self._tell(row, records.client_of(tx, row["id"]))
-
-    def _tell(self, row: dict[str, Any], blamed: str | None) -> None:
-        """Units run on the store's thread; what is kept here belongs to the loop's."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._decided, row["id"], blamed)
-
-    def _decided(self, settlement_id: str, blamed: str | None) -> None:
+    def _decided(self, settlement_id: str, client: str, outcome: SettlementOutcome) -> None:
         self._uncount_open(settlement_id)
-        if blamed is not None:
-            self._client_failures.take(blamed)
+        # Whoever executes an authorization before us makes our transaction revert, and us pay for it.
+        if outcome.state in ("superseded", "failed"):
+            self._client_failures.take(client)
 
     def _count_open(self, settlement_id: str, payer: str, asset: str, value_nano_usd: int) -> None:
         self._open[settlement_id] = (payer, asset)

@@ -70,6 +70,7 @@ class Settlements:
         housekeeping_s: float = 1.0,
     ) -> None:
         self.network = network
+        self.batch_contract = None if batch_contract is None else batch_contract.lower()
         self.signers = [Signer.from_hex(key) for key in signer_keys]
         by_address = {signer.address: signer for signer in self.signers}
         treasury = None if treasury_key is None else Signer.from_hex(treasury_key)
@@ -87,7 +88,7 @@ class Settlements:
         self._kinds: dict[str, Kind] = {}
         self._entries: dict[str, Entry] = {}
         self._transactions: dict[str, Outgoing] = {}
-        self._outcomes = Outcomes()
+        self.outcomes = Outcomes()
         self._taking: dict[str, asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._running = False
@@ -113,7 +114,7 @@ class Settlements:
             self._kinds,
             self.fees,
             bytes_gas=self._bytes_gas,
-            batch_contract=None if batch_contract is None else batch_contract.lower(),
+            batch_contract=self.batch_contract,
             block_time_ms=network.block_time_ms,
             head=lambda: self.courier.head,
             adopt=self._carry,
@@ -256,7 +257,7 @@ class Settlements:
         entry = self._entries.get(settlement_id)
         if entry is not None and entry.state in states.OPEN and self._running and timeout_s > 0:
             await wait_for(entry, timeout_s)
-        decided = self._outcomes.get(settlement_id)
+        decided = self.outcomes.get(settlement_id)
         if decided is not None:
             return decided
         entry = entry or await self._store.read(lambda tx: outbox.find(tx, settlement_id))
@@ -333,10 +334,10 @@ class Settlements:
 
     def _decided(self, entry: Entry) -> None:
         """The judge has made its decision durable."""
-        before = self._outcomes.get(entry.id)
+        before = self.outcomes.get(entry.id)
         if self._entries.pop(entry.id, None) is None and before is not None and before.state == entry.state:
             return  # two ways led to the same decision
-        self._outcomes.keep(entry)
+        self.outcomes.keep(entry)
         if entry.state == "failed":
             self.failed += 1
             if entry.burnt:
@@ -365,9 +366,9 @@ class Settlements:
         if final:
             await self._store.write(lambda tx: [states.move(tx, entry.id, "final") for entry in final])
         for entry in verdicts.final:
-            if self._outcomes.get(entry.id) is not None and entry.state == "mined":
+            if self.outcomes.get(entry.id) is not None and entry.state == "mined":
                 entry.state = "final"
-                self._outcomes.keep(entry)
+                self.outcomes.keep(entry)
         if verdicts.vanished:
             await self._send_again(verdicts.vanished)
 
@@ -387,14 +388,10 @@ class Settlements:
         moved, transactions = await self._store.write(unit)
         for entry in moved:
             log.warning("settlement %s was reorganised out of block %s", entry.id, entry.block_number)
-            entry.state, entry.block_number, entry.block_hash, entry.own = (
-                entry.state_without_evidence,
-                None,
-                None,
-                True,
-            )
+            entry.state, entry.own = entry.state_without_evidence, True
+            entry.block_number = entry.block_hash = None
             self._entries[entry.id] = entry
-            self._outcomes.forget(entry)
+            self.outcomes.forget(entry)
             # Counted once nobody is told the old outcome any more.
             self.reorganised += 1
             if entry.state == "queued":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from payments.settlement import states
@@ -37,11 +38,24 @@ class SettlementOutcome:
         return self.state in states.OPEN
 
 
+Follower = Callable[[SettlementOutcome], object]
+
+
 class Outcomes:
     """The outcomes that were decided last, by settlement."""
 
     def __init__(self) -> None:
         self._kept: dict[str, SettlementOutcome] = {}
+        self._followers: dict[str, Follower] = {}
+
+    def follow(self, settlement_id: str, told: Follower) -> None:
+        """Have `told` called, once, with what becomes of a settlement, whichever process decides it. May be called before it is
+        written, and before the engine starts."""
+        self._followers[settlement_id] = told
+
+    def unfollow(self, settlement_id: str) -> None:
+        """It was not written, or nobody wants to be told any more."""
+        self._followers.pop(settlement_id, None)
 
     def get(self, settlement_id: str) -> SettlementOutcome | None:
         """What was decided; None if it was not, or long ago."""
@@ -52,6 +66,9 @@ class Outcomes:
         self._kept[entry.id] = SettlementOutcome.of(entry)
         if len(self._kept) > OUTCOMES_KEPT:
             del self._kept[next(iter(self._kept))]
+        told = self._followers.pop(entry.id, None)
+        if told is not None:
+            told(self._kept[entry.id])
 
     def forget(self, entry: Entry) -> None:
         """It is not decided after all."""

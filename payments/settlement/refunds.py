@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 from payments import wallet_accounts
 from payments.chain.networks import Token
@@ -23,6 +23,8 @@ from payments.ledger.accounts import payer_account
 from payments.money import nano_to_atomic_down
 from payments.settlement import payouts
 from payments.settlement.engine import Settlements
+from payments.settlement.orders import Kind
+from payments.settlement.outcomes import SettlementOutcome
 from payments.store import Store, StoreBusy, Transaction
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,12 @@ RETRY_AFTER_S = 3600.0
 
 Account = tuple[str, Token]
 """A payer's address and the token of its credit."""
+
+
+def kind(tokens: Sequence[Token]) -> Kind:
+    """How the settlement engine carries refunds of these tokens."""
+    by_address = {token.address: token for token in tokens}
+    return payouts.kind(lambda tx, row: payouts.paid(tx, row, by_address[row["token"]]), payouts.failed)
 
 
 class Refunds:
@@ -53,12 +61,10 @@ class Refunds:
         self._store, self._rpc, self._settlements = store, settlements.rpc, settlements
         self._treasury = "" if settlements.treasury is None else settlements.treasury.address
         self._tokens = {token.asset: token for token in tokens}
-        self._by_address = {token.address: token for token in tokens}
         self._threshold = threshold_nano_usd
         self._considered: set[tuple[str, str]] = set()
         self._not_before: dict[tuple[str, str], float] = {}
         self._task: asyncio.Task[None] | None = None
-        settlements.handle("refund", payouts.kind(self._mined, self._failed))
 
     def consider(self, payer: str, asset: str) -> None:
         """A payer's credit may have grown: look at it soon. Costs nothing."""
@@ -119,6 +125,7 @@ class Refunds:
         settlement_id = await self._store.write(lambda tx: self._begin(tx, payer, token))
         if settlement_id is None:
             return False
+        self._settlements.outcomes.follow(settlement_id, partial(self._decided, payer, token.asset))
         self._settlements.take_queued(settlement_id)
         return True
 
@@ -143,13 +150,11 @@ class Refunds:
         payouts.enqueue(tx, "refund", settlement_id, payer, token, value, self._treasury)
         return settlement_id
 
-    def _mined(self, tx: Transaction, row: dict[str, Any]) -> None:
-        payouts.paid(tx, row, self._by_address[row["token"]])
-        self.sent += 1
-
-    def _failed(self, tx: Transaction, row: dict[str, Any]) -> None:
-        payouts.failed(tx, row)
-        self._wait(row["pay_to"], self._by_address[row["token"]].asset)
+    def _decided(self, payer: str, asset: str, outcome: SettlementOutcome) -> None:
+        if outcome.paid:
+            self.sent += 1
+        else:
+            self._wait(payer, asset)
 
     def _wait(self, payer: str, asset: str) -> None:
         self.refused += 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from payments import withdrawals
 from payments.chain.networks import Token
@@ -15,12 +14,19 @@ from payments.errors import SettlementUnavailable
 from payments.money import nano_to_atomic_down
 from payments.settlement import payouts
 from payments.settlement.engine import Settlements
-from payments.store import Store, StoreBusy, Transaction
+from payments.settlement.orders import Kind
+from payments.store import Store, StoreBusy
 from payments.withdrawals import WithdrawalRefused
 
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
+
+
+def kind(tokens: Sequence[Token]) -> Kind:
+    """How the settlement engine carries withdrawals of these tokens."""
+    by_address = {token.address: token for token in tokens}
+    return payouts.kind(lambda tx, row: withdrawals.on_paid(tx, row, by_address[row["token"]]), withdrawals.on_failed)
 
 
 class Withdrawer:
@@ -36,10 +42,8 @@ class Withdrawer:
     def __init__(self, store: Store, settlements: Settlements, tokens: Sequence[Token], treasury: str) -> None:
         self.treasury = treasury
         self.tokens = {token.asset: token for token in tokens}
-        self._by_address = {token.address: token for token in tokens}
         self._store, self._settlements = store, settlements
         self._task: asyncio.Task[None] | None = None
-        settlements.handle("withdrawal", payouts.kind(self._paid, withdrawals.on_failed))
 
     @property
     def open(self) -> bool:
@@ -99,6 +103,3 @@ class Withdrawer:
             except StoreBusy as error:
                 log.warning("approved withdrawals must wait: %s", error)
             await asyncio.sleep(INTERVAL_S)
-
-    def _paid(self, tx: Transaction, row: dict[str, Any]) -> None:
-        withdrawals.on_paid(tx, row, self._by_address[row["token"]])

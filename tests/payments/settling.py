@@ -16,6 +16,7 @@ from contracts.devnet import Wallet, rpc
 from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, Network, Token
 from payments.chain.rpc import Rpc
 from payments.chain.transactions import settle_call
+from payments.kinds import every_kind
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
 from payments.migrate import upgrade
@@ -142,7 +143,9 @@ async def engine(
             batch_contract=batch_contract,
             housekeeping_s=housekeeping_s,
         )
-        settlements.handle("payment", books.kind)
+        kinds = every_kind(store, network, batches=batch_contract is not None) | {"payment": books.kind}
+        for name, kind in kinds.items():
+            settlements.handle(name, kind)
         if start:
             await settlements.start()
         try:

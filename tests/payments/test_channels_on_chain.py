@@ -21,11 +21,11 @@ from payments.chain.transactions import selector, word
 from payments.channels import book
 from payments.channels.book import Channel
 from payments.channels.keeper import ChannelKeeper
-from payments.channels.kinds import register
 from payments.channels.refunds import Refunder
 from payments.channels.requests import OutOfStep
 from payments.channels.services import ChannelServices
 from payments.errors import PaymentRefused
+from payments.kinds import register
 from payments.leases import Leases
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id
@@ -143,7 +143,7 @@ async def gateway(
     leases = Leases(store, owner)
     async with Rpc([chain.rpc_url], timeout_s=5) as chain_rpc:
         settlements = Settlements(store, chain_rpc, network, [chain.wallets[SIGNER].private_key], housekeeping_s=0.05)
-        register(settlements, store, network)
+        register(settlements, store)
         await settlements.start()
         payers = ExactServices(
             store=store,

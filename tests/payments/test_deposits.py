@@ -31,7 +31,6 @@ from payments.ledger import books as ledger_books
 from payments.ledger import history, transfers
 from payments.ledger.accounts import account_id, payer_account
 from payments.reconciliation import Report, open_books, reconcile
-from payments.settlement import sweeps
 from payments.settlement.sweeps import Sweeps
 from payments.store import Store
 from tests.payments.settling import Books, engine, mine, rows
@@ -307,7 +306,6 @@ async def sweeping(
     async with engine(
         store, deposits.network, chain.rpc_url, [chain.wallets[0]], Books(deposits.network), start=False
     ) as settlements:
-        settlements.handle("sweep", sweeps.kind())
         await settlements.start()
         yield Sweeps(store, settlements, deposits, threshold_nano_usd=threshold_nano_usd, interval_s=60)
 
