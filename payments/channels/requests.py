@@ -30,6 +30,7 @@ from payments.x402.channels import (
     Voucher,
     corrected,
 )
+from payments.x402.extensions import identifier as identifiers
 from payments.x402.requirements import Requirement
 
 _FIND = """
@@ -85,6 +86,8 @@ class Wanted:
     details: dict[str, Any]
     refusal: PaymentRefused | None = None
     """Why it is too late for a first use, if it is."""
+    identifier: str | None = None
+    """The payer's own name for it, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,7 @@ def take(tx: Transaction, wanted: Wanted, *, patient: bool) -> Taken | MustWait 
 
     Raises:
         PaymentRefused: It is not paid for.
+        PaymentConflict: ``payment_identifier_used``: another payment of the payer's bears its name.
     """
     known = tx.execute(_FIND, (wanted.digest,)).fetchone()
     if known is not None and known[1] in ("open", "captured"):
@@ -128,6 +132,10 @@ def take(tx: Transaction, wanted: Wanted, *, patient: bool) -> Taken | MustWait 
     deposit = _deposit_stage(tx, wanted)
     if channel.unsynced and deposit in ("none", "paid"):
         return MustWait("unsynced")
+    if wanted.identifier is not None and channel.on_chain.balance:
+        # Before the voucher is judged: whoever lost everything but the name has no right voucher either. Only a channel that
+        # was paid into is the payer's own word, so that nobody learns of another's receipts.
+        identifiers.check(tx, channel.config.payer, wanted.identifier)
     held = book.held_nano_usd(tx, channel)
     needed = channel.charged_nano_usd + held + wanted.price_nano_usd
     problem = _out_of_step(tx, channel, wanted, held, needed, patient=patient)
@@ -242,6 +250,8 @@ def _hold(
     use = Use(receipt_id, channel.asset, wanted.details)
     closing.place(tx, use, channel.account, wanted.price_nano_usd)
     tx.execute(_INSERT, (wanted.digest, channel.id, str(wanted.voucher.amount), receipt_id, book.now_ms()))
+    if wanted.identifier is not None:
+        identifiers.bind(tx, channel.config.payer, wanted.identifier, receipt_id)
     _raise_voucher(tx, channel, wanted.voucher)
     return Taken(use, channel, wanted.price_nano_usd, deposit)
 

@@ -147,6 +147,7 @@ class ChannelTender:
             deposit_value=0 if self._payment.deposit is None else self._payment.deposit.amount,
             details=details,
             refusal=self._refusal,
+            identifier=self._payment.identifier,
         )
         return requests.take(tx, wanted, patient=patient)
 

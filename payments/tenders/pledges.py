@@ -21,6 +21,7 @@ from payments.tenders import authorizations
 from payments.tenders.authorizations import AlreadyUsed, UseState
 from payments.tenders.base import Charge, HoldEnded, Outcome
 from payments.tenders.closing import Use
+from payments.x402.extensions import identifier as identifiers
 
 _INSERT = (
     "INSERT INTO payment_authorization (identity, digest, receipt_id, state, value_nano_usd, created_ms)"
@@ -80,6 +81,7 @@ def reserve(
     details: dict[str, Any],
     exposure_max_nano_usd: int,
     refusal: PaymentRefused | None = None,
+    identifier: str | None = None,
 ) -> Use | AlreadyUsed:
     """Bind a pledge to a payload and a request. Arguments and results are those of `authorizations.reserve`; besides:
 
@@ -94,6 +96,8 @@ def reserve(
         return _first_use(known, digest)
     if refusal is not None:
         raise refusal
+    if identifier is not None:
+        identifiers.check(tx, payer, identifier)
     _check_debts(tx, payer)
     exposed = exposure(tx, payer)
     if exposed + quoted_nano_usd > exposure_max_nano_usd:
@@ -109,6 +113,8 @@ def reserve(
     )
     row = tx.execute(_INSERT, (identity, digest, receipt_id, value_nano_usd, time.time_ns() // 1_000_000)).fetchone()
     assert row is not None  # writers take turns
+    if identifier is not None:
+        identifiers.bind(tx, payer, identifier, receipt_id)
     return Use(receipt_id, asset, details)
 
 

@@ -96,6 +96,7 @@ class UptoTender:
             details=details,
             exposure_max_nano_usd=self._exposure_max_nano_usd,
             refusal=self._refusal,
+            identifier=self._payment.identifier,
         )
 
     async def _check(self, use: Use) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httpx
@@ -12,13 +14,16 @@ from eth_account import Account
 from eth_account.messages import encode_defunct, encode_typed_data
 from eth_account.signers.local import LocalAccount
 from eth_utils.address import to_checksum_address
-from x402 import PaymentRequired
+from x402 import PaymentRequired, x402ClientSync
 from x402.extensions.bazaar import with_bazaar
 from x402.extensions.payment_identifier import append_payment_identifier_to_extensions
 from x402.http import FacilitatorConfig, HTTPFacilitatorClientSync, x402HTTPClientSync
+from x402.mechanisms.evm.batch_settlement.client import BatchSettlementEvmScheme
+from x402.mechanisms.evm.signers import EthAccountSigner
+from x402.mechanisms.evm.upto import UptoEvmClientScheme
 
 from agents_sdk.signed_receipts import ReceiptInvalid, read_signed_receipt
-from contracts.devnet import USDC, balance_of
+from contracts.devnet import USDC, approve_permit2, balance_of
 from gateway.dev.stack import Stack
 from tests.e2e.clients import ask, decoded, encoded, official_client, sign
 from tests.e2e.conftest import QUESTION
@@ -33,10 +38,14 @@ def asked_for(http: httpx.Client, *names: str) -> dict[str, Any]:
     return required
 
 
-def sign_named(account: LocalAccount, http: httpx.Client, identifier: str) -> dict[str, str]:
-    """What the official client sends with its extension `payment-identifier`."""
-    asked = ask(http, QUESTION)
+def sign_named(account: LocalAccount, asked: httpx.Response, identifier: str, *schemes: Any) -> dict[str, str]:
+    """What the official client sends with its extension `payment-identifier`; by `schemes` only, where some are named."""
+    assert asked.status_code == 402, asked.text
     client = official_client(account)
+    if schemes:
+        client = x402ClientSync()
+        for scheme in schemes:
+            client.register("eip155:*", scheme)
     wrapped = x402HTTPClientSync(client)
     required = wrapped.get_payment_required_response(asked.headers.get, asked.json())
     assert isinstance(required, PaymentRequired)
@@ -54,11 +63,11 @@ def test_whoever_asks_for_nothing_is_told_of_names_for_payments_within_three_kil
 
 
 def test_a_second_payment_of_the_same_name_is_not_taken(http: httpx.Client, stack: Stack, wallet: LocalAccount) -> None:
-    first = sign_named(wallet, http, IDENTIFIER)
+    first = sign_named(wallet, ask(http, QUESTION), IDENTIFIER)
     answer = ask(http, QUESTION, first)
     assert answer.status_code == 200, answer.text
     held = balance_of(stack.rpc_url, USDC, wallet.address)
-    refused = ask(http, QUESTION, sign_named(wallet, http, IDENTIFIER))
+    refused = ask(http, QUESTION, sign_named(wallet, ask(http, QUESTION), IDENTIFIER))
     assert refused.status_code == 409
     error = refused.json()["error"]
     assert error["code"] == "payment_identifier_used"
@@ -66,14 +75,52 @@ def test_a_second_payment_of_the_same_name_is_not_taken(http: httpx.Client, stac
     assert balance_of(stack.rpc_url, USDC, wallet.address) == held
     again = ask(http, QUESTION, first)
     assert (again.status_code, again.text) == (200, answer.text)
-    assert ask(http, QUESTION, sign_named(wallet, http, IDENTIFIER + "-2")).status_code == 200
+    assert ask(http, QUESTION, sign_named(wallet, ask(http, QUESTION), IDENTIFIER + "-2")).status_code == 200
+
+
+def test_a_name_is_borne_once_whatever_scheme_pays_and_for_whatever(
+    http: httpx.Client, stack: Stack, wallet: LocalAccount
+) -> None:
+    approve_permit2(stack.rpc_url, USDC, wallet.key.hex())
+    upto, channel = UptoEvmClientScheme(EthAccountSigner(wallet)), BatchSettlementEvmScheme(EthAccountSigner(wallet))
+
+    def by(scheme: Any, identifier: str) -> dict[str, str]:
+        names = {"accept-payment": scheme.scheme}
+        return names | sign_named(wallet, ask(http, QUESTION, names), identifier, scheme)
+
+    def by_exact(identifier: str) -> dict[str, str]:
+        return sign_named(wallet, ask(http, QUESTION), identifier)
+
+    def topped_up(payment: dict[str, str] | None = None) -> httpx.Response:
+        return http.post("/v1/wallet/topups", json={"amount_usd": "0.10"}, headers=payment)
+
+    def refused_for(receipt: str, *answers: httpx.Response) -> None:
+        for answer in answers:
+            assert answer.status_code == 409, answer.text
+            error = answer.json()["error"]
+            assert (error["code"], error["receipt"]) == ("payment_identifier_used", receipt)
+
+    ways: dict[str, Callable[[str], dict[str, str]]] = {
+        "upto": partial(by, upto),
+        "exact": by_exact,
+        "channel": partial(by, channel),
+    }
+    for way, pay in ways.items():
+        name = f"{IDENTIFIER}-by-{way}"
+        answer = ask(http, QUESTION, pay(name))
+        assert answer.status_code == 200, answer.text
+        others = [ask(http, QUESTION, other(name)) for other in ways.values()]
+        refused_for(answer.headers["x-farebox-receipt"], *others, topped_up(sign_named(wallet, topped_up(), name)))
+    first = topped_up(sign_named(wallet, topped_up(), IDENTIFIER + "-topup"))
+    assert first.status_code == 200, first.text
+    refused_for(first.json()["receipt"], ask(http, QUESTION, by(upto, IDENTIFIER + "-topup")))
 
 
 def test_names_of_two_payers_do_not_meet(http: httpx.Client, stack: Stack) -> None:
     name = "shared-" + "a" * 20
     for entry in stack.wallets[:2]:
         account: LocalAccount = Account.from_key(entry["private_key"])
-        assert ask(http, QUESTION, sign_named(account, http, name)).status_code == 200
+        assert ask(http, QUESTION, sign_named(account, ask(http, QUESTION), name)).status_code == 200
 
 
 @pytest.mark.parametrize("identifier", ["short", "x" * 129, "no blanks allowed here", 7])

@@ -27,6 +27,8 @@ _FREE = """
         )
     )
 """
+_FIND = "SELECT receipt_id FROM payment_identifier WHERE payer = ? AND identifier = ?"
+_INSERT = "INSERT INTO payment_identifier (payer, identifier, receipt_id) VALUES (?, ?, ?)"
 DECLARATION: dict[str, Any] = {
     "info": {"required": False},
     "schema": {
@@ -58,6 +60,18 @@ def read(extensions: dict[str, Any]) -> str | None:
     return str(info["id"])
 
 
+def check(tx: Transaction, payer: str, identifier: str) -> None:
+    """Return if a payment of `payer` (lower-case hex) may bear a name; raises as `bind` does, and changes nothing else."""
+    tx.execute(_FREE, (payer, identifier))
+    first = tx.execute(_FIND, (payer, identifier)).fetchone()
+    if first is not None:
+        raise PaymentConflict(
+            "payment_identifier_used",
+            "another payment of yours bears this identifier; nothing was taken: look at its receipt, or send that very payment",
+            str(first[0]),
+        )
+
+
 def bind(tx: Transaction, payer: str, identifier: str, receipt_id: str) -> None:
     """Let a payment bear a name of its payer's, in the unit that reserves it.
 
@@ -65,18 +79,5 @@ def bind(tx: Transaction, payer: str, identifier: str, receipt_id: str) -> None:
         PaymentConflict: ``payment_identifier_used``, with the first payment's receipt: another payment bears it, whose transfer
             has not failed, and whose request was not released.
     """
-    tx.execute(_FREE, (payer, identifier))
-    row = tx.execute(
-        "INSERT INTO payment_identifier (payer, identifier, receipt_id) VALUES (?, ?, ?)"
-        " ON CONFLICT (payer, identifier) DO NOTHING RETURNING receipt_id",
-        (payer, identifier, receipt_id),
-    ).fetchone()
-    if row is None:
-        first = tx.execute(
-            "SELECT receipt_id FROM payment_identifier WHERE payer = ? AND identifier = ?", (payer, identifier)
-        ).fetchone()
-        raise PaymentConflict(
-            "payment_identifier_used",
-            "another payment of yours bears this identifier; nothing was taken: look at its receipt, or send that very payment",
-            str(first[0]),
-        )
+    check(tx, payer, identifier)
+    tx.execute(_INSERT, (payer, identifier, receipt_id))
