@@ -7,6 +7,7 @@ gateway for it and answers with the process id on a line. It ends when its input
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,9 @@ from typing import Any, Self
 
 from contracts.anvil import end_with_parent
 from tests.crashes.steps import Step
+
+HURRIED = {"interval_s": 0.05, "watch_s": 0.2}
+"""What loops that an operation is about are made with, whatever the configuration says."""
 
 
 class Forks:
@@ -51,15 +55,22 @@ class Forks:
         self._process.wait(10)
 
     def gateway(
-        self, environment: Mapping[str, str], log: Path, record: Path, armed: Path, kill_at: Step | None
+        self,
+        environment: Mapping[str, str],
+        log: Path,
+        record: Path,
+        armed: Path,
+        kill_at: Step | None,
+        loops: Collection[str],
     ) -> int:
-        """Fork a gateway; returns its process id, which vanishes when it ends."""
+        """Fork a gateway; returns its process id, which vanishes when it ends. Its `loops` (see `steps`) hurry."""
         wanted = {
             "environment": dict(environment),
             "log": str(log),
             "record": str(record),
             "armed": str(armed),
             "kill_at": None if kill_at is None else asdict(kill_at),
+            "loops": sorted(loops),
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -91,7 +102,7 @@ def end(pid: int) -> None:
 def _main() -> None:
     from gateway import app, config
     from gateway.routing.tokens import count_text
-    from tests.crashes.steps import Steps
+    from tests.crashes.steps import BY_THE_CLOCK, Steps
 
     count_text("read the tokenizer's tables once", "o200k_base")
     end_with_us = end_with_parent()
@@ -108,12 +119,28 @@ def _main() -> None:
         try:
             if end_with_us is not None:
                 end_with_us()
+            _hurry([BY_THE_CLOCK[loop][0] for loop in wanted["loops"]])
             _become_gateway(app, config, Steps, wanted)
             status = 0
         except BaseException:  # noqa: BLE001 - the log is all that is left to tell
             traceback.print_exc()
         finally:
             os._exit(status)
+
+
+def _hurry(owners: list[Any]) -> None:
+    """Let loops look far more often than they do in earnest: nobody here has the time to wait for them."""
+    for owner in owners:
+        original = owner.__init__
+        names = HURRIED.keys() & inspect.signature(original).parameters.keys()
+        quick = {name: HURRIED[name] for name in names}
+
+        def hurried(
+            self: Any, *arguments: Any, _original: Any = original, _quick: dict[str, float] = quick, **keywords: Any
+        ) -> None:
+            _original(self, *arguments, **(keywords | _quick))
+
+        owner.__init__ = hurried
 
 
 def _become_gateway(app: Any, config: Any, steps: Any, wanted: dict[str, Any]) -> None:
@@ -124,7 +151,7 @@ def _become_gateway(app: Any, config: Any, steps: Any, wanted: dict[str, Any]) -
         os.dup2(source, descriptor)
     os.environ.update(wanted["environment"])
     kill_at = None if wanted["kill_at"] is None else Step(**wanted["kill_at"])
-    steps(Path(wanted["record"]), Path(wanted["armed"]), kill_at).install()
+    steps(Path(wanted["record"]), Path(wanted["armed"]), kill_at, wanted["loops"]).install()
     app.serve(config.load(None, wanted["environment"]))
 
 

@@ -1,23 +1,20 @@
 """What a payer does with a gateway, as scripts that are run again and again while the gateway dies at every step of them.
 
-A new operation is a class of the shape of `Operation` and an entry in `OPERATIONS`.
+A new operation is a subclass of `Operation` and an entry in a table such as `PAYMENTS`, which a test goes through.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import httpx
 
 from contracts.devnet import USDC, USDT, DevToken
-from tests.crashes.world import MILLION_USD, Run
+from tests.crashes.world import MILLION_USD, MODEL, UNAVAILABLE, Run
 from tests.e2e.clients import ask, ask_and_sign, decoded, sign, sign_in
-
-MODEL = "deepseek-v4-flash"
-UNAVAILABLE = "qwen3.7-flash"
-"""The simulator is told to fail for it."""
 
 
 def question(**changes: Any) -> dict[str, Any]:
@@ -26,20 +23,26 @@ def question(**changes: Any) -> dict[str, Any]:
     return asked | changes
 
 
-class Operation(Protocol):
+class Operation:
     """A script. It is made anew for each run."""
 
-    settings: dict[str, str]
+    settings: ClassVar[Mapping[str, str]] = {}
     """Of the gateway, besides the usual ones."""
+    loops: ClassVar[Collection[str]] = ()
+    """What it is about of that which gateways do by the clock, see `tests.crashes.steps`."""
+    own_chain: ClassVar[bool] = False
+    """Whether it does to the chain what other runs could not bear."""
 
     def prepare(self, run: Run) -> None:
         """What comes before: no steps count yet."""
 
     def act(self, run: Run) -> None:
         """What the gateway dies in. Raises `httpx.TransportError` if it does so while the payer waits for it."""
+        raise NotImplementedError
 
     def done(self, run: Run) -> bool:
         """Whether all that `act` began has come to its end, in a life that nothing ended."""
+        return not run.open_settlements()
 
     def resume(self, run: Run) -> None:
         """What the payer does in the next life, as it would of its own accord; checks what it is told."""
@@ -49,12 +52,11 @@ class Operation(Protocol):
 
 
 @dataclass(slots=True)
-class Exact:
+class Exact(Operation):
     """A request paid with itself: authorize, settle, capture. Then the same payment again."""
 
     token: DevToken = USDC
     changes: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, str] = field(default_factory=dict)
     expected: frozenset[int] = frozenset({200})
     """How the same payment may be answered in the next life."""
     headers: dict[str, str] = field(default_factory=dict)
@@ -67,10 +69,6 @@ class Exact:
     def act(self, run: Run) -> None:
         """Pay."""
         self.answers.append(ask(run.http, question(**self.changes), self.headers))
-
-    def done(self, run: Run) -> bool:
-        """Nothing is on its way to the chain."""
-        return not run.open_settlements()
 
     def resume(self, run: Run) -> None:
         """Send the same payment."""
@@ -116,7 +114,7 @@ class Released(Exact):
 class Refunded(Released):
     """A payment whose request fails, and which is sent back on chain."""
 
-    settings: dict[str, str] = field(default_factory=lambda: {"FAREBOX_PAYMENTS__REFUND_THRESHOLD_USD": "0.000001"})
+    settings = {"FAREBOX_PAYMENTS__REFUND_THRESHOLD_USD": "0.000001"}  # noqa: RUF012 - nobody changes it
 
     def done(self, run: Run) -> bool:
         """The refund has arrived."""
@@ -129,11 +127,10 @@ class Refunded(Released):
 
 
 @dataclass(slots=True)
-class Balance:
+class Balance(Operation):
     """A request on a balance: the pool of an API key, or a wallet's credit."""
 
     credit: bool
-    settings: dict[str, str] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     answered: int = 0
 
@@ -203,7 +200,7 @@ class ToppedUp(Exact):
 class Withdrawn(ToppedUp):
     """A balance that its wallet takes out."""
 
-    settings: dict[str, str] = field(default_factory=lambda: {"FAREBOX_WALLET__WITHDRAWAL_MINIMUM_USD": "0.01"})
+    settings = {"FAREBOX_WALLET__WITHDRAWAL_MINIMUM_USD": "0.01"}  # noqa: RUF012 - nobody changes it
     session: dict[str, str] = field(default_factory=dict)
 
     def prepare(self, run: Run) -> None:
@@ -247,11 +244,14 @@ def words(answer: httpx.Response) -> str:
     return "\n".join(line for line in answer.text.splitlines() if line.startswith("data: "))
 
 
-OPERATIONS: dict[str, type[Operation] | Any] = {
+PAYMENTS: Mapping[str, Callable[[], Operation]] = {
     "exact, EIP-3009": Exact,
-    "exact, Permit2, streamed": lambda: Exact(USDT, {"stream": True}),
+    "exact, Permit2": lambda: Exact(USDT),
+    "exact, streamed": lambda: Exact(USDC, {"stream": True}),
     "released": Released,
     "refunded": Refunded,
+}
+BALANCES: Mapping[str, Callable[[], Operation]] = {
     "prepaid credit": lambda: Balance(credit=True),
     "topped up": ToppedUp,
     "withdrawn": Withdrawn,

@@ -1,23 +1,51 @@
 """Counts the steps of a gateway that a power cut could fall between, and is the power cut at one of them.
 
-A step is a durable write, or a call that leaves the process: to a node of the chain or to a provider, before it is sent and
-after its answer has come. Each has a name, so that "the second time that a transaction was sent" means the same in every run.
+A step is a durable write, a call that leaves the process (to a node of the chain or to a provider, before it is sent and after
+its answer has come), or a part of an answer that is about to go to the caller. Each has a name, so that "the second time that a
+transaction was sent" means the same in every run. What loops do by the clock is counted only for operations that are about
+them, and is named after the loop: between the steps of others it would fall anywhere, and a cut there is a cut at the step
+before.
 """
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gateway.services
+from gateway.app import Endpoint
 from gateway.providers.upstream import Upstream
+from payments import recovery
 from payments.chain.rpc import Rpc
+from payments.channels.keeper import ChannelKeeper
+from payments.deposits import Deposits
+from payments.leases import Leases
+from payments.settlement.alarms import Alarms
+from payments.settlement.engine import Settlements
+from payments.settlement.sweeps import Sweeps
 from payments.store import Store
+
+BY_THE_CLOCK: dict[str, tuple[Any, str]] = {
+    "channels": (ChannelKeeper, "_run"),
+    "deposits": (Deposits, "_run"),
+    "sweeps": (Sweeps, "_run"),
+    "leases": (Leases, "_beat_forever"),
+    "finality": (Settlements, "_look_at_finality"),
+    "housekeeping": (Settlements, "_housekeeping"),
+    "alarms": (Alarms, "_run"),
+    "watch": (recovery, "watch"),
+    "sweeper": (gateway.services, "_sweep"),
+}
+"""The loops that run whether or not anybody asks for anything."""
+
+_LOOP: contextvars.ContextVar[str] = contextvars.ContextVar("loop", default="")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -38,18 +66,23 @@ class Steps:
         record: The file that gets a line for each; it survives the process.
         armed: Steps count from when this file exists.
         kill_at: Where the process dies, as if its power were cut; None lets it live.
+        loops: The loops of `BY_THE_CLOCK` whose steps count.
     """
 
-    def __init__(self, record: Path, armed: Path, kill_at: Step | None) -> None:
+    def __init__(self, record: Path, armed: Path, kill_at: Step | None, loops: Collection[str] = ()) -> None:
         self._record = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._armed = armed
         self._kill_at = kill_at
+        self._loops = frozenset(loops)
         self._seen: Counter[str] = Counter()
 
     def happened(self, name: str) -> None:
         """A step."""
-        if not self._armed.exists():
+        loop = _LOOP.get()
+        if (loop and loop not in self._loops) or not self._armed.exists():
             return
+        if loop:
+            name = f"{loop}: {name}"
         self._seen[name] += 1
         os.write(self._record, f"{name}\n".encode())
         if self._kill_at == Step(name, self._seen[name]):
@@ -57,9 +90,16 @@ class Steps:
 
     def install(self) -> None:
         """Count what this process does from now on."""
-        _around(Store, "write", lambda store, unit, **_: None, lambda _, unit, **__: f"wrote {_name(unit)}", self)
-        _around(Rpc, "_post", lambda _, requests: f"asking {_methods(requests)}", _answered, self)
-        _around(Upstream, "send", lambda *_: "asking a provider", lambda *_: "a provider answers", self)
+        for name, (owner, function) in BY_THE_CLOCK.items():
+            _name_loop(owner, function, name)
+        _around(Store, "write", self, None, _written)
+        # What several call at once travels together; each of them asks and is answered all the same.
+        _name_loop(Rpc, "_fly", "flight")
+        _around(Rpc, "call", self, lambda _, *call: f"asking {_methods([call])}", _called)
+        for function, answered in (("batch", _answered), ("ask_each", _all_answered)):
+            _around(Rpc, function, self, lambda _, requests: f"asking {_methods(requests)}", answered)
+        _around(Upstream, "send", self, lambda *_: "asking a provider", lambda *_: "a provider answers")
+        _count_answers(self)
 
 
 def steps_of(record: Path) -> list[Step]:
@@ -72,37 +112,79 @@ def steps_of(record: Path) -> list[Step]:
     return found
 
 
-def _around(owner: type, name: str, before: Callable[..., str | None], after: Callable[..., str], steps: Steps) -> None:
+def _around(owner: type, name: str, steps: Steps, before: Callable[..., str] | None, after: Callable[..., str]) -> None:
+    """Count a step before each call of a method, and one after it, which is told the result first."""
     original = getattr(owner, name)
-    reads_result = after is _answered
 
     @functools.wraps(original)
     async def counted(*arguments: Any, **keywords: Any) -> Any:
-        said = before(*arguments, **keywords)
-        if said is not None:
-            steps.happened(said)
+        if before is not None:
+            steps.happened(before(*arguments))
         result = await original(*arguments, **keywords)
-        steps.happened(after(*arguments, result) if reads_result else after(*arguments, **keywords))
+        steps.happened(after(result, *arguments))
         return result
 
     setattr(owner, name, counted)
 
 
-def _name(unit: Any) -> str:
-    """What a unit is called: the function that made it, for those that have no name of their own."""
+def _name_loop(owner: Any, function: str, name: str) -> None:
+    """Whatever a loop does, and whatever it starts, is the loop's."""
+    original = getattr(owner, function)
+
+    @functools.wraps(original)
+    async def named(*arguments: Any, **keywords: Any) -> Any:
+        before = _LOOP.set(name)
+        try:
+            return await original(*arguments, **keywords)
+        finally:
+            _LOOP.reset(before)
+
+    setattr(owner, function, named)
+
+
+def _count_answers(steps: Steps) -> None:
+    original = Endpoint.__call__
+
+    async def counted(self: Endpoint, scope: Any, receive: Any, send: Any) -> None:
+        async def tell(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                steps.happened("answering")
+            await send(message)
+
+        await original(self, scope, receive, tell)
+
+    Endpoint.__call__ = counted  # type: ignore[method-assign]
+
+
+def _written(result: Any, _: Store, unit: Any) -> str:
+    """A unit is called after the function that made it, if it has no name of its own."""
     while isinstance(unit, functools.partial):
         unit = unit.func
-    return str(getattr(unit, "__qualname__", type(unit).__name__)).removesuffix(".<locals>.<lambda>")
+    name = str(getattr(unit, "__qualname__", type(unit).__name__)).removesuffix(".<locals>.<lambda>")
+    # Of a range of blocks that holds deposits; the others are written down by the clock.
+    return f"wrote {name}, booked" if name == "Deposits.round" and result else f"wrote {name}"
 
 
 def _methods(requests: Any) -> str:
-    return " ".join(sorted({method.removeprefix("eth_") for method, _ in requests}))
+    """What is asked, without what travels along with anything else."""
+    methods = {method.removeprefix("eth_") for method, *_ in requests}
+    return " ".join(sorted(methods - {"blockNumber", "feeHistory"} or methods))
 
 
-def _answered(_: Rpc, requests: Any, replies: Any) -> str:
-    """A receipt that is there is another step than one that is not."""
-    mined = any(
-        method == "eth_getTransactionReceipt" and isinstance(reply, dict)
-        for (method, _), reply in zip(requests, replies, strict=True)
-    )
-    return f"answered {_methods(requests)}{', mined' if mined else ''}"
+def _called(reply: Any, _: Rpc, method: str, *__: Any) -> str:
+    return _said([(method, reply)])
+
+
+def _answered(replies: Any, _: Rpc, requests: Any) -> str:
+    return _said([(method, reply) for (method, _), reply in zip(requests, replies, strict=True)])
+
+
+def _all_answered(of_each_node: Any, rpc: Rpc, requests: Any) -> str:
+    return _answered(of_each_node[0], rpc, requests)
+
+
+def _said(answers: list[tuple[str, Any]]) -> str:
+    """A receipt that is there is another step than one that is not, and so are logs."""
+    mined = any(method == "eth_getTransactionReceipt" and isinstance(reply, dict) for method, reply in answers)
+    found = any(method == "eth_getLogs" and reply and isinstance(reply, list) for method, reply in answers)
+    return f"answered {_methods(answers)}{', mined' if mined else ''}{', found' if found else ''}"

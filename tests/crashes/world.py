@@ -11,13 +11,17 @@ import contextlib
 import itertools
 import json
 import shutil
+import socket
+import sqlite3
+import ssl
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 from sha3 import keccak_256
@@ -31,6 +35,7 @@ from gateway.dev.simulator.process import Simulator
 from payments.accounts import create_key, fund_pool
 from payments.chain.networks import Network, Token
 from payments.chain.rpc import Rpc
+from payments.deposits import Deposits
 from payments.ledger.books import Finding
 from payments.migrate import upgrade
 from payments.reconciliation import reconcile
@@ -43,6 +48,13 @@ MILLION_USD = 10**12
 """In atomic units: nobody here runs out of money."""
 PATIENCE_S = 20.0
 """Everything must come to its end by itself within this."""
+CONTRACTS = {USDC.symbol: "UsdcLike", USDT.symbol: "UsdtLike"}
+MODEL = "deepseek-v4-flash"
+UNAVAILABLE = "unavailable"
+SLOW = "slow"
+TERSE = "terse"
+_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Nobody here speaks TLS, and a context of httpx's own making takes 30 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,50 +79,52 @@ class World:
             network = Network(CHAIN_ID, "base-sepolia", tuple(_token(token) for token in (USDC, USDT)))
             yield cls(anvil.rpc_url, simulator, forks, template, network)
 
+    @contextlib.contextmanager
+    def with_its_own_chain(self) -> Iterator[World]:
+        """The same with another chain: for what nobody else could bear, such as a reorganisation."""
+        with Anvil(chain_id=CHAIN_ID) as anvil:
+            load(anvil.rpc_url)
+            yield replace(self, rpc_url=anvil.rpc_url)
 
-class Run:
-    """One operator, one payer, and the lives of their gateway.
+
+class Gateway:
+    """One gateway, in all its lives.
 
     Args:
-        world: What it shares with others.
-        directory: Its own.
-        settings: Further `FAREBOX_*` variables.
+        world: Where it is.
+        directory: Of its logs and records.
+        environment: Its configuration.
+        loops: Whose steps count, see `tests.crashes.steps`.
     """
 
-    def __init__(self, world: World, directory: Path, settings: dict[str, str] | None = None) -> None:
-        self.world = world
-        self.payer: LocalAccount = Account.create()
-        self.treasury: LocalAccount = Account.create()
-        self.signer: LocalAccount = Account.create()
-        self.directory = directory
-        self.api_key = ""
-        self.seen: list[httpx.Response] = []
-        """Every answer of the gateway to the payer that arrived whole."""
+    def __init__(self, world: World, directory: Path, environment: Mapping[str, str], loops: Collection[str]) -> None:
+        self._forks, self._directory, self._loops = world.forks, directory, loops
+        self._port = free_port()
+        self._environment = {**environment, "FAREBOX_PORT": str(self._port)}
         self._lives = itertools.count(1)
+        self._life = 0
         self._pid = 0
         directory.mkdir(parents=True)
-        shutil.copy(world.template, directory / "farebox.db")
-        self._port = free_port()
-        self._furnish(settings or {})
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self._port}", timeout=PATIENCE_S, trust_env=False)
-
-    # ------------------------------------------------------------------ its gateway
+        self.log = directory / "gateway.log"
+        self.http = httpx.Client(
+            base_url=f"http://127.0.0.1:{self._port}", timeout=PATIENCE_S, trust_env=False, verify=_TLS
+        )
 
     def live(self, kill_at: Step | None = None, *, armed: bool = False) -> None:
         """Begin a life of the gateway; with `armed`, the steps of its start count too, and it may not survive them."""
-        self.life = next(self._lives)
+        self._life = next(self._lives)
         if armed:
             self.arm()
-        log, record = self.directory / "gateway.log", self._file("record")
-        self._pid = self.world.forks.gateway(self._environment, log, record, self._file("armed"), kill_at)
+        self._pid = self._forks.gateway(
+            self._environment, self.log, self._file("record"), self._file("armed"), kill_at, self._loops
+        )
         deadline = time.monotonic() + PATIENCE_S
         while alive(self._pid):
-            assert time.monotonic() < deadline, f"it does not answer: {log.read_text()[-2000:]}"
-            with contextlib.suppress(httpx.TransportError):
-                self.http.get("/healthz")
+            assert time.monotonic() < deadline, f"it does not answer: {self.log.read_text()[-2000:]}"
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self._port)):
                 return
             time.sleep(0.005)
-        assert armed, f"it did not start: {log.read_text()[-2000:]}"
+        assert armed, f"it did not start: {self.log.read_text()[-2000:]}"
 
     def arm(self) -> None:
         """Steps count from now on."""
@@ -118,7 +132,7 @@ class Run:
 
     @property
     def alive(self) -> bool:
-        """Whether the gateway lives."""
+        """Whether it lives."""
         return alive(self._pid)
 
     def steps(self) -> list[Step]:
@@ -126,8 +140,9 @@ class Run:
         return steps_of(self._file("record"))
 
     def die(self) -> None:
-        """Kill the gateway, if something has not done so already."""
-        end(self._pid)
+        """Kill it, if something has not done so already."""
+        if self._life:
+            end(self._pid)
 
     def close(self) -> None:
         """Leave nothing behind but the directory."""
@@ -135,7 +150,60 @@ class Run:
         self.http.close()
 
     def _file(self, name: str) -> Path:
-        return self.directory / f"{name}.{self.life}"
+        return self._directory / f"{name}.{self._life}"
+
+
+class Run:
+    """One operator, one payer, and their gateway.
+
+    Args:
+        world: What it shares with others.
+        directory: Its own.
+        settings: Further `FAREBOX_*` variables.
+        loops: Whose steps count, see `tests.crashes.steps`.
+        database: A PostgreSQL URL; None makes a SQLite file.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        directory: Path,
+        settings: Mapping[str, str],
+        loops: Collection[str] = (),
+        database: str | None = None,
+    ) -> None:
+        self.world = world
+        self.payer: LocalAccount = Account.create()
+        self.treasury: LocalAccount = Account.create()
+        self.signer: LocalAccount = Account.create()
+        self.directory = directory
+        self.api_key = ""
+        directory.mkdir(parents=True)
+        self.database: Path | str = database or Path(shutil.copy(world.template, directory / "farebox.db"))
+        self._loops = loops
+        self._environment = self._furnish() | dict(settings)
+        self.gateways: list[Gateway] = []
+        self.gateway = self.another_gateway()
+
+    def another_gateway(self) -> Gateway:
+        """One more gateway on the same database."""
+        made = Gateway(self.world, self.directory / str(len(self.gateways)), self._environment, self._loops)
+        self.gateways.append(made)
+        return made
+
+    @property
+    def http(self) -> httpx.Client:
+        """The payer's way to the gateway."""
+        return self.gateway.http
+
+    def log(self) -> str:
+        """What all gateways said in all their lives."""
+        return "".join(gateway.log.read_text() for gateway in self.gateways)
+
+    def close(self) -> None:
+        """Leave nothing behind but the directory."""
+        for gateway in self.gateways:
+            gateway.close()
 
     # ------------------------------------------------------------------ the truth about it
 
@@ -143,17 +211,18 @@ class Run:
         """What somebody has on chain, in atomic units."""
         return balance_of(self.world.rpc_url, token, owner)
 
+    def give(self, token: DevToken, owner: str, value: int) -> None:
+        """Let somebody have so much, whatever it was before."""
+        slot = _slot(CONTRACTS[token.symbol], "balanceOf", owner)
+        rpc(self.world.rpc_url, "anvil_setStorageAt", token.address, slot, f"0x{value:064x}")
+
     def rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Read the database, past the gateway."""
-
-        async def read() -> list[tuple[Any, ...]]:
-            store = Store(self.directory / "farebox.db")
-            try:
-                return await store.read(lambda tx: tx.execute(query, parameters).fetchall())
-            finally:
-                store.close()
-
-        return asyncio.run(read())
+        if isinstance(self.database, Path):
+            with contextlib.closing(sqlite3.connect(self.database, timeout=PATIENCE_S)) as connection:
+                return connection.execute(query, parameters).fetchall()
+        with psycopg.connect(self.database) as postgres:
+            return postgres.execute(query.replace("?", "%s").encode(), parameters).fetchall()
 
     def findings(self) -> list[Finding]:
         """What is wrong with the books, in themselves and compared with the chain."""
@@ -161,10 +230,12 @@ class Run:
             rpc(self.world.rpc_url, "evm_mine")
 
         async def check() -> list[Finding]:
-            store = Store(self.directory / "farebox.db")
+            store = Store(self.database)
+            network, treasury = self.world.network, self.treasury.address.lower()
             try:
                 async with Rpc([self.world.rpc_url]) as node:
-                    return (await reconcile(store, node, self.world.network, self.treasury.address)).findings
+                    deposits = Deposits(store, node, network, treasury, self.deposit_factory)
+                    return (await reconcile(store, node, network, treasury, deposits=deposits)).findings
             finally:
                 store.close()
 
@@ -175,7 +246,7 @@ class Run:
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < deadline, f"waited in vain until {what}"
-            time.sleep(0.02)
+            time.sleep(0.01)
 
     def until_settled(self) -> None:
         """Wait until nothing is on its way to the chain any more."""
@@ -187,29 +258,32 @@ class Run:
 
     # ------------------------------------------------------------------ making it
 
-    def _furnish(self, settings: dict[str, str]) -> None:
+    def _furnish(self) -> dict[str, str]:
         chain = self.world.rpc_url
         calls: list[tuple[str, list[Any]]] = [
             ("anvil_setBalance", [account.address, hex(10**21)]) for account in (self.treasury, self.signer, self.payer)
         ]
-        for token, contract in ((USDC, "UsdcLike"), (USDT, "UsdtLike")):
-            slot = _slot(contract, "balanceOf", self.payer.address)
-            calls.append(("anvil_setStorageAt", [token.address, slot, f"0x{MILLION_USD:064x}"]))
-        allowed = _slot("UsdtLike", "allowance", self.payer.address, PERMIT2_ADDRESS)
-        calls.append(("anvil_setStorageAt", [USDT.address, allowed, "0x" + "ff" * 32]))
+        for token in (USDC, USDT):
+            for mapping, keys, word in (
+                ("balanceOf", (self.payer.address,), f"0x{MILLION_USD:064x}"),
+                ("allowance", (self.payer.address, PERMIT2_ADDRESS), "0x" + "ff" * 32),
+            ):
+                slot = _slot(CONTRACTS[token.symbol], mapping, *keys)
+                calls.append(("anvil_setStorageAt", [token.address, slot, word]))
         batch(chain, calls)
-        batch_contract, factory = place_operator_contracts(
+        batch_contract, self.deposit_factory = place_operator_contracts(
             chain, self.treasury.address, self.treasury.address, [self.signer.address]
         )
         network = {
             "chain_id": CHAIN_ID,
             "rpc_urls": [chain],
             "batch_contract": batch_contract,
-            "deposit_factory": factory,
+            "deposit_factory": self.deposit_factory,
             "tokens": [_token_settings(token) for token in (USDC, USDT)],
         }
-        self._environment = {
-            "FAREBOX_PORT": str(self._port),
+        asyncio.run(self._make_key())
+        shared = {} if isinstance(self.database, Path) else {"FAREBOX_DATABASE_URL": self.database}
+        return {
             "FAREBOX_DATA_DIR": str(self.directory),
             "FAREBOX_SECRET": "a secret that is the same in every life",
             "FAREBOX_SIGNER_KEYS": json.dumps([_hex(self.signer)]),
@@ -217,19 +291,29 @@ class Run:
             "FAREBOX_PAY_TO": self.treasury.address,
             "FAREBOX_NETWORKS": json.dumps([network]),
             "FAREBOX_PROVIDERS": json.dumps(dev_providers(self.world.simulator.url)),
-            "FAREBOX_MODELS": json.dumps(dev_models()),
+            "FAREBOX_MODELS": json.dumps(dev_models() + _peculiar_models()),
             KEY_VARIABLE: "simulated",
-            **settings,
+            **shared,
         }
-        asyncio.run(self._make_key())
 
     async def _make_key(self) -> None:
-        store = Store(self.directory / "farebox.db")
+        store = Store(self.database)
         try:
             await store.write(lambda tx: fund_pool(tx, "team", 10**12, "first"))
             _, self.api_key = await store.write(lambda tx: create_key(tx, "agent", "team"))
         finally:
             store.close()
+
+
+def _peculiar_models() -> list[dict[str, Any]]:
+    """Their upstream names tell the simulator how they behave."""
+    cheap = next(model for model in dev_models() if model["id"] == MODEL)
+    return [
+        cheap | {"id": UNAVAILABLE, "upstream_model": "sim-error-500"},
+        cheap | {"id": SLOW, "upstream_model": "sim-ttft-300"},
+        # Input is free, and there is no output.
+        cheap | {"id": TERSE, "upstream_model": "sim-tokens-0", "input_usd": "0", "cached_input_usd": "0"},
+    ]
 
 
 def _hex(account: LocalAccount) -> str:

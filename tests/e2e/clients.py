@@ -14,8 +14,11 @@ from x402.client import x402ClientSync
 from x402.http import x402HTTPClientSync
 from x402.mechanisms.evm.exact.register import register_exact_evm_client
 from x402.mechanisms.evm.signers import EthAccountSigner
+from x402.mechanisms.evm.upto import UptoEvmClientScheme
 
 JSON = {"content-type": "application/json"}
+UPTO = {"accept-payment": "upto"}
+"""A 402 then offers it too."""
 
 
 def official_client(account: LocalAccount, token: str | None = None) -> x402ClientSync:
@@ -37,6 +40,15 @@ def sign(account: LocalAccount, asked: httpx.Response, token: str | None = None)
     """The headers that pay a 402 answer."""
     assert asked.status_code == 402, asked.text
     client = official_client(account, token)
+    wrapped = x402HTTPClientSync(client)
+    required = wrapped.get_payment_required_response(asked.headers.get, asked.json())
+    return dict(wrapped.encode_payment_signature_header(client.create_payment_payload(required)))
+
+
+def sign_upto(account: LocalAccount, asked: httpx.Response) -> dict[str, str]:
+    """The headers that pay a 402 answer by `upto`."""
+    client = x402ClientSync()
+    client.register("eip155:*", UptoEvmClientScheme(EthAccountSigner(account)))
     wrapped = x402HTTPClientSync(client)
     required = wrapped.get_payment_required_response(asked.headers.get, asked.json())
     return dict(wrapped.encode_payment_signature_header(client.create_payment_payload(required)))

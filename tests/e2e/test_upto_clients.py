@@ -13,8 +13,6 @@ import pytest
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 from x402 import x402Client
-from x402.client import x402ClientSync
-from x402.http import x402HTTPClientSync
 from x402.http.clients import x402_httpx_transport
 from x402.mechanisms.evm.signers import EthAccountSigner
 from x402.mechanisms.evm.upto import UptoEvmClientScheme
@@ -23,12 +21,10 @@ from agents_sdk import Agent, SpendingPolicy
 from contracts.devnet import USDC, approve_permit2, balance_of, mint, rpc
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
-from tests.e2e.clients import JSON, ask, decoded
+from tests.e2e.clients import JSON, UPTO, ask, decoded, sign_upto
 from tests.e2e.conftest import QUESTION
 from tests.e2e.test_failover import wait_for_breakers
 from tests.e2e.test_typescript_client import next_event, node
-
-UPTO = {"accept-payment": "upto"}
 
 
 @pytest.fixture
@@ -52,14 +48,6 @@ def atomic(usd: str) -> int:
     """Dollars as atomic units of a token with 6 decimals, rounded up."""
     whole, _, part = usd.partition(".")
     return -(-int(whole + part.ljust(9, "0")[:9]) // 1000)
-
-
-def sign_upto(account: LocalAccount, asked: httpx.Response) -> dict[str, str]:
-    client = x402ClientSync()
-    client.register("eip155:*", UptoEvmClientScheme(EthAccountSigner(account)))
-    wrapped = x402HTTPClientSync(client)
-    required = wrapped.get_payment_required_response(asked.headers.get, asked.json())
-    return dict(wrapped.encode_payment_signature_header(client.create_payment_payload(required)))
 
 
 async def test_the_official_python_client_pays_what_the_answer_cost(

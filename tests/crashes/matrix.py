@@ -1,0 +1,142 @@
+"""Runs an operation, and kills its gateway at every step of it: nothing may be lost, paid or served twice.
+
+Each operation is run once to learn its steps (see `tests.crashes.steps`); then once for each of them, with the power cut there.
+The power can be cut again while the gateway puts right what the first cut left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+
+from tests.crashes.operations import Operation
+from tests.crashes.steps import Step
+from tests.crashes.world import PATIENCE_S, Run, World
+
+AT_ONCE = 6
+"""Runs under way: most of their time they wait."""
+OCCURRENCES_MAX = 2
+"""What happens more often than this in one operation is polling."""
+
+Operations = Mapping[str, Callable[[], Operation]]
+
+
+@contextlib.contextmanager
+def opened(world: World, directory: Path, operation: Operation) -> Iterator[Run]:
+    """A run of an operation, with a chain of its own if need be."""
+    with contextlib.ExitStack() as cleanup:
+        if operation.own_chain:
+            world = cleanup.enter_context(world.with_its_own_chain())
+        run = Run(world, directory, operation.settings, operation.loops)
+        cleanup.callback(run.close)
+        yield run
+
+
+def live_through(run: Run, operation: Operation, kill_at: Step | None) -> list[Step]:
+    """The first life, until it is killed or has nothing left to do. Returns the steps that it came to."""
+    run.gateway.live(kill_at)
+    operation.prepare(run)
+    run.gateway.arm()
+    try:
+        operation.act(run)
+    except httpx.TransportError:
+        assert kill_at is not None
+    deadline = time.monotonic() + PATIENCE_S
+    while run.gateway.alive and not operation.done(run):
+        assert time.monotonic() < deadline, "it does not come to its end"
+        time.sleep(0.02)
+    run.gateway.die()
+    steps = run.gateway.steps()
+    # Polling is never twice the same, an operation's own writes are; a kill that does not happen tests nothing.
+    assert kill_at is None or not is_own_write(kill_at) or kill_at in steps
+    return steps
+
+
+def live_on(run: Run, operation: Operation) -> None:
+    """A life that nothing ends: everything comes to its end in it, and every promise has been kept."""
+    run.gateway.live()
+    operation.resume(run)
+    run.until_settled()
+    assert run.findings() == []
+    assert run.rows("SELECT id FROM ledger_transfer WHERE state = 'pending'") == []
+    assert run.rows("SELECT id FROM receipt WHERE state IN ('open', 'interrupted')") == []
+    operation.check(run)
+    log = run.log()
+    assert "Traceback" not in log, log[log.index("Traceback") :][:3000]
+
+
+def recover_through(run: Run, kill_at: Step | None) -> list[Step]:
+    """A life in which nobody asks for anything, from its start until it is killed or all is settled."""
+    run.gateway.live(kill_at, armed=True)
+    deadline = time.monotonic() + PATIENCE_S
+    while run.gateway.alive and run.open_settlements():
+        assert time.monotonic() < deadline, "it does not come to its end"
+        time.sleep(0.02)
+    run.gateway.die()
+    return run.gateway.steps()
+
+
+def kill_at_every_step(world: World, directory: Path, operations: Operations, name: str) -> None:
+    """Run an operation as often as it has steps, each time with the power cut at another one."""
+    with opened(world, directory / "whole", operations[name]()) as run:
+        operation = operations[name]()
+        steps = worth_a_kill(live_through(run, operation, None))
+        live_on(run, operation)
+    assert any(is_own_write(step) for step in steps), steps
+    _kill_all(world, directory, operations, name, [[step] for step in steps])
+
+
+def kill_again_at_every_step(world: World, directory: Path, operations: Operations, name: str) -> None:
+    """Cut the power before the operation's last transaction is sent, and once more at every step of the recovery."""
+    with opened(world, directory / "whole", operations[name]()) as run:
+        steps = live_through(run, operations[name](), None)
+    (*_, first) = (step for step in steps if step.name.startswith("asking") and "sendRawTransaction" in step.name)
+    with opened(world, directory / "recovery", operations[name]()) as run:
+        live_through(run, operations[name](), first)
+        steps = worth_a_kill(recover_through(run, None))
+    assert any(is_own_write(step) for step in steps)
+    _kill_all(world, directory, operations, name, [[first, step] for step in steps])
+
+
+def is_own_write(step: Step) -> bool:
+    """Whether a step is a durable write that the operation always makes: not one of a loop that looks at whatever there is."""
+    return step.name.startswith("wrote ") or step.name.endswith(", booked")
+
+
+def worth_a_kill(steps: list[Step]) -> list[Step]:
+    """Each step once, without the polling."""
+    return [step for step in dict.fromkeys(steps) if step.occurrence <= OCCURRENCES_MAX]
+
+
+def _kill_all(world: World, directory: Path, operations: Operations, name: str, plans: list[list[Step]]) -> None:
+    def survive(plan: tuple[int, list[Step]]) -> str | None:
+        number, kills = plan
+        return _survives(world, directory / str(number), operations[name](), kills)
+
+    with ThreadPoolExecutor(AT_ONCE) as several:
+        problems = [problem for problem in several.map(survive, enumerate(plans)) if problem is not None]
+    if os.environ.get("FAREBOX_SHOW_STEPS"):
+        print(name, *(", then ".join(map(str, plan)) for plan in plans), sep="\n  ")
+    assert not problems, f"{len(problems)} of {len(plans)} kills:\n" + "\n".join(problems)
+
+
+def _survives(world: World, directory: Path, operation: Operation, kills: list[Step]) -> str | None:
+    """Kill a run of an operation, then each recovery from that; None if all is well in the end, else what is not."""
+    try:
+        with opened(world, directory, operation) as run:
+            live_through(run, operation, kills[0])
+            for kill_at in kills[1:]:
+                recover_through(run, kill_at)
+            live_on(run, operation)
+    except Exception:  # noqa: BLE001 - all that fails is told together
+        return (
+            f"killed at {', then '.join(str(kill) for kill in kills)} ({directory}): {traceback.format_exc(limit=-3)}"
+        )
+    return None
