@@ -11,6 +11,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from gateway.api.errors import ApiError, error_object
 from payments.buckets import Buckets
 
+LINGER_S, LINGER_BYTES = 1.0, 2_000_000
+"""How long, and how much, of the rest of a refused request is read and thrown away, so that its sender reads the answer."""
+
 
 def guarded_protocol(header_bytes_max: int) -> type[HttpToolsProtocol]:
     """uvicorn's httptools protocol with a limit on the request head, which httptools itself does not have.
@@ -28,6 +31,7 @@ def guarded_protocol(header_bytes_max: int) -> type[HttpToolsProtocol]:
         """Counts what arrives and is no body (heads, trailers, chunk extensions); beyond the limit it reaches no buffer."""
 
         _bytes_beside_bodies = 0
+        _bytes_thrown_away = 0
         _refused = False
 
         def on_headers_complete(self) -> None:
@@ -52,6 +56,9 @@ def guarded_protocol(header_bytes_max: int) -> type[HttpToolsProtocol]:
 
         def data_received(self, data: bytes) -> None:
             if self._refused:
+                self._bytes_thrown_away += len(data)
+                if self._bytes_thrown_away > LINGER_BYTES:
+                    self.transport.close()
                 return
             # Whole reads are counted until a head, a piece of a body or a request is complete, and then none of them.
             if self._bytes_beside_bodies > header_bytes_max:
@@ -68,9 +75,13 @@ def guarded_protocol(header_bytes_max: int) -> type[HttpToolsProtocol]:
             if self.transport.is_closing():
                 return
             # While a request is under way the refusal would be taken for its answer.
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.write(answer)
-            self.transport.close()
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.transport.close()
+                return
+            self.transport.write(answer)
+            # Closed at once, with bytes of the peer's still coming in, TCP would reset the connection, and the answer be lost.
+            self.transport.write_eof()
+            self.loop.call_later(LINGER_S, self.transport.close)
 
     return GuardedProtocol
 

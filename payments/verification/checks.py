@@ -96,7 +96,9 @@ def check_accepted(accepted: Requirement, requirement: Requirement) -> None:
     _check_same("wrong_timeout", "accepted.maxTimeoutSeconds", accepted.max_timeout_s, requirement.max_timeout_s)
     for name, ours in requirement.extra.items():
         # Members that a client added of its own accord mean nothing to us.
-        _check_same("wrong_extra", f"accepted.extra.{name}", accepted.extra.get(name), ours)
+        theirs = accepted.extra.get(name)
+        if not _same_address(theirs, ours):
+            _check_same("wrong_extra", f"accepted.extra.{name}", theirs, ours)
 
 
 def _check_v1(payment: Payment, requirement: Requirement, network: Network) -> None:
@@ -133,6 +135,13 @@ def _check_times(payment: Payment, now: int, valid_s: int) -> None:
             "expired",
             f"the authorization must hold for {valid_s} s from now ({now}) on, so that it can be settled",
         )
+
+
+def _same_address(theirs: object, ours: object) -> bool:
+    """Whether both are one address: clients echo those in `extra` in the letter case that they like."""
+    if not isinstance(theirs, str) or not isinstance(ours, str):
+        return False
+    return ours.startswith("0x") and theirs.lower() == ours.lower()
 
 
 def _check_same(code: str, field: str, theirs: object, ours: object) -> None:

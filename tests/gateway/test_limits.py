@@ -19,8 +19,9 @@ from payments import buckets
 LIMIT = 4096
 SMALL = b"GET /small HTTP/1.1\r\nhost: x\r\n\r\n"
 CHUNKED = b"POST /chunked HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
-DRIPPED_MAX = 400_000
-"""Far beyond the limit and what a socket buffers; who may drip that much may drip for ever."""
+DRIPPED_MAX = 4_000_000
+"""Far beyond the limit, what is thrown away of a refused request, and what a socket buffers: who may drip that much may drip
+for ever."""
 
 
 class Application:
@@ -161,6 +162,13 @@ async def test_what_drips_without_end_does_not_get_past_the_limit(
     async with connected(application) as connection:
         await connection.send(begin)
         assert await connection.drip(piece) < DRIPPED_MAX
+
+
+async def test_whoever_sends_far_too_much_at_once_still_reads_why_it_is_refused(application: Application) -> None:
+    async with connected(application) as connection:
+        await connection.send(b"GET / HTTP/1.1\r\nx: " + b"a" * 1_000_000)
+        assert (await connection.answer())[0] == 431
+        assert await connection.ended()
 
 
 async def test_a_dripped_head_within_the_limit_is_served(application: Application) -> None:
