@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from payments.chain.networks import Network
 from payments.channels import kinds as channels
-from payments.facilitator import records as facilitated
+from payments.facilitator import kinds as facilitated
 from payments.settlement import refunds, sweeps, withdrawer
 from payments.settlement.engine import Settlements
 from payments.settlement.orders import Kind
@@ -31,7 +31,7 @@ def every_kind(store: Store, network: Network, *, batches: bool) -> dict[str, Ki
         "refund": refunds.kind(network.tokens),
         "withdrawal": withdrawer.kind(network.tokens),
         "sweep": sweeps.kind(),
-        facilitated.KIND: facilitated.kind(),
+        **facilitated.kinds(batches=batches),
         **channels.kinds(store, network),
     }
     if batches:

@@ -11,7 +11,7 @@ from sqlalchemy import CheckConstraint, Column, Index, LargeBinary, UniqueConstr
 from sqlmodel import Field, SQLModel
 
 from payments.columns import big as _big
-from payments.facilitator.tables import DiscoveredResource, FacilitatedPayment
+from payments.facilitator.tables import DiscoveredResource, FacilitatedPayment, FacilitatorFailure
 from payments.wallet_tables import DepositAddress, DepositCursor, ForwarderMovement, WalletAccount, Withdrawal
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "DepositCursor",
     "DiscoveredResource",
     "FacilitatedPayment",
+    "FacilitatorFailure",
     "ForwarderMovement",
     "WalletAccount",
     "Withdrawal",
@@ -143,6 +144,13 @@ class Settlement(SQLModel, table=True):
         # One Transfer log is the evidence of at most one settlement, or one transfer could be credited twice.
         UniqueConstraint("chain_id", "transaction_hash", "transfer_log_index"),
         Index("settlement_open", "state"),
+        # What a payer has under way is asked for with every payment.
+        Index(
+            "settlement_of_payer",
+            "payer",
+            sqlite_where=text("state IN ('queued', 'submitted')"),
+            postgresql_where=text("state IN ('queued', 'submitted')"),
+        ),
         # Few are asked for at a time, and the engine looks for them all the time.
         Index(
             "settlement_look_again",

@@ -304,7 +304,9 @@ PROXY_SETTLE_TERMS_LENGTH = 4 + 7 * WORD
 """The part of `settle`'s calldata that says what is paid; the rest is the signature, which has several spellings."""
 
 
-def settle_call(payment: Payment, token: Token, *, deploy: bool = False) -> tuple[str, bytes]:
+def settle_call(
+    payment: Payment, token: Token, *, deploy: bool = False, amount: int | None = None
+) -> tuple[str, bytes]:
     """The contract and the calldata that execute a payment: what is simulated, and what is then broadcast.
 
     Args:
@@ -312,12 +314,11 @@ def settle_call(payment: Payment, token: Token, *, deploy: bool = False) -> tupl
         token: What it pays in.
         deploy: The payer has no code yet: if its signature says how to deploy it, that is done first. Both or nothing: a
             transfer that fails takes the deployment back.
-
-    Of `upto` it is the settlement of the whole amount, which only the facilitator can call.
+        amount: Of `upto`, what is taken, in atomic units; None for all that may be. Only the facilitator can call it.
     """
     if isinstance(payment.authorization, UptoAuthorization):
-        data = encode_upto_settle(payment.authorization, payment.signature, payment.authorization.amount)
-        return UPTO_PERMIT2_PROXY_ADDRESS, data
+        taken = payment.authorization.amount if amount is None else amount
+        return UPTO_PERMIT2_PROXY_ADDRESS, encode_upto_settle(payment.authorization, payment.signature, taken)
     signature, deployment = unwrap(payment.signature)
     if isinstance(payment.authorization, Permit2Authorization):
         data = (
@@ -338,6 +339,8 @@ def has_wallet_signature(data: bytes) -> bool:
     """Whether the calldata of a payment carries a signature of another form than a key's."""
     if data[:4] == _PROXY_SETTLE:
         return _uint(data, PROXY_SETTLE_TERMS_LENGTH + WORD) != ECDSA_BYTES
+    if data[:4] == _UPTO_SETTLE:
+        return _uint(data, 4 + 10 * WORD) != ECDSA_BYTES
     return data[:4] == _TRANSFER_WITH_AUTHORIZATION_BYTES
 
 

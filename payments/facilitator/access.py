@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from payments import accounts
 from payments.accounts import ApiKeyView
@@ -13,6 +14,13 @@ from payments.store import Store
 CACHE_TTL_S = 5.0
 """How long a revoked key may still work."""
 CACHE_MAX = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who asks: ``key:<id>`` or ``address:<ip>``."""
+
+    name: str
 
 
 class Denied(Exception):
@@ -41,31 +49,31 @@ class Clients:
         self._calls = Buckets(calls_per_minute, 60)
         self._known: OrderedDict[str, tuple[float, ApiKeyView]] = OrderedDict()
 
-    async def identify(self, authorization: str | None, address: str) -> str:
-        """The name of whoever calls, ``key:<id>`` or ``address:<ip>``, with one call counted.
+    async def identify(self, authorization: str | None, address: str) -> Client:
+        """Whoever calls, with one call counted.
 
         Raises:
             Denied: 401 without a valid key where one is needed, 429 after too many calls.
             StoreBusy: The database cannot be asked.
         """
-        client = await self._name(authorization, address)
-        wait_s = self._calls.wait_s(client)
+        client = await self._find_client(authorization, address)
+        wait_s = self._calls.wait_s(client.name)
         if wait_s:
             raise Denied(429, "too_many_calls", f"this client called too often; wait {wait_s} s", wait_s)
-        self._calls.take(client)
+        self._calls.take(client.name)
         return client
 
-    async def _name(self, authorization: str | None, address: str) -> str:
+    async def _find_client(self, authorization: str | None, address: str) -> Client:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() == "bearer" and key.strip().startswith((accounts.KEY_PREFIX, accounts.ADMIN_PREFIX)):
             view = await self._find(accounts.hash_key(key.strip()))
             # A wallet makes keys as it pleases; the gas spent here is the operator's.
             if view is None or view.revoked_ms is not None or view.wallet is not None:
                 raise Denied(401, "invalid_api_key", "this API key is unknown or revoked; see `farebox keys`")
-            return f"key:{view.id}"
+            return Client(f"key:{view.id}")
         if self._require_key:
             raise Denied(401, "api_key_required", "send an API key as a bearer token: Authorization: Bearer fbk_…")
-        return f"address:{address}"
+        return Client(f"address:{address}")
 
     async def _find(self, key_hash: str) -> ApiKeyView | None:
         now = time.monotonic()

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from payments.errors import PaymentMalformed
 from payments.facilitator import discovery, wire
-from payments.facilitator.access import Denied
+from payments.facilitator.access import Client, Denied
 from payments.facilitator.opening import Services
 from payments.facilitator.wire import FacilitatorCall
 from payments.store import StoreBusy
@@ -174,7 +174,7 @@ async def metrics_text(services: Services, request: Request) -> Response:
     return Response(services.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-async def _client(services: Services, request: Request) -> str:
+async def _client(services: Services, request: Request) -> Client:
     address = request.client.host if request.client is not None else ""
     return await services.clients.identify(request.headers.get("authorization"), address)
 

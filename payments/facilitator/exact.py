@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from payments.chain.networks import Network, Token
-from payments.chain.transactions import settle_call
 from payments.errors import PaymentRefused
-from payments.facilitator.records import KIND, settlement_id
+from payments.facilitator import kinds
+from payments.facilitator.access import Client
+from payments.facilitator.transfers import Transfer, token_of
 from payments.facilitator.wire import FacilitatorCall
-from payments.settlement.orders import SettlementOrder
 from payments.verification import checks
 from payments.verification.chain_state import ChainStates
 from payments.verification.permits import check_permit
 from payments.verification.wallet_signatures import check_factory
 from payments.x402.extensions import eip2612
-from payments.x402.requirements import Requirement
 from payments.x402.wire import Payment, Permit2Authorization
-
-
-@dataclass(frozen=True, slots=True)
-class ExactFacilitated:
-    """See `payments.facilitator.schemes.Facilitated`."""
-
-    identity: str
-    order: SettlementOrder
-    token: Token
-    refusal: PaymentRefused | None
-    payment: Payment
-    chain_states: ChainStates
-    unproven: PaymentRefused | None
-    """Why the signature is bad unless the payer is a contract that takes it."""
-
-    @property
-    def calls(self) -> tuple[tuple[str, bytes], ...]:
-        """See `payments.facilitator.schemes.Facilitated`: a wallet may have been deployed with it."""
-        return tuple(settle_call(self.payment, self.token, deploy=deploy) for deploy in (False, True))
-
-    async def check_chain(self, other_open: Callable[[], int]) -> SettlementOrder:
-        """See `payments.facilitator.schemes.Facilitated`."""
-        has_code = await self.chain_states.check(self.payment, self.token, self.order.pay_to, other_open, self.unproven)
-        call_to, call_data = settle_call(self.payment, self.token, deploy=not has_code)
-        return replace(self.order, call_to=call_to, call_data=call_data)
 
 
 class ExactFacilitation:
@@ -69,12 +43,18 @@ class ExactFacilitation:
             kinds.append({"x402Version": 1, "scheme": self.name, "network": self.network.v1_name})
         return kinds
 
-    def read(self, call: FacilitatorCall, now: int) -> ExactFacilitated:
+    def settles(self, call: FacilitatorCall, client: Client, now: int) -> Transfer:
+        """See `payments.facilitator.schemes.FacilitatedScheme`."""
+        return self.verifies(call, now)
+
+    def verifies(self, call: FacilitatorCall, now: int) -> Transfer:
         """See `payments.facilitator.schemes.FacilitatedScheme`."""
         payment, requirement = call.payment, call.requirement
         if not isinstance(payment, Payment) or payment.scheme != requirement.scheme:
             raise PaymentRefused("wrong_scheme", f"the payment's scheme must be {requirement.scheme}")
-        token = self._token(requirement)
+        token = token_of(requirement, self.network, requirement.extra.get("assetTransferMethod", "eip3009"))
+        if requirement.amount == 0:
+            raise PaymentRefused("invalid_requirements", "the amount must be more than 0")
         refusal: PaymentRefused | None = None
         unproven: PaymentRefused | None = None
         try:
@@ -92,44 +72,15 @@ class ExactFacilitation:
             if permit is not None:
                 refusal = refusal or _too_late(permit, payment.authorization, token, now)
                 payment = replace(payment, permit=permit)
-        identity = payment.identity(self.network.chain_id, token)
-        authorization = payment.authorization
-        call_to, call_data = settle_call(payment, token)
-        order = SettlementOrder(
-            id=settlement_id(identity),
-            kind=KIND,
-            reference=identity,
-            chain_id=self.network.chain_id,
-            token=token.address,
-            payer=authorization.payer,
-            pay_to=requirement.pay_to,
-            value=authorization.value,
-            authorization_nonce=authorization.nonce,
-            call_to=call_to,
-            call_data=call_data,
-            valid_before=authorization.expires_at,
+        return Transfer(
+            kind=kinds.EXACT,
+            payment=payment,
+            token=token,
+            value=payment.authorization.value,
+            refusal=refusal,
+            unproven=unproven,
+            chain_states=self._chain_states,
         )
-        return ExactFacilitated(identity, order, token, refusal, payment, self._chain_states, unproven)
-
-    def _token(self, requirement: Requirement) -> Token:
-        """The token as it is to be moved: any may be moved by Permit2, only some by their own EIP-3009."""
-        token = self.network.token_at(requirement.asset)
-        if token is None:
-            known = ", ".join(known.symbol for known in self.network.tokens)
-            raise PaymentRefused("invalid_requirements", f"on {self.network.caip2} these tokens are settled: {known}")
-        if requirement.amount == 0:
-            raise PaymentRefused("invalid_requirements", "the amount must be more than 0")
-        method = requirement.extra.get("assetTransferMethod", "eip3009")
-        if method == "permit2":
-            return replace(token, transfer_method="permit2")
-        if method != "eip3009" or token.transfer_method != "eip3009":
-            raise PaymentRefused(
-                "invalid_requirements", f"{token.symbol} is settled by {token.transfer_method}, not by {method}"
-            )
-        for name, ours in (("name", token.domain_name), ("version", token.domain_version)):
-            if requirement.extra.get(name, ours) != ours:
-                raise PaymentRefused("invalid_requirements", f"extra.{name} of {token.symbol} must be {ours}")
-        return token
 
 
 def _too_late(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from payments import anchors, kinds
+from payments.chain.batches import missing_for_upto
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
 from payments.doctor import verify_tokens
@@ -17,12 +19,15 @@ from payments.facilitator.exact import ExactFacilitation
 from payments.facilitator.metrics import FacilitatorMetrics
 from payments.facilitator.schemes import FacilitatedScheme
 from payments.facilitator.service import Facilitator
+from payments.facilitator.upto import UptoFacilitation
 from payments.migrate import upgrade
 from payments.settlement.alarms import Alarms
 from payments.settlement.engine import Settlements
 from payments.store import Store
 from payments.verification.chain_state import ChainStates
 from payments.x402.extensions import eip2612
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,7 @@ async def opened(options: Options) -> AsyncIterator[Services]:
             # Gateways may work on this database too: whoever holds the key settles everybody's.
             kinds.register(engine, store)
             engines.append(engine)
-            schemes.append(ExactFacilitation(entry.network, ChainStates(rpc, entry.network), entry.wallet_factories))
+            schemes += await _schemes(entry, engine)
         facilitator = Facilitator(
             store,
             {engine.network.chain_id: engine for engine in engines},
@@ -115,7 +120,6 @@ async def opened(options: Options) -> AsyncIterator[Services]:
             settlement_wait_s=options.settlement_wait_s,
             client_failures_per_hour=options.client_failures_per_hour,
         )
-        await facilitator.start()
         watchers = []
         for engine in engines:
             await engine.start()
@@ -132,6 +136,20 @@ async def opened(options: Options) -> AsyncIterator[Services]:
         clients = Clients(store, require_key=options.require_key, calls_per_minute=options.calls_per_minute)
         metrics = FacilitatorMetrics(lambda: _gauges(engines, watchers))
         yield Services(store, facilitator, clients, metrics, watchers)
+
+
+async def _schemes(entry: NetworkOptions, engine: Settlements) -> list[FacilitatedScheme]:
+    """What can be settled on a network as it is now."""
+    network, rpc = entry.network, engine.rpc
+    chain_states = ChainStates(rpc, network)
+    schemes: list[FacilitatedScheme] = [ExactFacilitation(network, chain_states, entry.wallet_factories)]
+    if entry.batch_contract is not None:
+        missing = await missing_for_upto(rpc, entry.batch_contract, [signer.address for signer in engine.signers])
+        if missing is None:
+            schemes.append(UptoFacilitation(network, chain_states, entry.batch_contract))
+        else:
+            log.warning("upto is not settled on %s: %s", network.caip2, missing)
+    return schemes
 
 
 def _gauges(engines: list[Settlements], watchers: list[Alarms]) -> Iterator[tuple[str, str, dict[str, str], float]]:

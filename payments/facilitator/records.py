@@ -1,7 +1,8 @@
-"""The payments that were settled for others: each reserved once under its canonical identity, and each told of once.
+"""What was settled for others: each reserved once under its canonical identity, and each success told of once.
 
 A row and its order in the settlement outbox are one commit, so no crash leaves the one without the other; how far the transfer
-has come is in the settlement's state alone. Everything here runs inside store units.
+has come is in the settlement's state alone. Everything that several facilitators on one database must agree on is here: who is
+told, what a payer has under way, and whose settlements failed. All of it runs inside store units.
 
 A success is *granted*, durably, to the one call that is told of it: whatever a resource server serves for, it serves once. The
 same call made again (the same client and `Idempotency-Key`) is told again; any other is told that it is a duplicate.
@@ -10,44 +11,65 @@ same call made again (the same client and `Idempotency-Key`) is told again; any 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from payments.settlement import outbox, states
-from payments.settlement.evidence import PaymentProof
-from payments.settlement.orders import Kind, SettlementOrder
+from payments.settlement.orders import SettlementOrder
 from payments.store import Transaction
 from payments.tenders import authorizations
 
-KIND = "facilitated"
+HOUR_MS = 3_600_000
+FROM_BALANCE = frozenset(
+    {"payment", "upto", "channel_deposit", "facilitated", "facilitated_upto", "facilitated_deposit"}
+)
+"""The kinds of settlements that take their value from the payer's own balance."""
 
 _FIND = """
-    SELECT facilitated.settlement_id, facilitated.granted_to, settlement.state, settlement.transaction_hash,
-           settlement.reason, settlement.call_to, settlement.call_data, settlement.value
-    FROM facilitated_payment AS facilitated JOIN settlement ON settlement.id = facilitated.settlement_id
+    SELECT facilitated.settlement_id, facilitated.granted_to, facilitated.asked_until_ms, settlement.state,
+           settlement.transaction_hash, settlement.reason, settlement.call_to, settlement.call_data, settlement.value,
+           settlement.received_value
+    FROM facilitated_payment AS facilitated LEFT JOIN settlement ON settlement.id = facilitated.settlement_id
     WHERE facilitated.identity = ?
 """
+_INSERT = (
+    "INSERT INTO facilitated_payment (identity, settlement_id, client, asked_until_ms, granted_to, granted_ms, created_ms)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (identity) DO NOTHING RETURNING identity"
+)
+_BEGIN_ANEW = (
+    "UPDATE facilitated_payment SET settlement_id = ?, client = ?, asked_until_ms = ?, granted_to = NULL, granted_ms = NULL"
+    " WHERE identity = ? AND settlement_id = ? RETURNING identity"
+)
+_UNDER_WAY = (
+    "SELECT id, value, kind FROM settlement WHERE payer = ? AND chain_id = ? AND token = ?"
+    " AND state IN ('queued', 'submitted')"
+)
+
+Begun = Literal["begun", "known", "short"]
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A payment that was begun, and what became of it so far."""
+    """Something that was begun, and what became of it so far."""
 
     settlement_id: str
-    granted: bool
-    """Whether somebody was told of its success."""
+    granted_to: str | None
+    """The call that was told of its success."""
+    asked: bool
+    """Whether a call waits for its success right now, here or in another process."""
     state: str
-    """Of its settlement, see `payments.settlement.states`."""
+    """Of its settlement, see `payments.settlement.states`; ``burnt`` if it was settled for nothing, without a transfer."""
     transaction_hash: str | None
     reason: str | None
-    call: tuple[str, bytes]
+    call: tuple[str, bytes] | None
     value: int
+    received: int
+    """What the evidence says that was moved, in atomic units; 0 before there is any."""
 
     @property
     def paid(self) -> bool:
-        """Whether there is evidence that it was paid."""
+        """Whether there is evidence that it was carried out."""
         return self.state in states.PAID
 
     @property
@@ -55,23 +77,47 @@ class Record:
         """Whether it cannot be paid any more."""
         return self.state == "failed"
 
-    def is_same(self, calls: Collection[tuple[str, bytes]], value: int) -> bool:
-        """Whether one of `calls` is this very payment, signature included: its terms alone are public once it is mined."""
-        return self.call in calls and self.value == value
+    @property
+    def open(self) -> bool:
+        """Whether its fate is unknown."""
+        return self.state in states.OPEN
+
+    def is_same(self, calls: Collection[tuple[str, bytes]], value: int | None) -> bool:
+        """Whether one of `calls` is this very payment, signature included: its terms alone are public once it is mined. What
+        moves a `value` that only the chain can tell has it in its name already."""
+        return value is None or (self.value == value and (self.call is None or self.call in calls))
 
 
-def kind() -> Kind:
-    """How these settlements are carried and proven. Nothing is booked: the money never was ours."""
-    return Kind(PaymentProof(), _nothing, _nothing, outbox.order_gas, batchable=True)
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What is to be begun, and for whom.
 
+    `order` is None for an authorization that settles nothing: it is burnt, and its success granted, at once.
+    """
 
-def _nothing(tx: Transaction, row: dict[str, Any]) -> None:
-    return
+    identity: str
+    order: SettlementOrder | None
+    client: str
+    call_name: str
+    wait_ms: int
+    """How long its caller waits for the outcome."""
+    balance: int | None = None
+    """What the payer had when the chain was asked, in atomic units; None if nothing is taken from its balance."""
+    known: Mapping[str, int] | None = None
+    """What it had under way before the chain was asked, see `under_way`."""
+    instead_of: str | None = None
+    """The settlement that this one follows, which is decided; None for the first."""
 
 
 def settlement_id(identity: str) -> str:
-    """The settlement of a payment: one, whoever asks for it and however often."""
+    """The first settlement under an identity: one, whoever asks for it and however often."""
     return f"facilitate:{hashlib.sha256(identity.encode()).hexdigest()[:40]}"
+
+
+def next_settlement_id(settlement: str) -> str:
+    """The one that follows a settlement that failed, where another attempt makes sense."""
+    first, _, number = settlement.removeprefix("facilitate:").partition(":")
+    return f"facilitate:{first}:{int(number or 1) + 1}"
 
 
 def find(tx: Transaction, identity: str) -> Record | None:
@@ -79,31 +125,58 @@ def find(tx: Transaction, identity: str) -> Record | None:
     row = tx.execute(_FIND, (identity,)).fetchone()
     if row is None:
         return None
+    burnt = row[3] is None
     return Record(
         settlement_id=row[0],
-        granted=row[1] is not None,
-        state=row[2],
-        transaction_hash=row[3],
-        reason=row[4],
-        call=(row[5], bytes(row[6])),
-        value=int(row[7]),
+        granted_to=row[1],
+        asked=row[2] is not None and row[2] > tx.now_ms(),
+        state="burnt" if burnt else row[3],
+        transaction_hash=row[4],
+        reason=row[5],
+        call=None if burnt else (row[6], bytes(row[7])),
+        value=0 if burnt else int(row[8]),
+        received=int(row[9] or 0),
     )
 
 
-def begin(tx: Transaction, identity: str, order: SettlementOrder, client: str) -> bool:
+def begin(tx: Transaction, wanted: Beginning) -> Begun:
     """Reserve a payment and write its order, in one.
 
     Returns:
-        False, with nothing changed, if it was begun before, or used to pay a gateway on the same database.
+        ``known``, with nothing changed, if it was begun before, or used to pay a gateway on the same database; ``short``, with
+        nothing changed, if the payer's balance does not cover it beside what others have begun since the chain was asked.
     """
-    if authorizations.is_known(tx, identity):
-        return False
-    row = tx.execute(
-        "INSERT INTO facilitated_payment (identity, settlement_id, client, created_ms) VALUES (?, ?, ?, ?)"
-        " ON CONFLICT (identity) DO NOTHING RETURNING identity",
-        (identity, order.id, client, _now_ms()),
-    ).fetchone()
-    return row is not None and outbox.enqueue(tx, order)
+    order = wanted.order
+    if wanted.instead_of is None:
+        if authorizations.is_known(tx, wanted.identity) or find(tx, wanted.identity) is not None:
+            return "known"
+        if wanted.balance is not None and order is not None:
+            others = {**(wanted.known or {}), **under_way(tx, order.payer, order.chain_id, order.token)}
+            if wanted.balance - sum(others.values()) < order.value:
+                return "short"
+    return "begun" if _reserve(tx, wanted) else "known"
+
+
+def _reserve(tx: Transaction, wanted: Beginning) -> bool:
+    now, order = tx.now_ms(), wanted.order
+    asked_until_ms = now + wanted.wait_ms
+    if wanted.instead_of is not None:
+        assert order is not None
+        values = (order.id, wanted.client, asked_until_ms, wanted.identity, wanted.instead_of)
+        return tx.execute(_BEGIN_ANEW, values).fetchone() is not None and outbox.enqueue(tx, order)
+    name = settlement_id(wanted.identity) if order is None else order.id
+    granted = (wanted.call_name, now) if order is None else (None, None)
+    row = tx.execute(_INSERT, (wanted.identity, name, wanted.client, asked_until_ms, *granted, now)).fetchone()
+    return row is not None and (order is None or outbox.enqueue(tx, order))
+
+
+def ask(tx: Transaction, identity: str, wait_ms: int) -> None:
+    """A call waits for the outcome of what was begun before: until then its success is to be told to somebody."""
+    until = tx.now_ms() + wait_ms
+    tx.execute(
+        "UPDATE facilitated_payment SET asked_until_ms = ? WHERE identity = ? AND COALESCE(asked_until_ms, 0) < ?",
+        (until, identity, until),
+    )
 
 
 def grant(tx: Transaction, identity: str, call: str) -> bool:
@@ -115,7 +188,7 @@ def grant(tx: Transaction, identity: str, call: str) -> bool:
     row = tx.execute(
         "UPDATE facilitated_payment SET granted_to = ?, granted_ms = ? WHERE identity = ?"
         " AND (granted_to IS NULL OR granted_to = ?) RETURNING identity",
-        (call, _now_ms(), identity, call),
+        (call, tx.now_ms(), identity, call),
     ).fetchone()
     return row is not None
 
@@ -128,17 +201,32 @@ def take_back(tx: Transaction, identity: str, call: str) -> None:
     )
 
 
-def open_settlements(tx: Transaction) -> list[tuple[str, int, str, str, int, str]]:
-    """The settlements whose fate is not known: id, chain id, token, payer, value in atomic units, and who asked first."""
-    marks = ",".join("?" * len(states.OPEN))
-    rows = tx.execute(
-        "SELECT settlement.id, chain_id, token, payer, value, client FROM settlement"  # noqa: S608 - only marks
-        " JOIN facilitated_payment ON facilitated_payment.settlement_id = settlement.id"
-        f" WHERE settlement.state IN ({marks}) ORDER BY settlement.created_ms",
-        tuple(sorted(states.OPEN)),
-    ).fetchall()
-    return [(row[0], row[1], row[2], row[3], int(row[4]), row[5]) for row in rows]
+def under_way(tx: Transaction, payer: str, chain_id: int, token: str) -> dict[str, int]:
+    """What is to leave a payer's balance and may not have left it yet: atomic units by settlement, whoever asked for it."""
+    rows = tx.execute(_UNDER_WAY, (payer, chain_id, token)).fetchall()
+    return {row[0]: int(row[1]) for row in rows if row[2] in FROM_BALANCE}
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+def blame(tx: Transaction, row: dict[str, Any]) -> None:
+    """Note that a settlement cost gas for nothing; whose client it was has to wait after too many (`suspended_s`)."""
+    found = tx.execute("SELECT client FROM facilitated_payment WHERE settlement_id = ?", (row["id"],)).fetchone()
+    if found is None:
+        return
+    now = tx.now_ms()
+    tx.execute("DELETE FROM facilitator_failure WHERE failed_ms <= ?", (now - HOUR_MS,))
+    tx.execute(
+        "INSERT INTO facilitator_failure (settlement_id, client, failed_ms) VALUES (?, ?, ?)"
+        " ON CONFLICT (settlement_id) DO NOTHING",
+        (row["id"], found[0], now),
+    )
+
+
+def suspended_s(tx: Transaction, client: str, failures_per_hour: int) -> int:
+    """How many seconds a client must wait because so many of its settlements failed within the hour; 0 if it need not."""
+    now = tx.now_ms()
+    row = tx.execute(
+        "SELECT failed_ms FROM facilitator_failure WHERE client = ? AND failed_ms > ? ORDER BY failed_ms DESC"
+        " LIMIT 1 OFFSET ?",
+        (client, now - HOUR_MS, failures_per_hour - 1),
+    ).fetchone()
+    return 0 if row is None else (row[0] + HOUR_MS - now) // 1000 + 1

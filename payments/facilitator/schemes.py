@@ -5,25 +5,46 @@ A new scheme is a class of this shape in a module of its own, and an entry in `p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from payments.chain.networks import Network, Token
 from payments.errors import PaymentRefused
+from payments.facilitator.access import Client
+from payments.facilitator.records import Record
 from payments.facilitator.wire import FacilitatorCall
 from payments.settlement.orders import SettlementOrder
 
+NEVER: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What would be settled now, by the chain's word."""
+
+    order: SettlementOrder | None
+    """None if nothing is to be moved."""
+    balance: int | None
+    """What the payer has, in atomic units; None if nothing is taken from its balance."""
+    extra: dict[str, Any] | None = None
+    """What `/verify` says besides."""
+
 
 class Facilitated(Protocol):
-    """One payment that does for its requirement, as far as that can be told without the chain and the database."""
+    """One settlement that does for its requirement, as far as that can be told without the chain and the database."""
 
     @property
     def identity(self) -> str:
         """The canonical name under which it can be settled once, see `Payment.identity`."""
 
     @property
-    def order(self) -> SettlementOrder:
-        """What settles it, as far as is known without the chain."""
+    def settlement_id(self) -> str:
+        """Of the first settlement under that name."""
+
+    @property
+    def payer(self) -> str:
+        """Who is refused after too many reverts, lower-case hex."""
 
     @property
     def calls(self) -> tuple[tuple[str, bytes], ...]:
@@ -34,22 +55,48 @@ class Facilitated(Protocol):
         """What it is in."""
 
     @property
+    def value(self) -> int | None:
+        """What it moves, in atomic units; None if only the chain can tell."""
+
+    @property
+    def worth(self) -> int | None:
+        """What has to be worth settling, in atomic units; None for what `check_chain` says."""
+
+    @property
     def refusal(self) -> PaymentRefused | None:
         """Why it is too late for a first settlement, if it is: only an earlier one is found. Its signature is not checked."""
 
-    async def check_chain(self, other_open: Callable[[], int]) -> SettlementOrder:
+    @property
+    def once(self) -> bool:
+        """Whether its success is told to one call only, because something is sold for it."""
+
+    @property
+    def repeats(self) -> frozenset[str]:
+        """The states of an earlier settlement under its name after which another one may begin."""
+
+    async def check_chain(self) -> Checked:
         """Ask the chain whether it would be settled now, in one round trip (a second one for contract wallets).
-
-        Args:
-            other_open: Tells what the payer has under way besides, in nano-USD.
-
-        Returns:
-            What settles it.
 
         Raises:
             PaymentRefused, AllowanceRequired: It would not.
             SettlementUnavailable: The chain cannot be asked.
         """
+
+    async def told(self, record: Record) -> dict[str, Any] | None:
+        """What the answer of `/settle` says besides, once it is carried out.
+
+        Raises:
+            SettlementUnavailable: The chain cannot be asked.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """A payment that nothing is settled for by itself, such as a voucher: it is verified only."""
+
+    token: Token
+    look: Callable[[], Awaitable[dict[str, Any]]]
+    """Asks the chain whether it is good, and tells what `/verify` says besides; errors as for `Facilitated.check_chain`."""
 
 
 class FacilitatedScheme(Protocol):
@@ -61,10 +108,13 @@ class FacilitatedScheme(Protocol):
     def kinds(self) -> list[dict[str, Any]]:
         """Its members of `kinds` in the answer of `/supported`."""
 
-    def read(self, call: FacilitatorCall, now: int) -> Facilitated:
-        """Check a payment offline; `now` in Unix seconds.
+    def verifies(self, call: FacilitatorCall, now: int) -> Facilitated | Promise:
+        """Check offline what `/verify` is asked about; `now` in Unix seconds.
 
         Raises:
             PaymentRefused: It does not pay for the requirement.
             PaymentMalformed: It cannot be a payment.
         """
+
+    def settles(self, call: FacilitatorCall, client: Client, now: int) -> Facilitated:
+        """Check offline what `/settle` is asked to do for `client`; otherwise as `verifies`."""

@@ -4,35 +4,36 @@ verify  changes nothing, and asks the chain once
 settle  checks → one commit that reserves the payment and queues its transfer → evidence → one call is told of the success
 
 A payment whose outcome is not known in time is answered ``settlement_pending``, which is neither failure nor success: the same
-payment settled again finds what became of it. See `payments.facilitator.records` for who is told.
+payment settled again finds what became of it. Any number of facilitators may work on one database: what they must agree on is
+in `payments.facilitator.records`, and nothing is remembered here but which payments this process is just beginning.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-from payments.buckets import Buckets
 from payments.errors import PaymentError, PaymentRefused, SettlementUnavailable
 from payments.facilitator import records, wire
-from payments.facilitator.records import Record
-from payments.facilitator.schemes import Facilitated, FacilitatedScheme
+from payments.facilitator.access import Client
+from payments.facilitator.records import Beginning, Record
+from payments.facilitator.schemes import Checked, Facilitated, FacilitatedScheme, Promise
 from payments.facilitator.wire import FacilitatorCall
 from payments.money import atomic_to_nano_down
 from payments.settlement.engine import Settlements
-from payments.settlement.orders import SettlementOrder
 from payments.settlement.outcomes import SettlementOutcome
-from payments.store import Store
-from payments.tenders.exact_services import Unmined
+from payments.store import Store, Transaction
+from payments.verification.chain_state import insufficient_funds
 
-log = logging.getLogger(__name__)
-
-HOUR_S = 3600.0
+LOOKS_MAX = 3
+LOOK_AGAIN_S = 0.1
+"""What is under way for a payer may have left its balance a moment ago: then it is looked at again."""
+OUTCOME_POLL_S = 0.1
+"""How often the database is asked for an outcome that another process decides."""
 
 
 class Facilitator:
@@ -40,7 +41,7 @@ class Facilitator:
 
     Args:
         store: The database.
-        settlements: The engine of each network by its chain id; not started yet.
+        settlements: The engine of each network by its chain id; it knows `payments.facilitator.kinds`.
         schemes: What is facilitated.
         extensions: The names of the extensions that it understands.
         pay_to: Whom it settles for, lower-case hex; empty for anybody.
@@ -68,24 +69,8 @@ class Facilitator:
         self._extensions = list(extensions)
         self._pay_to, self._minimum_nano_usd = pay_to, minimum_nano_usd
         self._wait_s = settlement_wait_s
-        self._client_failures = Buckets(client_failures_per_hour, HOUR_S)
+        self._failures_per_hour = client_failures_per_hour
         self._beginning: dict[str, asyncio.Task[bool]] = {}
-        self._asked: dict[str, int] = {}
-        """How many calls of `settle` are under way for an identity."""
-        self._unmined = Unmined()
-        self._open: dict[str, tuple[str, str]] = {}
-        """Payer and asset of each settlement that is counted in `_unmined`."""
-
-    async def start(self) -> None:
-        """Learn what is under way; before the engines start."""
-        tokens = {(token.chain_id, token.address): token for network in self.networks for token in network.tokens}
-        for settlement_id, chain_id, address, payer, value, client in await self._store.read(records.open_settlements):
-            token = tokens.get((chain_id, address))
-            if token is not None:
-                self._count_open(settlement_id, payer, token.asset, atomic_to_nano_down(value, token.decimals))
-                self._settlements[chain_id].outcomes.follow(
-                    settlement_id, partial(self._decided, settlement_id, client)
-                )
 
     def supported(self) -> dict[str, Any]:
         """The answer of `/supported`."""
@@ -104,26 +89,26 @@ class Facilitator:
         """
         return wire.read_call(body, self.networks)
 
-    async def verify(self, call: FacilitatorCall, client: str) -> dict[str, Any]:
+    async def verify(self, call: FacilitatorCall, client: Client) -> dict[str, Any]:
         """The answer of `/verify`: whether a payment would be settled if it were settled now. Changes nothing.
 
         Raises:
             StoreBusy: The database cannot be asked.
         """
         try:
-            await self._verify(call, client)
+            extra = await self._verify(call, client)
         except SettlementUnavailable as error:
             return wire.not_verified("unexpected_verify_error", error.message, call.payer)
         except PaymentError as error:
             return wire.not_verified(wire.reason_for(error.code, call.payment), error.message, call.payer)
-        return wire.verified(call.payer)
+        return wire.verified(call.payer, extra)
 
-    async def settle(self, call: FacilitatorCall, client: str, idempotency_key: str | None) -> dict[str, Any]:
+    async def settle(self, call: FacilitatorCall, client: Client, idempotency_key: str | None) -> dict[str, Any]:
         """The answer of `/settle`. Cancelling it undoes nothing that is durable, and tells nobody of a success.
 
         Args:
             call: What is to be settled.
-            client: Who asks, see `payments.facilitator.access`.
+            client: Who asks.
             idempotency_key: The client's own name of this call: the same one is told the same again.
 
         Raises:
@@ -138,22 +123,26 @@ class Facilitator:
 
     # --- verify -------------------------------------------------------------------------------------------------------
 
-    async def _verify(self, call: FacilitatorCall, client: str) -> None:
-        payment = self._read(call)
-        record = await self._store.read(lambda tx: records.find(tx, payment.identity))
+    async def _verify(self, call: FacilitatorCall, client: Client) -> dict[str, Any] | None:
+        payment = self._scheme(call).verifies(call, int(time.time()))
+        if isinstance(payment, Promise):
+            return await payment.look()
+        self._check_worth(payment, payment.worth)
+        record = await self._find(payment)
         if record is None:
-            await self._check_first(payment, client)
-            return
+            return (await self._check_first(payment, client))[0].extra
         self._check_known(record, payment)
-        if record.granted:
-            raise PaymentRefused("authorization_used", f"this payment was settled already by {record.transaction_hash}")
+        if record.granted_to is not None:
+            by = f" by {record.transaction_hash}" if record.transaction_hash else ""
+            raise PaymentRefused("authorization_used", f"this payment was settled already{by}")
         if record.failed:
             raise PaymentRefused("settlement_failed", f"this payment's transfer failed ({record.reason})")
-        if payment.identity in self._asked:
+        if record.asked:
             # Its success will be told to the call that waits for it: nobody should work for another one.
             raise PaymentRefused(wire.PENDING, "this payment is being settled by another call right now")
+        return None
 
-    def _read(self, call: FacilitatorCall) -> Facilitated:
+    def _scheme(self, call: FacilitatorCall) -> FacilitatedScheme:
         requirement = call.requirement
         scheme = self._schemes.get((requirement.network, requirement.scheme))
         if scheme is None:
@@ -162,132 +151,164 @@ class Facilitator:
             raise PaymentRefused(code, "this scheme is not settled here on that network; see /supported")
         if self._pay_to and requirement.pay_to not in self._pay_to:
             raise PaymentRefused("not_accepted_here", "payments to this address are not settled here")
-        payment = scheme.read(call, int(time.time()))
-        if _worth_nano_usd(payment) < self._minimum_nano_usd:
-            raise PaymentRefused("not_accepted_here", "this payment is less than what is worth settling here")
-        return payment
+        return scheme
 
-    async def _check_first(self, payment: Facilitated, client: str) -> SettlementOrder:
-        """That a payment which nobody settled here before can be; returns what settles it."""
-        if payment.refusal is not None:
-            raise payment.refusal
-        order = payment.order
-        self._settlements[order.chain_id].admit(order.payer)
-        wait_s = self._client_failures.wait_s(client)
-        if wait_s:
-            message = f"too many settlements of this server failed and cost gas; try again in {wait_s} s"
-            raise PaymentRefused("client_suspended", message)
-        before = partial(self._unmined.before, order.payer, payment.token.asset)
-        return await payment.check_chain(lambda: before(order.id))
+    def _check_worth(self, payment: Facilitated, value: int | None) -> None:
+        if value is not None and atomic_to_nano_down(value, payment.token.decimals) < self._minimum_nano_usd:
+            raise PaymentRefused("not_accepted_here", "this payment is less than what is worth settling here")
 
     def _check_known(self, record: Record, payment: Facilitated) -> None:
-        if not record.is_same(payment.calls, payment.order.value):
+        if not record.is_same(payment.calls, payment.value):
             raise PaymentRefused("authorization_used", "this authorization was used for another payment")
+
+    async def _check_first(self, payment: Facilitated, client: Client) -> tuple[Checked, dict[str, int]]:
+        """That a payment which nobody settled here before can be.
+
+        Returns:
+            What would settle it, and what its payer had under way before the chain was asked.
+        """
+        if payment.refusal is not None:
+            raise payment.refusal
+        self._settlements[payment.token.chain_id].admit(payment.payer)
+        look = 0
+        while True:
+            look += 1
+            wait_s, others = await self._store.read(lambda tx: self._of_others(tx, payment, client))
+            if wait_s:
+                message = f"too many settlements of this server failed and cost gas; try again in {wait_s} s"
+                raise PaymentRefused("client_suspended", message)
+            checked = await payment.check_chain()
+            if payment.worth is None and checked.order is not None:
+                self._check_worth(payment, checked.order.value)
+            if checked.balance is None or checked.order is None:
+                return checked, others
+            free = checked.balance - sum(others.values())
+            if free >= checked.order.value:
+                return checked, others
+            if look == LOOKS_MAX:
+                raise insufficient_funds(free, checked.order.value, payment.token)
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+    def _of_others(self, tx: Transaction, payment: Facilitated, client: Client) -> tuple[int, dict[str, int]]:
+        wait_s = records.suspended_s(tx, client.name, self._failures_per_hour)
+        token = payment.token
+        return wait_s, records.under_way(tx, payment.payer, token.chain_id, token.address)
 
     # --- settle -------------------------------------------------------------------------------------------------------
 
-    async def _settle(self, call: FacilitatorCall, client: str, idempotency_key: str | None) -> dict[str, Any]:
-        payment = self._read(call)
-        identity = payment.identity
-        self._asked[identity] = self._asked.get(identity, 0) + 1
-        try:
-            record = await self._store.read(lambda tx: records.find(tx, identity))
-            if record is None:
-                record = await self._begun(payment, client)
-            self._check_known(record, payment)
-            return await self._conclude(call, payment, record, _call_name(client, idempotency_key))
-        finally:
-            self._asked[identity] -= 1
-            if not self._asked[identity]:
-                del self._asked[identity]
+    async def _settle(self, call: FacilitatorCall, client: Client, idempotency_key: str | None) -> dict[str, Any]:
+        payment = self._scheme(call).settles(call, client, int(time.time()))
+        self._check_worth(payment, payment.worth)
+        call_name = f"{client.name} {idempotency_key}" if idempotency_key else secrets.token_hex(16)
+        record = await self._find(payment)
+        if record is None or (record.state in payment.repeats and record.granted_to != call_name):
+            record = await self._begun(payment, client, call_name, record)
+        elif record.open:
+            await self._store.write(lambda tx: records.ask(tx, payment.identity, self._wait_ms))
+        self._check_known(record, payment)
+        return await self._conclude(call, payment, record, call_name)
 
-    async def _begun(self, payment: Facilitated, client: str) -> Record:
-        """The record of a payment that nobody settled here a moment ago."""
+    async def _begun(self, payment: Facilitated, client: Client, call_name: str, before: Record | None) -> Record:
+        """The record of a payment that nobody settled here a moment ago, or whose settlement is over and may be made anew."""
         refusal: PaymentError = PaymentRefused("authorization_used", "this authorization paid for something else")
         try:
-            await self._begin_once(payment, client)
+            await self._begin_once(payment, client, call_name, before)
         except PaymentError as error:
-            # Another replica may have settled it since, which makes the chain refuse it.
+            # Another process may have settled it since, which makes the chain refuse it.
             refusal = error
-        record = await self._store.read(lambda tx: records.find(tx, payment.identity))
-        if record is None:
+        record = await self._find(payment)
+        if record is None or (before is not None and record.settlement_id == before.settlement_id):
             raise refusal
         return record
 
-    async def _begin_once(self, payment: Facilitated, client: str) -> None:
+    async def _find(self, payment: Facilitated) -> Record | None:
+        return await self._store.read(lambda tx: records.find(tx, payment.identity))
+
+    async def _begin_once(self, payment: Facilitated, client: Client, call_name: str, before: Record | None) -> None:
         """Begin a settlement, together with whoever else wants to begin the same one at this moment."""
         task = self._beginning.get(payment.identity)
         if task is None:
-            task = self._beginning[payment.identity] = asyncio.create_task(self._begin(payment, client))
+            task = asyncio.create_task(self._begin(payment, client, call_name, before))
+            self._beginning[payment.identity] = task
             task.add_done_callback(lambda _: self._beginning.pop(payment.identity))
         # Shielded: a caller that hangs up must not leave an order that is written and that nobody takes up.
         await asyncio.shield(task)
 
-    async def _begin(self, payment: Facilitated, client: str) -> bool:
-        order = payment.order
-        engine = self._settlements[order.chain_id]
-        self._count_open(order.id, order.payer, payment.token.asset, _worth_nano_usd(payment))
-        engine.outcomes.follow(order.id, partial(self._decided, order.id, client))
-        begun = False
-        try:
-            order = await self._check_first(payment, client)
-            begun = await self._store.write(lambda tx: records.begin(tx, payment.identity, order, client))
-        finally:
-            if not begun:
-                engine.outcomes.unfollow(order.id)
-                self._uncount_open(order.id)
-        if begun:
-            engine.take_queued(order.id)
-        return begun
+    async def _begin(self, payment: Facilitated, client: Client, call_name: str, before: Record | None) -> bool:
+        for _ in range(LOOKS_MAX):
+            checked, others = await self._check_first(payment, client)
+            order = checked.order
+            if before is not None and order is not None:
+                order = replace(order, id=records.next_settlement_id(before.settlement_id))
+            wanted = Beginning(
+                identity=payment.identity,
+                order=order,
+                client=client.name,
+                call_name=call_name,
+                wait_ms=self._wait_ms,
+                balance=checked.balance,
+                known=others,
+                instead_of=None if before is None else before.settlement_id,
+            )
+            begun = await self._store.write(lambda tx, wanted=wanted: records.begin(tx, wanted))  # type: ignore[misc]
+            if begun == "begun" and order is not None:
+                self._settlements[order.chain_id].take_queued(order.id)
+            if begun != "short":
+                return begun == "begun"
+        raise PaymentRefused(
+            "insufficient_funds", "the payer's other payments under way take what this one needs; try again later"
+        )
 
     async def _conclude(
         self, call: FacilitatorCall, payment: Facilitated, record: Record, call_name: str
     ) -> dict[str, Any]:
-        outcome = await self._settlements[payment.order.chain_id].outcome(record.settlement_id, self._wait_s)
-        transaction = outcome.transaction_hash
-        if outcome.open:
-            message = "the transfer is on its way and not mined yet; settle the same payment again to learn its outcome"
-            return self._not_settled(call, wire.PENDING, message, transaction)
-        if not outcome.paid:
-            message = f"the payment's transfer failed ({outcome.reason or 'no reason is known'}); nothing was taken"
-            return self._not_settled(call, wire.reason_for("settlement_failed", call.payment), message)
+        if record.state != "burnt":
+            outcome = await self._outcome(payment.token.chain_id, record.settlement_id)
+            transaction = outcome.transaction_hash
+            if outcome.open:
+                message = (
+                    "the transfer is on its way and not mined yet; settle the same payment again to learn its outcome"
+                )
+                return self._not_settled(call, wire.PENDING, message, transaction)
+            if not outcome.paid:
+                message = f"the payment's transfer failed ({outcome.reason or 'no reason is known'}); nothing was taken"
+                return self._not_settled(call, wire.reason_for("settlement_failed", call.payment), message)
+        else:
+            transaction = None
+        found = record
+        if payment.value is None:
+            found = (await self._find(payment)) or record
+        try:
+            extra = await payment.told(found)
+        except SettlementUnavailable as error:
+            return self._not_settled(call, wire.PENDING, f"it is done; {error.message}", transaction)
+        if not await self._grant(payment, call_name):
+            message = "this payment has been settled already, and its success was told to another call"
+            return self._not_settled(call, wire.DUPLICATE, message, transaction)
+        amount = found.received if payment.value is None else payment.value
+        return wire.settled(transaction, call.network_name, call.payer, amount, extra)
+
+    async def _grant(self, payment: Facilitated, call_name: str) -> bool:
         granted = await self._store.write(
             lambda tx: records.grant(tx, payment.identity, call_name),
             if_abandoned=lambda tx, _: records.take_back(tx, payment.identity, call_name),
         )
-        if not granted:
-            message = "this payment has been settled already, and its success was told to another call"
-            return self._not_settled(call, wire.DUPLICATE, message, transaction)
-        assert transaction is not None
-        return wire.settled(transaction, call.network_name, call.payer, payment.order.value)
+        return granted or not payment.once
+
+    async def _outcome(self, chain_id: int, settlement_id: str) -> SettlementOutcome:
+        """Wait for an outcome, whichever process decides it."""
+        until = time.monotonic() + self._wait_s
+        while True:
+            outcome = await self._settlements[chain_id].outcome(settlement_id, max(until - time.monotonic(), 0))
+            if not outcome.open or time.monotonic() >= until:
+                return outcome
+            await asyncio.sleep(OUTCOME_POLL_S)
+
+    @property
+    def _wait_ms(self) -> int:
+        return int(self._wait_s * 1000)
 
     def _not_settled(
         self, call: FacilitatorCall, reason: str, message: str, transaction: str | None = None
     ) -> dict[str, Any]:
         return wire.not_settled(reason, message, call.network_name, call.payer, transaction)
-
-    # --- what the engines decide --------------------------------------------------------------------------------------
-
-    def _decided(self, settlement_id: str, client: str, outcome: SettlementOutcome) -> None:
-        self._uncount_open(settlement_id)
-        # Whoever executes an authorization before us makes our transaction revert, and us pay for it.
-        if outcome.state in ("superseded", "failed"):
-            self._client_failures.take(client)
-
-    def _count_open(self, settlement_id: str, payer: str, asset: str, value_nano_usd: int) -> None:
-        self._open[settlement_id] = (payer, asset)
-        self._unmined.add(payer, asset, settlement_id, value_nano_usd)
-
-    def _uncount_open(self, settlement_id: str) -> None:
-        counted = self._open.pop(settlement_id, None)
-        if counted is not None:
-            self._unmined.remove(*counted, settlement_id)
-
-
-def _worth_nano_usd(payment: Facilitated) -> int:
-    return atomic_to_nano_down(payment.order.value, payment.token.decimals)
-
-
-def _call_name(client: str, idempotency_key: str | None) -> str:
-    """The name of a call that can be told a success: the client's own, or one that no other call has."""
-    return f"{client} {idempotency_key}" if idempotency_key else secrets.token_hex(16)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from sqlalchemy import Index
 from sqlmodel import Field, SQLModel
 
 from payments.columns import big
 
 
 class FacilitatedPayment(SQLModel, table=True):
-    """A payment that was settled for another resource server; its terms and its fate are the settlement's."""
+    """What was settled for another resource server; its terms and its fate are the settlement's. An authorization of `upto`
+    that was settled for nothing has no settlement."""
 
     __tablename__ = "facilitated_payment"
 
@@ -17,10 +19,23 @@ class FacilitatedPayment(SQLModel, table=True):
     settlement_id: str = Field(unique=True)
     client: str
     """Who asked first, see `payments.facilitator.access`."""
+    asked_until_ms: int | None = Field(default=None, sa_column=big(nullable=True))
+    """Until when calls wait for its success, in whichever process."""
     granted_to: str | None = None
     """The one call that was told of the success."""
     granted_ms: int | None = Field(default=None, sa_column=big(nullable=True))
     created_ms: int = Field(sa_column=big())
+
+
+class FacilitatorFailure(SQLModel, table=True):
+    """A settlement for another server that cost gas for nothing, within the last hour."""
+
+    __tablename__ = "facilitator_failure"
+    __table_args__ = (Index("facilitator_failure_client", "client", "failed_ms"),)
+
+    settlement_id: str = Field(primary_key=True)
+    client: str
+    failed_ms: int = Field(sa_column=big())
 
 
 class DiscoveredResource(SQLModel, table=True):

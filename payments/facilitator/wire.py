@@ -74,6 +74,8 @@ _BY_METHOD = {
         "malformed_signature": "invalid_permit2_signature",
         "authorization_used": "permit2_invalid_nonce",
         "insufficient_funds": "permit2_insufficient_balance",
+        "wrong_facilitator": "upto_facilitator_mismatch",
+        "exceeds_maximum": "invalid_upto_evm_payload_settlement_exceeds_amount",
     },
 }
 
@@ -136,9 +138,9 @@ def reason_for(code: str, payment: PaymentHeader | None) -> str:
     return own or _ANY_METHOD.get(code, "invalid_payload")
 
 
-def verified(payer: str | None) -> dict[str, Any]:
+def verified(payer: str | None, extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """The answer of `/verify` for a payment that is good now."""
-    return {"isValid": True} | _payer(payer)
+    return {"isValid": True} | _payer(payer) | ({} if extra is None else {"extra": extra})
 
 
 def not_verified(reason: str, message: str, payer: str | None) -> dict[str, Any]:
@@ -146,9 +148,12 @@ def not_verified(reason: str, message: str, payer: str | None) -> dict[str, Any]
     return {"isValid": False, "invalidReason": reason, "invalidMessage": message} | _payer(payer)
 
 
-def settled(transaction: str, network: str, payer: str | None, amount: int) -> dict[str, Any]:
-    """The answer of `/settle` for a payment that arrived; `amount` in atomic units."""
-    return {"success": True, "transaction": transaction, "network": network, "amount": str(amount)} | _payer(payer)
+def settled(
+    transaction: str | None, network: str, payer: str | None, amount: int, extra: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The answer of `/settle` for what is done; `amount` in atomic units, `transaction` None where none was needed."""
+    done = {"success": True, "transaction": transaction or "", "network": network, "amount": str(amount)}
+    return done | _payer(payer) | ({} if extra is None else {"extra": extra})
 
 
 def not_settled(

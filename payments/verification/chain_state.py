@@ -49,13 +49,24 @@ def _nothing() -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What the chain says of the payer of a payment that would succeed now."""
+
+    has_code: bool
+    """Whether the payer is a contract: then the chain's word may be another one in the next block, at no cost to the payer."""
+    balance: int
+    """What the payer has of the token, in atomic units."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Check:
     payment: Payment
     token: Token
-    verdict: asyncio.Future[PaymentError | bool]
-    """An error, or whether the payer has code."""
+    verdict: asyncio.Future[PaymentError | Seen]
     other_open: OtherOpen
     unproven: PaymentError | None
+    amount: int
+    """What is to be moved, in atomic units: of `upto`, it may be less than what is authorised."""
     looks: int = 1
 
     def calls(self) -> list[tuple[str, bytes]]:
@@ -80,14 +91,14 @@ class _Check:
         """The very call, under the gas limit that the settlement will have."""
         authorization = self.payment.authorization
         assert isinstance(authorization, UptoAuthorization)
-        to, data = settle_call(self.payment, self.token)
+        to, data = settle_call(self.payment, self.token, amount=self.amount)
         gas = hex(gas_limit(to, data, self.token.address))
         return "eth_call", (
             {"from": authorization.facilitator, "to": to, "data": "0x" + data.hex(), "gas": gas},
             "latest",
         )
 
-    def conclude(self, verdict: PaymentError | bool) -> None:
+    def conclude(self, verdict: PaymentError | Seen) -> None:
         if not self.verdict.done():
             self.verdict.set_result(verdict)
 
@@ -111,6 +122,18 @@ class ChainStates:
         other_open: OtherOpen = _nothing,
         unproven: PaymentError | None = None,
     ) -> bool:
+        """Return if the payment would succeed now; whether the payer has code. See `look`."""
+        return (await self.look(payment, token, pay_to, other_open, unproven)).has_code
+
+    async def look(
+        self,
+        payment: Payment,
+        token: Token,
+        pay_to: str,
+        other_open: OtherOpen = _nothing,
+        unproven: PaymentError | None = None,
+        amount: int | None = None,
+    ) -> Seen:
         """Return if the payment would succeed now: nonce unused, balance and allowance there, the very call succeeds.
 
         Args:
@@ -119,9 +142,7 @@ class ChainStates:
             pay_to: Whom it pays, lower-case hex.
             other_open: What else the payer has under way.
             unproven: What is wrong with the signature if the payer is no contract: no key of its own made it.
-
-        Returns:
-            Whether the payer has code: then the chain's word may be another one in the next block, at no cost to the payer.
+            amount: Of `upto`, what is to be taken, in atomic units; None for all that may be.
 
         Raises:
             PaymentError: `unproven`.
@@ -131,10 +152,11 @@ class ChainStates:
         """
         assert payment.authorization.recipient == pay_to
         loop = asyncio.get_running_loop()
-        verdict: asyncio.Future[PaymentError | bool] = loop.create_future()
+        verdict: asyncio.Future[PaymentError | Seen] = loop.create_future()
         if not self._waiting:
             loop.call_later(WINDOW_S, self._depart)
-        self._waiting.append(_Check(payment, token, verdict, other_open, unproven))
+        moved = payment.authorization.value if amount is None else amount
+        self._waiting.append(_Check(payment, token, verdict, other_open, unproven, moved))
         self.checks += 1
         found = await verdict
         if isinstance(found, PaymentError):
@@ -193,26 +215,27 @@ class ChainStates:
                 again.append(self._look_again(check))
                 continue
             has_code = len(codes[index]) > 2
+            seen = Seen(has_code, _number(own[0]))
             if check.unproven is not None and not has_code and unwrap(check.payment.signature)[1] is None:
                 check.conclude(check.unproven)
             elif verdict is not None and len(checks) > 1:
                 again.append(self._run([check]))
             elif verdict is None and not check.apart and (has_code or check.unproven is not None):
-                again.append(self._simulate_alone(check, has_code))
+                again.append(self._simulate_alone(check, seen))
             else:
-                check.conclude(verdict or has_code)
+                check.conclude(verdict or seen)
         await asyncio.gather(*again)
 
     async def _look_again(self, check: _Check) -> None:
         await asyncio.sleep(LOOK_AGAIN_S)
         await self._run([replace(check, looks=check.looks + 1)])
 
-    async def _simulate_alone(self, check: _Check, has_code: bool) -> None:
+    async def _simulate_alone(self, check: _Check, seen: Seen) -> None:
         """A contract wallet: the chain's own judgement under the gas limit that the settlement will have.
 
         Its code may see who calls and how much gas there is, and behave for a simulation only.
         """
-        to, data = settle_call(check.payment, check.token, deploy=not has_code)
+        to, data = settle_call(check.payment, check.token, deploy=not seen.has_code)
         call = {"to": to, "data": "0x" + data.hex(), "gas": hex(gas_limit(to, data, check.token.address))}
         try:
             await self._rpc.call("eth_call", [call, "latest"])
@@ -221,7 +244,7 @@ class ChainStates:
         except RpcUnavailable as error:
             check.conclude(_unavailable(error))
         else:
-            check.conclude(has_code)
+            check.conclude(seen)
 
 
 def _judge(check: _Check, results: Sequence[CallResult], in_use: int) -> PaymentError | None:
@@ -233,23 +256,27 @@ def _judge(check: _Check, results: Sequence[CallResult], in_use: int) -> Payment
         return PaymentRefused(
             "authorization_used", "this authorization is used or cancelled on the chain; sign a new one"
         )
-    if balance - in_use < authorization.value:
-        return PaymentRefused(
-            "insufficient_funds",
-            f"the payer has {max(balance - in_use, 0)} atomic units of {token.symbol} that are not in use, and"
-            f" {authorization.value} are needed",
-        )
+    if balance - in_use < check.amount:
+        return insufficient_funds(balance - in_use, check.amount, token)
     allowed = check.payment.permit is not None  # by the very call that takes the payment, as its simulation shows
-    if permit2 and not allowed and _number(results[2]) - (in_use if check.apart else 0) < authorization.value:
+    if permit2 and not allowed and _number(results[2]) - (in_use if check.apart else 0) < check.amount:
         return AllowanceRequired(
             "permit2_allowance_required",
             f"the payer must once approve Permit2 for {token.symbol}: call approve({PERMIT2_ADDRESS}, amount) on"
-            f" {token.address} with at least {authorization.value}, then send the same payment again",
+            f" {token.address} with at least {check.amount}, then send the same payment again",
         )
     if check.unproven is not None or check.apart:
         return None  # simulated by itself
     succeeded, returned = results[-1]
     return None if succeeded else _would_fail(decode_revert(returned))
+
+
+def insufficient_funds(free: int, needed: int, token: Token) -> PaymentRefused:
+    """A payer's balance does not cover a payment beside its others; both in atomic units."""
+    return PaymentRefused(
+        "insufficient_funds",
+        f"the payer has {max(free, 0)} atomic units of {token.symbol} that are not in use, and {needed} are needed",
+    )
 
 
 def _unavailable(cause: Exception | None = None) -> SettlementUnavailable:

@@ -47,19 +47,21 @@ class Running:
         return parsed
 
 
-def options(chain: Devnet, network: Network, directory: Path, **wanted: Any) -> Options:
+def options(
+    chain: Devnet, network: Network, database: Path | str, *, batch_contract: str | None = None, **wanted: Any
+) -> Options:
     """Options of a facilitator that anybody may use; its signer is the first wallet."""
     return Options(
-        database=directory / "farebox.db",
-        networks=(NetworkOptions(network, [chain.rpc_url]),),
+        database=database,
+        networks=(NetworkOptions(network, [chain.rpc_url], batch_contract=batch_contract),),
         signer_keys=(chain.wallets[0].private_key,),
         **{"require_key": False, "settlement_wait_s": 20, **wanted},
     )
 
 
 @contextlib.asynccontextmanager
-async def facilitator(chain: Devnet, network: Network, directory: Path, **wanted: Any) -> AsyncIterator[Running]:
-    async with opened(options(chain, network, directory, **wanted)) as services:
+async def facilitator(chain: Devnet, network: Network, database: Path | str, **wanted: Any) -> AsyncIterator[Running]:
+    async with opened(options(chain, network, database, **wanted)) as services:
         transport = httpx.ASGITransport(create_app(services))
         async with httpx.AsyncClient(transport=transport, base_url="http://facilitator", timeout=60) as http:
             yield Running(services, http)

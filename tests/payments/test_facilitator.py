@@ -17,9 +17,10 @@ from payments.facilitator.app import create_app
 from payments.settlement import outbox, reverts
 from payments.settlement.engine import Settlements
 from payments.settlement.orders import SettlementOrder
+from payments.store import Store
 from payments.verification.chain_state import ChainStates
 from tests.payments.facilitating import SHOP, VALUE, Running, body, facilitator
-from tests.payments.settling import open_store, receipt, rows
+from tests.payments.settling import receipt, rows
 
 
 def held_by_shop(chain: Devnet) -> int:
@@ -37,7 +38,7 @@ async def until_submitted(chain: Devnet, running: Running) -> None:
 
 @pytest.mark.parametrize(("symbol", "version"), [("USDC", 2), ("USDT", 2), ("USDC", 1)])
 async def test_what_it_verifies_it_settles(
-    chain: Devnet, network: Network, tmp_path: Path, symbol: str, version: int, monkeypatch: pytest.MonkeyPatch
+    chain: Devnet, network: Network, database: Path | str, symbol: str, version: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
     ask = ChainStates._ask
@@ -50,7 +51,7 @@ async def test_what_it_verifies_it_settles(
     token = next(token for token in network.tokens if token.symbol == symbol)
     call = body(chain.wallets[2], token, network, version=version)
     payer = chain.wallets[2].address.lower()
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         if symbol == "USDT":
             refused = await running.verify(body(chain.wallets[3], token, network))
             assert refused["invalidReason"] == "permit2_allowance_required"
@@ -76,20 +77,20 @@ def approve(chain: Devnet, symbol: str) -> None:
 
 
 async def test_usdc_is_settled_over_permit2_where_the_server_asks_for_that(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, database: Path | str
 ) -> None:
     approve(chain, "USDC")
     usdc = dataclasses.replace(network.tokens[0], transfer_method="permit2")
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         assert (await running.settle(body(chain.wallets[2], usdc, network)))["success"]
     assert held_by_shop(chain) == VALUE
 
 
 async def test_of_many_calls_for_one_payment_one_is_told_of_the_success(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, database: Path | str
 ) -> None:
     call = body(chain.wallets[2], network.tokens[0], network)
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         answers = await asyncio.gather(*(running.settle(call) for _ in range(12)))
         told = [answer for answer in answers if answer["success"]]
         assert len(told) == 1
@@ -103,9 +104,9 @@ async def test_of_many_calls_for_one_payment_one_is_told_of_the_success(
     assert held_by_shop(chain) == VALUE
 
 
-async def test_the_same_call_made_again_is_told_the_same(chain: Devnet, network: Network, tmp_path: Path) -> None:
+async def test_the_same_call_made_again_is_told_the_same(chain: Devnet, network: Network, database: Path | str) -> None:
     call = body(chain.wallets[2], network.tokens[0], network)
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         first = await running.settle(call, idempotency_key="order-1")
         assert first["success"]
         assert await running.settle(call, idempotency_key="order-1") == first
@@ -114,21 +115,21 @@ async def test_the_same_call_made_again_is_told_the_same(chain: Devnet, network:
 
 
 async def test_one_authorization_in_other_wrapping_is_the_same_payment(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, database: Path | str
 ) -> None:
     call = body(chain.wallets[2], network.tokens[0], network)
     rewrapped = {**call, "paymentPayload": call["paymentPayload"] | {"resource": {"url": "https://shop.example/other"}}}
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         assert (await running.settle(call))["success"]
         assert (await running.settle(rewrapped))["errorReason"] == "duplicate_settlement"
 
 
 async def test_another_authorization_with_the_same_nonce_is_refused(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, database: Path | str
 ) -> None:
     first = body(chain.wallets[2], network.tokens[0], network, nonce=7)
     second = body(chain.wallets[2], network.tokens[0], network, nonce=7, value=2 * VALUE)
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         answers = await asyncio.gather(running.settle(first), running.settle(second))
         assert sorted(answer["success"] for answer in answers) == [False, True]
         refused = next(answer for answer in answers if not answer["success"])
@@ -136,10 +137,12 @@ async def test_another_authorization_with_the_same_nonce_is_refused(
     assert held_by_shop(chain) in (VALUE, 2 * VALUE)
 
 
-async def test_an_unknown_outcome_is_pending_and_found_later(chain: Devnet, network: Network, tmp_path: Path) -> None:
+async def test_an_unknown_outcome_is_pending_and_found_later(
+    chain: Devnet, network: Network, database: Path | str
+) -> None:
     call = body(chain.wallets[2], network.tokens[0], network)
     rpc(chain.rpc_url, "evm_setAutomine", False)
-    async with facilitator(chain, network, tmp_path, settlement_wait_s=0.5) as running:
+    async with facilitator(chain, network, database, settlement_wait_s=0.5) as running:
         pending = await running.settle(call)
         assert (pending["success"], pending["errorReason"]) == (False, "settlement_pending")
         assert len(pending["transaction"]) == 66
@@ -153,11 +156,11 @@ async def test_an_unknown_outcome_is_pending_and_found_later(chain: Devnet, netw
 
 
 async def test_an_outcome_is_found_after_the_authorization_has_expired(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, database: Path | str
 ) -> None:
     call = body(chain.wallets[2], network.tokens[0], network, valid_s=8)
     rpc(chain.rpc_url, "evm_setAutomine", False)
-    async with facilitator(chain, network, tmp_path, settlement_wait_s=0.3) as running:
+    async with facilitator(chain, network, database, settlement_wait_s=0.3) as running:
         assert (await running.settle(call))["errorReason"] == "settlement_pending"
         rpc(chain.rpc_url, "evm_mine")
         await asyncio.sleep(2.5)  # less than the margin that a first settlement must have is left
@@ -165,10 +168,10 @@ async def test_an_outcome_is_found_after_the_authorization_has_expired(
         assert (await running.settle(call))["success"]
 
 
-async def test_verify_says_no_while_another_call_settles(chain: Devnet, network: Network, tmp_path: Path) -> None:
+async def test_verify_says_no_while_another_call_settles(chain: Devnet, network: Network, database: Path | str) -> None:
     call = body(chain.wallets[2], network.tokens[0], network)
     rpc(chain.rpc_url, "evm_setAutomine", False)
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         settling = asyncio.create_task(running.settle(call))
         await until_submitted(chain, running)
         assert (await running.verify(call))["invalidReason"] == "settlement_pending"
@@ -177,11 +180,11 @@ async def test_verify_says_no_while_another_call_settles(chain: Devnet, network:
 
 
 async def test_a_success_that_nobody_hears_is_told_to_the_next_who_asks(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, database: Path | str
 ) -> None:
     call = body(chain.wallets[2], network.tokens[0], network)
     rpc(chain.rpc_url, "evm_setAutomine", False)
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         app = create_app(running.services)
         heard: list[Any] = []
         gone = asyncio.Event()
@@ -214,12 +217,12 @@ async def test_a_success_that_nobody_hears_is_told_to_the_next_who_asks(
 
 
 async def test_two_payments_that_one_balance_covers_do_not_both_burn_gas(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, database: Path | str
 ) -> None:
     usdc = network.tokens[0]
     funds = balance_of(chain.rpc_url, chain.usdc, chain.wallets[4].address)
     calls = [body(chain.wallets[4], usdc, network, value=funds) for _ in range(3)]
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         answers = await asyncio.gather(*(running.settle(call) for call in calls))
         assert [answer["success"] for answer in answers].count(True) == 1
         refused = {answer["errorReason"] for answer in answers if not answer["success"]}
@@ -228,12 +231,12 @@ async def test_two_payments_that_one_balance_covers_do_not_both_burn_gas(
 
 
 async def test_a_payer_whose_settlements_fail_has_to_wait(
-    chain: Devnet, network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: Devnet, network: Network, database: Path | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reverts, "REVERTS_MAX", 1)
     usdc = network.tokens[0]
     rpc(chain.rpc_url, "evm_setAutomine", False)
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         call = body(chain.wallets[2], usdc, network)
         settling = asyncio.create_task(running.settle(call))
         await until_submitted(chain, running)
@@ -248,10 +251,12 @@ async def test_a_payer_whose_settlements_fail_has_to_wait(
         assert (await running.verify(body(chain.wallets[3], usdc, network)))["isValid"]
 
 
-async def test_a_server_whose_settlements_fail_has_to_wait(chain: Devnet, network: Network, tmp_path: Path) -> None:
+async def test_a_server_whose_settlements_fail_has_to_wait(
+    chain: Devnet, network: Network, database: Path | str
+) -> None:
     usdc = network.tokens[0]
     rpc(chain.rpc_url, "evm_setAutomine", False)
-    async with facilitator(chain, network, tmp_path, client_failures_per_hour=1) as running:
+    async with facilitator(chain, network, database, client_failures_per_hour=1) as running:
         settling = asyncio.create_task(running.settle(body(chain.wallets[2], usdc, network)))
         await until_submitted(chain, running)
         drain(chain, chain.wallets[2].address)
@@ -273,37 +278,39 @@ def drain(chain: Devnet, address: str) -> None:
     )
 
 
-async def test_a_restart_carries_on_and_finds_the_outcome(chain: Devnet, network: Network, tmp_path: Path) -> None:
+async def test_a_restart_carries_on_and_finds_the_outcome(
+    chain: Devnet, network: Network, database: Path | str
+) -> None:
     call = body(chain.wallets[2], network.tokens[0], network)
     rpc(chain.rpc_url, "evm_setAutomine", False)
-    async with facilitator(chain, network, tmp_path, settlement_wait_s=0.3) as running:
+    async with facilitator(chain, network, database, settlement_wait_s=0.3) as running:
         assert (await running.settle(call))["errorReason"] == "settlement_pending"
     rpc(chain.rpc_url, "evm_setAutomine", True)
     rpc(chain.rpc_url, "evm_mine")
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         assert (await running.settle(call))["success"]
         assert (await running.settle(call))["errorReason"] == "duplicate_settlement"
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         assert (await running.settle(call))["errorReason"] == "duplicate_settlement"
     assert held_by_shop(chain) == VALUE
 
 
 async def test_what_is_written_and_not_taken_up_is_settled_after_a_restart(
-    chain: Devnet, network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: Devnet, network: Network, database: Path | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = body(chain.wallets[2], network.tokens[0], network)
-    async with facilitator(chain, network, tmp_path, settlement_wait_s=0.3) as running:
+    async with facilitator(chain, network, database, settlement_wait_s=0.3) as running:
         with monkeypatch.context() as patched:
             patched.setattr(Settlements, "take_queued", lambda self, settlement_id: None)
             pending = await running.settle(call)
             assert (pending["errorReason"], pending["transaction"]) == ("settlement_pending", "")
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         assert (await running.settle(call))["success"]
 
 
-async def test_keys_are_asked_for_and_counted(chain: Devnet, network: Network, tmp_path: Path) -> None:
+async def test_keys_are_asked_for_and_counted(chain: Devnet, network: Network, database: Path | str) -> None:
     call = body(chain.wallets[2], network.tokens[0], network)
-    async with facilitator(chain, network, tmp_path, require_key=True, calls_per_minute=3) as running:
+    async with facilitator(chain, network, database, require_key=True, calls_per_minute=3) as running:
         _, key = await running.services.store.write(lambda tx: accounts.create_key(tx, "shop", "default"))
         for header in (None, "Bearer fbk_wrong", "Basic x"):
             headers = {} if header is None else {"authorization": header}
@@ -318,11 +325,11 @@ async def test_keys_are_asked_for_and_counted(chain: Devnet, network: Network, t
 
 
 async def test_only_listed_recipients_and_worthwhile_amounts_are_settled(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, database: Path | str
 ) -> None:
     usdc = network.tokens[0]
     async with facilitator(
-        chain, network, tmp_path, pay_to=frozenset({SHOP}), minimum_nano_usd=VALUE * 1_000
+        chain, network, database, pay_to=frozenset({SHOP}), minimum_nano_usd=VALUE * 1_000
     ) as running:
         assert (await running.verify(body(chain.wallets[2], usdc, network)))["isValid"]
         for wanted in ({"to": "0x" + "66" * 20}, {"value": VALUE - 1}):
@@ -332,7 +339,9 @@ async def test_only_listed_recipients_and_worthwhile_amounts_are_settled(
         assert await rows(running.services.store) == []
 
 
-async def test_what_only_a_gateway_can_book_is_left_to_it(chain: Devnet, network: Network, tmp_path: Path) -> None:
+async def test_what_only_a_gateway_can_book_is_left_to_it(
+    chain: Devnet, network: Network, database: Path | str
+) -> None:
     usdc = network.tokens[0]
     refund = SettlementOrder(
         id="refund_1",
@@ -348,16 +357,16 @@ async def test_what_only_a_gateway_can_book_is_left_to_it(chain: Devnet, network
         call_data=b"",
         valid_before=0,
     )
-    store = open_store(tmp_path)
+    store = Store(database)
     await store.write(lambda tx: outbox.enqueue(tx, refund))
     store.close()
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, database) as running:
         assert (await running.settle(body(chain.wallets[2], usdc, network)))["success"]
         assert set(await rows(running.services.store)) >= {("refund_1", "queued")}
 
 
-async def test_an_operator_sees_what_it_does(chain: Devnet, network: Network, tmp_path: Path) -> None:
-    async with facilitator(chain, network, tmp_path, gas_alarm_wei=10**30) as running:
+async def test_an_operator_sees_what_it_does(chain: Devnet, network: Network, database: Path | str) -> None:
+    async with facilitator(chain, network, database, gas_alarm_wei=10**30) as running:
         assert (await running.settle(body(chain.wallets[2], network.tokens[0], network)))["success"]
         assert (await running.http.get("/healthz")).status_code == 200
         ready = await running.http.get("/readyz")

@@ -117,7 +117,7 @@ CASES["a malleable signature"] = (flip, "invalid_exact_evm_payload_signature")
 async def test_nothing_that_is_wrong_is_valid_or_settled(chain: Devnet, network: Network, tmp_path: Path) -> None:
     usdc = network.tokens[0]
     good = body(chain.wallets[2], usdc, network)
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, tmp_path / "farebox.db") as running:
         for name, (change, reason) in CASES.items():
             call = copy.deepcopy(good)
             change(call)
@@ -144,7 +144,7 @@ async def test_nothing_that_is_wrong_is_valid_or_settled(chain: Devnet, network:
 async def test_bodies_that_are_no_calls_get_a_clear_answer(
     chain: Devnet, network: Network, tmp_path: Path, path: str, content: bytes, status: int
 ) -> None:
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, tmp_path / "farebox.db") as running:
         answer = await running.http.post(path, content=content)
         assert answer.status_code == status
         if status != 200:
@@ -173,7 +173,7 @@ async def test_only_harmless_descriptions_are_listed(
     extension, resource, listed = DESCRIPTIONS[name]
     call = body(chain.wallets[2], network.tokens[0], network, extensions={"bazaar": extension})
     call["paymentPayload"]["resource"] |= resource
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, tmp_path / "farebox.db") as running:
         answer = await running.http.post("/settle", json=call)
         assert answer.json()["success"]
         assert "extension-responses" in answer.headers
@@ -205,7 +205,7 @@ def test_what_a_resource_says_about_itself_is_dropped_where_it_fails_its_rule() 
 
 async def test_a_listed_resource_stays_its_recipients(chain: Devnet, network: Network, tmp_path: Path) -> None:
     extensions = {"bazaar": {"info": {"input": HTTP_INPUT}}}
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, tmp_path / "farebox.db") as running:
         for to, status in (("0x" + "5a" * 20, "success"), ("0x" + "66" * 20, "rejected")):
             call = body(chain.wallets[2], network.tokens[0], network, to=to, extensions=extensions)
             answer = await running.http.post("/settle", json=call)

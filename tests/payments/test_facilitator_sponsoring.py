@@ -43,7 +43,7 @@ def signed_by_official_client(chain: Devnet, network: Network, wallet: Wallet, v
 
 async def test_a_permit_and_the_payment_are_one_call(chain: Devnet, network: Network, tmp_path: Path) -> None:
     call = signed_by_official_client(chain, network, chain.wallets[3])
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, tmp_path / "farebox.db") as running:
         assert "eip2612GasSponsoring" in running.services.facilitator.supported()["extensions"]
         assert (await running.verify(call))["isValid"]
         answer = await running.settle(call, idempotency_key="a")
@@ -56,7 +56,7 @@ async def test_a_permit_and_the_payment_are_one_call(chain: Devnet, network: Net
 async def test_a_permit_that_somebody_used_before_does_no_harm(chain: Devnet, network: Network, tmp_path: Path) -> None:
     first = signed_by_official_client(chain, network, chain.wallets[3])
     second = signed_by_official_client(chain, network, chain.wallets[3])
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, tmp_path / "farebox.db") as running:
         assert (await running.settle(first))["success"]
         # The two permits have one nonce, and the first payment has used the allowance up.
         refused = await running.settle(second)
@@ -83,7 +83,7 @@ async def test_a_permit_that_does_not_fit_is_refused(
 ) -> None:
     call = signed_by_official_client(chain, network, chain.wallets[3])
     call["paymentPayload"]["extensions"]["eip2612GasSponsoring"]["info"] |= changes
-    async with facilitator(chain, network, tmp_path) as running:
+    async with facilitator(chain, network, tmp_path / "farebox.db") as running:
         assert await refused_everywhere(running, call) == reason
         assert await rows(running.services.store) == []
 

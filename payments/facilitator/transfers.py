@@ -1,0 +1,128 @@
+"""A signed transfer from a payer to whoever a resource server names: what `exact` and `upto` have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from payments.chain.networks import Network, Token
+from payments.chain.transactions import settle_call
+from payments.errors import PaymentRefused
+from payments.facilitator import records
+from payments.facilitator.records import Record
+from payments.facilitator.schemes import NEVER, Checked
+from payments.settlement.orders import SettlementOrder
+from payments.verification.chain_state import ChainStates
+from payments.x402.requirements import Requirement
+from payments.x402.wire import Payment
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """See `payments.facilitator.schemes.Facilitated`."""
+
+    kind: str
+    """Of its settlement."""
+    payment: Payment
+    token: Token
+    value: int
+    """What is taken, in atomic units; 0 only of `upto`."""
+    refusal: PaymentRefused | None
+    unproven: PaymentRefused | None
+    """Why the signature is bad unless the payer is a contract that takes it."""
+    chain_states: ChainStates
+
+    @property
+    def identity(self) -> str:
+        """See `payments.facilitator.schemes.Facilitated`."""
+        return self.payment.identity(self.token.chain_id, self.token)
+
+    @property
+    def settlement_id(self) -> str:
+        """See `payments.facilitator.schemes.Facilitated`."""
+        return records.settlement_id(self.identity)
+
+    @property
+    def payer(self) -> str:
+        """See `payments.facilitator.schemes.Facilitated`."""
+        return self.payment.payer
+
+    @property
+    def worth(self) -> int:
+        """All that is authorised: a server that takes less of it has done its work, too."""
+        return self.payment.authorization.value
+
+    @property
+    def calls(self) -> tuple[tuple[str, bytes], ...]:
+        """See `payments.facilitator.schemes.Facilitated`: a wallet may have been deployed with it."""
+        return tuple(
+            settle_call(self.payment, self.token, deploy=deploy, amount=self.value) for deploy in (False, True)
+        )
+
+    @property
+    def once(self) -> bool:
+        """See `payments.facilitator.schemes.Facilitated`."""
+        return True
+
+    @property
+    def repeats(self) -> frozenset[str]:
+        """See `payments.facilitator.schemes.Facilitated`."""
+        return NEVER
+
+    async def check_chain(self) -> Checked:
+        """See `payments.facilitator.schemes.Facilitated`."""
+        if not self.value and self.unproven is None:
+            return Checked(None, None)
+        authorization = self.payment.authorization
+        seen = await self.chain_states.look(
+            self.payment, self.token, authorization.recipient, unproven=self.unproven, amount=self.value or None
+        )
+        if not self.value:
+            return Checked(None, None)
+        call_to, call_data = settle_call(self.payment, self.token, deploy=not seen.has_code, amount=self.value)
+        order = SettlementOrder(
+            id=self.settlement_id,
+            kind=self.kind,
+            reference=self.identity,
+            chain_id=self.token.chain_id,
+            token=self.token.address,
+            payer=authorization.payer,
+            pay_to=authorization.recipient,
+            value=self.value,
+            authorization_nonce=authorization.nonce,
+            call_to=call_to,
+            call_data=call_data,
+            valid_before=authorization.expires_at,
+        )
+        return Checked(order, seen.balance)
+
+    async def told(self, record: Record) -> dict[str, Any] | None:
+        """See `payments.facilitator.schemes.Facilitated`."""
+        return None
+
+
+def token_of(requirement: Requirement, network: Network, method: str) -> Token:
+    """The token as it is to be moved: any may be moved by Permit2, only some by their own EIP-3009.
+
+    Args:
+        requirement: What the resource server wants.
+        network: Where.
+        method: ``eip3009`` or ``permit2``, or what the resource server wrote instead.
+
+    Raises:
+        PaymentRefused: ``invalid_requirements``.
+    """
+    token = network.token_at(requirement.asset)
+    if token is None:
+        known = ", ".join(known.symbol for known in network.tokens)
+        raise PaymentRefused("invalid_requirements", f"on {network.caip2} these tokens are settled: {known}")
+    if method == "permit2":
+        return replace(token, transfer_method="permit2")
+    if method != "eip3009" or token.transfer_method != "eip3009":
+        raise PaymentRefused(
+            "invalid_requirements", f"{token.symbol} is settled by {token.transfer_method}, not by {method}"
+        )
+    for name, ours in (("name", token.domain_name), ("version", token.domain_version)):
+        if requirement.extra.get(name, ours) != ours:
+            raise PaymentRefused("invalid_requirements", f"extra.{name} of {token.symbol} must be {ours}")
+    return token

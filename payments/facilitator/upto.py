@@ -1,0 +1,103 @@
+"""The scheme `upto` for others: the payer authorises a maximum, of which the resource server takes what its work came to.
+
+Only our own batch contract, which payers name as `facilitator`, can settle it. Between `/verify` and `/settle` nothing holds
+the payer's money: a payer who spends it meanwhile makes `/settle` fail, and the resource server has worked for nothing. That is
+its risk, not ours; before any gas is spent the chain is asked again. What is settled for nothing burns the authorization here,
+so that it never settles later; nothing is sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from payments.chain.networks import Network
+from payments.errors import PaymentRefused
+from payments.facilitator import kinds
+from payments.facilitator.access import Client
+from payments.facilitator.transfers import Transfer, token_of
+from payments.facilitator.wire import FacilitatorCall
+from payments.verification import checks
+from payments.verification.chain_state import ChainStates
+from payments.verification.wallet_signatures import unwrap
+from payments.x402.requirements import Requirement
+from payments.x402.wire import Payment
+
+
+class UptoFacilitation:
+    """`upto` on one network, in every token that the operator configured there.
+
+    Args:
+        network: Where it is.
+        chain_states: Judges payments by the chain.
+        facilitator: The operator's batch contract, in any letter case.
+    """
+
+    name = "upto"
+
+    def __init__(self, network: Network, chain_states: ChainStates, facilitator: str) -> None:
+        self.network = network
+        self._chain_states = chain_states
+        self._facilitator = facilitator.lower()
+
+    def kinds(self) -> list[dict[str, Any]]:
+        """See `payments.facilitator.schemes.FacilitatedScheme`."""
+        extra = {"facilitatorAddress": self._facilitator}
+        return [{"x402Version": 2, "scheme": self.name, "network": self.network.caip2, "extra": extra}]
+
+    def verifies(self, call: FacilitatorCall, now: int) -> Transfer:
+        """See `payments.facilitator.schemes.FacilitatedScheme`. The requirement's amount is the maximum."""
+        if call.requirement.amount == 0:
+            raise PaymentRefused("invalid_requirements", "the amount must be more than 0")
+        return self._read(call, call.requirement, now)
+
+    def settles(self, call: FacilitatorCall, client: Client, now: int) -> Transfer:
+        """See `payments.facilitator.schemes.FacilitatedScheme`. The requirement's amount is what is taken; 0 takes nothing."""
+        taken, accepted = call.requirement.amount, call.payment.accepted
+        maximum = taken if accepted is None else accepted.amount
+        transfer = self._read(call, replace(call.requirement, amount=maximum), now)
+        if taken > maximum:
+            raise PaymentRefused("exceeds_maximum", f"the payer authorised {maximum} atomic units at most")
+        return replace(transfer, value=taken)
+
+    def _read(self, call: FacilitatorCall, requirement: Requirement, now: int) -> Transfer:
+        payment, requirement = call.payment, _plain(requirement)
+        if not isinstance(payment, Payment) or payment.scheme != requirement.scheme:
+            raise PaymentRefused("wrong_scheme", f"the payment's scheme must be {requirement.scheme}")
+        assert payment.accepted is not None
+        token = token_of(requirement, self.network, requirement.extra.get("assetTransferMethod", "permit2"))
+        if token.transfer_method != "permit2":
+            raise PaymentRefused("invalid_requirements", "upto is settled by permit2: see extra.assetTransferMethod")
+        if requirement.extra.get("facilitatorAddress") != self._facilitator:
+            raise PaymentRefused("wrong_facilitator", f"extra.facilitatorAddress must be {self._facilitator}")
+        if unwrap(payment.signature)[1] is not None:
+            raise PaymentRefused("unsupported_signature", "by upto only wallets that are deployed pay (no ERC-6492)")
+        refusal: PaymentRefused | None = None
+        unproven: PaymentRefused | None = None
+        try:
+            plain = replace(payment, accepted=_plain(payment.accepted))
+            checks.check_offline(plain, requirement, self.network, token, now=now)
+        except checks.SignatureUnproven as error:
+            unproven = error
+        except PaymentRefused as error:
+            # Times pass: whoever settled in time is told of the outcome all the same.
+            if error.code != "expired":
+                raise
+            refusal = error
+        return Transfer(
+            kind=kinds.UPTO,
+            payment=payment,
+            token=token,
+            value=payment.authorization.value,
+            refusal=refusal,
+            unproven=unproven,
+            chain_states=self._chain_states,
+        )
+
+
+def _plain(requirement: Requirement) -> Requirement:
+    """The same with the facilitator's address in one spelling."""
+    facilitator = requirement.extra.get("facilitatorAddress")
+    if not isinstance(facilitator, str):
+        return requirement
+    return replace(requirement, extra=requirement.extra | {"facilitatorAddress": facilitator.lower()})
