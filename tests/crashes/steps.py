@@ -45,6 +45,9 @@ BY_THE_CLOCK: dict[str, tuple[Any, str]] = {
 }
 """The loops that run whether or not anybody asks for anything."""
 
+EFFECTIVE = frozenset({"Deposits.round", "Sweeps._sweep", "ChannelKeeper.claim"})
+"""Units of loops whose result says whether there was anything to write."""
+
 _LOOP: contextvars.ContextVar[str] = contextvars.ContextVar("loop", default="")
 
 
@@ -161,8 +164,8 @@ def _written(result: Any, _: Store, unit: Any) -> str:
     while isinstance(unit, functools.partial):
         unit = unit.func
     name = str(getattr(unit, "__qualname__", type(unit).__name__)).removesuffix(".<locals>.<lambda>")
-    # Of a range of blocks that holds deposits; the others are written down by the clock.
-    return f"wrote {name}, booked" if name == "Deposits.round" and result else f"wrote {name}"
+    # Loops write down that they looked, and now and then something that matters.
+    return f"wrote {name}, to some effect" if name in EFFECTIVE and result else f"wrote {name}"
 
 
 def _methods(requests: Any) -> str:

@@ -19,4 +19,4 @@ def test_killed_at_every_step_nothing_is_lost_and_nothing_happens_twice(
 
 
 def test_killed_again_at_every_step_of_the_recovery(world: World, tmp_path: Path) -> None:
-    kill_again_at_every_step(world, tmp_path, PAYMENTS, "exact, EIP-3009")
+    kill_again_at_every_step(world, tmp_path, PAYMENTS, "exact, EIP-3009", start_too=True)
