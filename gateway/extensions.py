@@ -17,12 +17,12 @@ from gateway.api.errors import ApiError
 from gateway.api.http import Call
 from payments.sign_in import use_nonce
 from payments.store import Store
-from payments.x402.extensions import bazaar, identifier, offer_receipt, sign_in_with_x
+from payments.x402.extensions import bazaar, eip2612, identifier, offer_receipt, sign_in_with_x
 from payments.x402.extensions.offer_receipt import OfferSigner
 from payments.x402.extensions.sign_in_with_x import SignInWithX
 from payments.x402.requirements import Requirement
 
-NAMES = (identifier.NAME, sign_in_with_x.NAME, offer_receipt.NAME, bazaar.NAME)
+NAMES = (identifier.NAME, sign_in_with_x.NAME, offer_receipt.NAME, bazaar.NAME, eip2612.NAME)
 
 
 class Extensions:
@@ -74,6 +74,8 @@ class Extensions:
                 declared[name] = self.signer.offers(requirements, resource_url, now)
             elif name == bazaar.NAME and call.path == bazaar.CHAT_PATH and self.example_model is not None:
                 declared[name] = bazaar.declaration(self.example_model)
+            elif name == eip2612.NAME and any(map(eip2612.helps, requirements)):
+                declared[name] = eip2612.DECLARATION
         return declared
 
     async def signed_in(self, call: Call) -> WalletCaller | None:

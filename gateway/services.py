@@ -55,6 +55,7 @@ from payments.tenders.exact_services import ExactServices
 from payments.tenders.schemes import Scheme
 from payments.tenders.upto_scheme import UptoScheme
 from payments.verification.chain_state import ChainStates
+from payments.verification.permits import with_permits
 from payments.withdrawals import Limits
 from payments.x402.extensions.offer_receipt import OfferSigner
 from payments.x402.extensions.sign_in_with_x import SignInWithX
@@ -205,6 +206,7 @@ async def _open_chain(
     rpc = Rpc(own.rpc_urls, chain_id=network.chain_id, lag_blocks_max=network.lag_blocks_max)
     cleanup.push_async_callback(rpc.aclose)
     await verify_tokens(rpc, network)
+    network = await with_permits(rpc, network)
     await anchors.hold_fast(store, rpc, network)
     await open_books(store, rpc, network, pay_to)
     settlements = Settlements(

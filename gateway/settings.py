@@ -32,7 +32,7 @@ TokenizerFamily = Literal[
     "o200k_base", "cl100k_base", "llama3", "deepseek", "qwen", "mistral", "gemini", "claude", "other"
 ]
 Scheme = Literal["exact", "upto", "batch-settlement"]
-Extension = Literal["payment-identifier", "sign-in-with-x", "offer-receipt", "bazaar"]
+Extension = Literal["payment-identifier", "sign-in-with-x", "offer-receipt", "bazaar", "eip2612GasSponsoring"]
 StrategyName = Literal["balanced", "cost-first", "latency-first", "availability-first"]
 
 

@@ -69,6 +69,7 @@ def _token(devnet: Devnet, token: DevToken) -> Token:
         transfer_method=token.transfer_method,
         domain_name=token.name,
         domain_version=token.version,
+        has_permit=token is devnet.usdc,
     )
 
 

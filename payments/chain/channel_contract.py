@@ -25,6 +25,7 @@ from payments.chain.transactions import (
     word,
 )
 from payments.x402.channels import ChannelConfig, Deposit, Permit2Deposit
+from payments.x402.extensions.eip2612 import Eip2612Permit
 
 _CONFIG = "(address,address,address,address,address,uint40,bytes32)"
 _DEPOSIT = selector(f"deposit({_CONFIG},uint128,address,bytes)")
@@ -85,13 +86,14 @@ class Claim:
     """What is claimed in all after this, at most `voucher_amount`."""
 
 
-def encode_deposit(config: ChannelConfig, deposit: Deposit) -> bytes:
-    """Calldata of `deposit`, with the collector that the authorization was signed for."""
+def encode_deposit(config: ChannelConfig, deposit: Deposit, permit: Eip2612Permit | None = None) -> bytes:
+    """Calldata of `deposit`, with the collector that the authorization was signed for; over Permit2 an EIP-2612 permit may give
+    the allowance."""
     if isinstance(deposit, Permit2Deposit):
         collector = PERMIT2_DEPOSIT_COLLECTOR_ADDRESS
         signature = _tail(deposit.signature)
         heads = (word(deposit.nonce), word(deposit.deadline), word(4 * WORD), word(4 * WORD + len(signature)))
-        data = b"".join((*heads, signature, _tail(b"")))
+        data = b"".join((*heads, signature, _tail(b"" if permit is None else _collector_permit(permit))))
     else:
         collector = ERC3009_DEPOSIT_COLLECTOR_ADDRESS
         heads = (word(deposit.valid_after), word(deposit.valid_before), word(deposit.salt), word(4 * WORD))
@@ -100,6 +102,11 @@ def encode_deposit(config: ChannelConfig, deposit: Deposit) -> bytes:
     return b"".join(
         (_DEPOSIT, encode_config(config), word(deposit.amount), address_word(collector), offset, _tail(data))
     )
+
+
+def _collector_permit(permit: Eip2612Permit) -> bytes:
+    """A permit as the collector takes it: value, deadline, v, r, s."""
+    return word(permit.value) + word(permit.deadline) + word(permit.signature[64]) + permit.signature[:64]
 
 
 def encode_claim(claims: Sequence[Claim], authorizer_signature: bytes) -> bytes:

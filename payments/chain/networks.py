@@ -6,7 +6,7 @@ gateway read again; an operator may add networks and tokens, or override these, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 TransferMethod = Literal["eip3009", "permit2"]
@@ -36,6 +36,8 @@ class Token:
     transfer_method: TransferMethod
     domain_name: str
     domain_version: str
+    has_permit: bool = field(default=False, compare=False)
+    """Whether it takes EIP-2612 permits in that domain: the chain's word, see `payments.verification.permits.with_permits`."""
 
     def __post_init__(self) -> None:
         assert self.address == self.address.lower()

@@ -1,4 +1,4 @@
-"""Transactions and calls as bytes: RLP, EIP-1559 signing, and the calldata of the few functions that Farebox calls.
+"""Transactions and calls as bytes: EIP-1559 signing, and the calldata of the few functions that Farebox calls.
 
 Hand-written because it is small and on the path of every payment: the usual libraries cost milliseconds a transaction and
 hundreds of megabytes of imports. Sources: EIP-2718, EIP-1559, the Solidity ABI specification, EIP-3009, Permit2, Multicall3.
@@ -8,42 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import coincurve
 
 from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, MULTICALL3_ADDRESS, UPTO_PERMIT2_PROXY_ADDRESS, Token
+from payments.chain.rlp import RlpItem, rlp_decode, rlp_encode
 from payments.verification.signatures import ECDSA_BYTES, keccak256
 from payments.verification.wallet_signatures import unwrap
 from payments.x402.extensions.eip2612 import Eip2612Permit
 from payments.x402.wire import Eip3009Authorization, Payment, Permit2Authorization, UptoAuthorization
 
-RlpItem = int | bytes | Sequence["RlpItem"]
-
 WORD = 32
 SECP256K1_HALF_ORDER = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF5D576E7357A4501DDFE92F46681B20A0
 
 
-# --- RLP and EIP-1559 -------------------------------------------------------------------------------------------------
-
-
-def _length_prefix(length: int, offset: int) -> bytes:
-    if length < 56:
-        return bytes((offset + length,))
-    size = (length.bit_length() + 7) // 8
-    return bytes((offset + 55 + size,)) + length.to_bytes(size, "big")
-
-
-def rlp_encode(item: RlpItem) -> bytes:
-    """Encode integers (as their shortest big-endian bytes), byte strings and sequences of them."""
-    if isinstance(item, int):
-        item = item.to_bytes((item.bit_length() + 7) // 8, "big")
-    if isinstance(item, bytes):
-        if len(item) == 1 and item[0] < 0x80:
-            return item
-        return _length_prefix(len(item), 0x80) + item
-    payload = b"".join([rlp_encode(element) for element in item])
-    return _length_prefix(len(payload), 0xC0) + payload
+# --- EIP-1559 ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,40 +84,6 @@ def sign_transaction(
     assert s <= SECP256K1_HALF_ORDER  # libsecp256k1 normalises; EIP-2 refuses anything else
     raw = b"\x02" + rlp_encode([*fields, parity, r, s])
     return SignedTransaction(raw, "0x" + keccak256(raw).hex())
-
-
-def rlp_decode(data: bytes) -> bytes | list[Any]:
-    """Decode one item: a byte string, or a list of items.
-
-    Raises:
-        ValueError: The bytes are not one RLP item, or not in its shortest form of lengths.
-    """
-    item, end = _rlp_item(data, 0)
-    if end != len(data):
-        raise ValueError("something follows the RLP item")
-    return item
-
-
-def _rlp_item(data: bytes, at: int) -> tuple[bytes | list[Any], int]:
-    if at >= len(data):
-        raise ValueError("RLP is cut short")
-    first = data[at]
-    if first < 0x80:
-        return data[at : at + 1], at + 1
-    offset = 0x80 if first < 0xC0 else 0xC0
-    start, length = at + 1, first - offset
-    if length > 55:
-        start, length = at + 1 + length - 55, int.from_bytes(data[at + 1 : at + 1 + length - 55], "big")
-    end = start + length
-    if end > len(data):
-        raise ValueError("RLP is cut short")
-    if offset == 0x80:
-        return data[start:end], end
-    items = []
-    while start < end:
-        item, start = _rlp_item(data[:end], start)
-        items.append(item)
-    return items, end
 
 
 def call_of(raw: bytes) -> Call:
@@ -206,11 +151,17 @@ _PROXY_SETTLE_WITH_PERMIT = selector(
     "bytes)"
 )
 _UPTO_SETTLE = selector("settle(((address,uint256),uint256,uint256),uint256,address,(address,address,uint256),bytes)")
+_UPTO_SETTLE_WITH_PERMIT = selector(
+    "settleWithPermit((uint256,uint256,bytes32,bytes32,uint8),((address,uint256),uint256,uint256),uint256,address,"
+    "(address,address,uint256),bytes)"
+)
 _TRANSFER = selector("transfer(address,uint256)")
 _BALANCE_OF = selector("balanceOf(address)")
 _ALLOWANCE = selector("allowance(address,address)")
 _AUTHORIZATION_STATE = selector("authorizationState(address,bytes32)")
 _NONCE_BITMAP = selector("nonceBitmap(address,uint256)")
+PERMIT_WORDS = 5
+_TERMS_WORDS = 7
 _AGGREGATE3 = selector("aggregate3((address,bool,bytes)[])")
 _ERROR_STRING = selector("Error(string)")
 _PANIC = selector("Panic(uint256)")
@@ -237,35 +188,15 @@ def encode_transfer_with_authorization(authorization: Eip3009Authorization, sign
     return _TRANSFER_WITH_AUTHORIZATION_BYTES + terms + word(7 * WORD) + _tail(signature)
 
 
-def encode_proxy_settle(authorization: Permit2Authorization, signature: bytes) -> bytes:
-    """Calldata for the exact proxy's `settle(permit, owner, witness, signature)`."""
-    return b"".join(
-        (
-            _PROXY_SETTLE,
-            address_word(authorization.token),
-            word(authorization.amount),
-            word(authorization.nonce),
-            word(authorization.deadline),
-            address_word(authorization.payer),
-            address_word(authorization.to),
-            word(authorization.valid_after),
-            word(8 * WORD),
-            _tail(signature),
-        )
-    )
-
-
-def encode_proxy_settle_with_permit(
-    permit: Eip2612Permit, authorization: Permit2Authorization, signature: bytes
+def encode_proxy_settle(
+    authorization: Permit2Authorization, signature: bytes, permit: Eip2612Permit | None = None
 ) -> bytes:
-    """Calldata for the exact proxy's `settleWithPermit`: the allowance by EIP-2612, and the payment, in one."""
+    """Calldata for the exact proxy's `settle(permit, owner, witness, signature)`; with an EIP-2612 permit for its
+    `settleWithPermit`: the allowance and the payment in one."""
+    words = 0 if permit is None else PERMIT_WORDS
     return b"".join(
         (
-            _PROXY_SETTLE_WITH_PERMIT,
-            word(permit.value),
-            word(permit.deadline),
-            permit.signature[:64],
-            word(permit.signature[64]),
+            _PROXY_SETTLE if permit is None else _PROXY_SETTLE_WITH_PERMIT + encode_permit(permit),
             address_word(authorization.token),
             word(authorization.amount),
             word(authorization.nonce),
@@ -273,18 +204,27 @@ def encode_proxy_settle_with_permit(
             address_word(authorization.payer),
             address_word(authorization.to),
             word(authorization.valid_after),
-            word(13 * WORD),
+            word((8 + words) * WORD),
             _tail(signature),
         )
     )
 
 
-def encode_upto_settle(authorization: UptoAuthorization, signature: bytes, amount: int) -> bytes:
-    """Calldata for the upto proxy's `settle(permit, amount, owner, witness, signature)`, to be called by the facilitator."""
+def encode_permit(permit: Eip2612Permit) -> bytes:
+    """An EIP-2612 permit as the proxies take it: value, deadline, r, s, v."""
+    return word(permit.value) + word(permit.deadline) + permit.signature[:64] + word(permit.signature[64])
+
+
+def encode_upto_settle(
+    authorization: UptoAuthorization, signature: bytes, amount: int, permit: Eip2612Permit | None = None
+) -> bytes:
+    """Calldata for the upto proxy's `settle(permit, amount, owner, witness, signature)`, or with an EIP-2612 permit for its
+    `settleWithPermit`, to be called by the facilitator."""
     assert amount <= authorization.amount
+    words = 0 if permit is None else PERMIT_WORDS
     return b"".join(
         (
-            _UPTO_SETTLE,
+            _UPTO_SETTLE if permit is None else _UPTO_SETTLE_WITH_PERMIT + encode_permit(permit),
             address_word(authorization.token),
             word(authorization.amount),
             word(authorization.nonce),
@@ -294,14 +234,17 @@ def encode_upto_settle(authorization: UptoAuthorization, signature: bytes, amoun
             address_word(authorization.to),
             address_word(authorization.facilitator),
             word(authorization.valid_after),
-            word(10 * WORD),
+            word((10 + words) * WORD),
             _tail(signature),
         )
     )
 
 
-PROXY_SETTLE_TERMS_LENGTH = 4 + 7 * WORD
-"""The part of `settle`'s calldata that says what is paid; the rest is the signature, which has several spellings."""
+def proxy_terms(data: bytes) -> bytes | None:
+    """What a call of the exact proxy pays, to whom and by which nonce: neither the signature, which has several spellings, nor
+    the permit that may precede it. None if the calldata is of no such call."""
+    start = {_PROXY_SETTLE: 4, _PROXY_SETTLE_WITH_PERMIT: 4 + PERMIT_WORDS * WORD}.get(data[:4])
+    return None if start is None else data[start : start + _TERMS_WORDS * WORD]
 
 
 def settle_call(
@@ -318,14 +261,11 @@ def settle_call(
     """
     if isinstance(payment.authorization, UptoAuthorization):
         taken = payment.authorization.amount if amount is None else amount
-        return UPTO_PERMIT2_PROXY_ADDRESS, encode_upto_settle(payment.authorization, payment.signature, taken)
+        data = encode_upto_settle(payment.authorization, payment.signature, taken, payment.permit)
+        return UPTO_PERMIT2_PROXY_ADDRESS, data
     signature, deployment = unwrap(payment.signature)
     if isinstance(payment.authorization, Permit2Authorization):
-        data = (
-            encode_proxy_settle(payment.authorization, signature)
-            if payment.permit is None
-            else encode_proxy_settle_with_permit(payment.permit, payment.authorization, signature)
-        )
+        data = encode_proxy_settle(payment.authorization, signature, payment.permit)
         call = EXACT_PERMIT2_PROXY_ADDRESS, data
     else:
         call = token.address, encode_transfer_with_authorization(payment.authorization, signature)
@@ -337,11 +277,17 @@ def settle_call(
 
 def has_wallet_signature(data: bytes) -> bool:
     """Whether the calldata of a payment carries a signature of another form than a key's."""
-    if data[:4] == _PROXY_SETTLE:
-        return _uint(data, PROXY_SETTLE_TERMS_LENGTH + WORD) != ECDSA_BYTES
-    if data[:4] == _UPTO_SETTLE:
-        return _uint(data, 4 + 10 * WORD) != ECDSA_BYTES
+    permit_words = PERMIT_WORDS if has_permit(data) else 0
+    if proxy_terms(data) is not None:
+        return _uint(data, 4 + (permit_words + _TERMS_WORDS + 1) * WORD) != ECDSA_BYTES
+    if data[:4] in (_UPTO_SETTLE, _UPTO_SETTLE_WITH_PERMIT):
+        return _uint(data, 4 + (permit_words + 10) * WORD) != ECDSA_BYTES
     return data[:4] == _TRANSFER_WITH_AUTHORIZATION_BYTES
+
+
+def has_permit(data: bytes) -> bool:
+    """Whether the calldata of a payment carries an EIP-2612 permit."""
+    return data[:4] in (_PROXY_SETTLE_WITH_PERMIT, _UPTO_SETTLE_WITH_PERMIT)
 
 
 def last_call(call_to: str, call_data: bytes) -> tuple[str, bytes]:

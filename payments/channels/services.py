@@ -18,6 +18,7 @@ from payments.money import nano_to_atomic_up
 from payments.store import Store
 from payments.tenders.exact_services import ExactServices, Settling
 from payments.x402.channels import DEPOSIT_SIMULATION, ChannelConfig, Deposit, Permit2Deposit
+from payments.x402.extensions.eip2612 import Eip2612Permit
 
 LOOKS_AT_ONCE = 50
 """Channels in one call."""
@@ -106,9 +107,16 @@ class ChannelServices:
         return synced
 
     async def check_deposit(
-        self, channel: int, marks: int, config: ChannelConfig, deposit: Deposit, token: Token
+        self,
+        channel: int,
+        marks: int,
+        config: ChannelConfig,
+        deposit: Deposit,
+        token: Token,
+        permit: Eip2612Permit | None = None,
     ) -> Seen:
-        """Return the channel's state if the deposit would succeed now: funds, allowance and the very call, in one round trip.
+        """Return the channel's state if the deposit would succeed now, with the permit that comes with it: funds, allowance
+        and the very call, in one round trip.
 
         Raises:
             PaymentRefused: It would fail.
@@ -118,7 +126,7 @@ class ChannelServices:
         more = [
             (token.address, encode_balance_of(config.payer)),
             (token.address, encode_allowance(config.payer, PERMIT2_ADDRESS)),
-            (BATCH_SETTLEMENT_ADDRESS, encode_deposit(config, deposit)),
+            (BATCH_SETTLEMENT_ADDRESS, encode_deposit(config, deposit, permit)),
         ]
         try:
             (answer,) = await self._rpc.ask([states_call([channel], more)])

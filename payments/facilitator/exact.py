@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from payments.chain.networks import Network, Token
+from payments.chain.networks import Network
 from payments.errors import PaymentRefused
 from payments.facilitator import kinds
 from payments.facilitator.access import Client
@@ -14,10 +13,8 @@ from payments.facilitator.transfers import Transfer, token_of
 from payments.facilitator.wire import FacilitatorCall
 from payments.verification import checks
 from payments.verification.chain_state import ChainStates
-from payments.verification.permits import check_permit
 from payments.verification.wallet_signatures import check_factory
-from payments.x402.extensions import eip2612
-from payments.x402.wire import Payment, Permit2Authorization
+from payments.x402.wire import Payment
 
 
 class ExactFacilitation:
@@ -64,14 +61,9 @@ class ExactFacilitation:
             unproven = error
         except PaymentRefused as error:
             # Times pass: whoever settled in time is told of the outcome all the same.
-            if error.code != "expired":
+            if error.code not in checks.TOO_LATE:
                 raise
             refusal = error
-        if isinstance(payment.authorization, Permit2Authorization):
-            permit = eip2612.read(call.document.get("extensions"))
-            if permit is not None:
-                refusal = refusal or _too_late(permit, payment.authorization, token, now)
-                payment = replace(payment, permit=permit)
         return Transfer(
             kind=kinds.EXACT,
             payment=payment,
@@ -81,16 +73,3 @@ class ExactFacilitation:
             unproven=unproven,
             chain_states=self._chain_states,
         )
-
-
-def _too_late(
-    permit: eip2612.Eip2612Permit, authorization: Permit2Authorization, token: Token, now: int
-) -> PaymentRefused | None:
-    """Check a permit; the refusal if all that is wrong with it is its age."""
-    try:
-        check_permit(permit, authorization, token, now=now)
-    except PaymentRefused as error:
-        if error.code != "eip2612_deadline_expired":
-            raise
-        return error
-    return None

@@ -81,7 +81,7 @@ class UptoFacilitation:
             unproven = error
         except PaymentRefused as error:
             # Times pass: whoever settled in time is told of the outcome all the same.
-            if error.code != "expired":
+            if error.code not in checks.TOO_LATE:
                 raise
             refusal = error
         return Transfer(

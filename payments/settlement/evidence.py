@@ -14,7 +14,6 @@ from payments.chain.networks import PERMIT2_ADDRESS
 from payments.chain.rpc import Rpc, RpcError
 from payments.chain.transactions import (
     AUTHORIZATION_USED_TOPIC,
-    PROXY_SETTLE_TERMS_LENGTH,
     TRANSFER_TOPIC,
     address_topic,
     decode_revert,
@@ -22,6 +21,7 @@ from payments.chain.transactions import (
     encode_nonce_bitmap,
     last_call,
     nonce_is_set,
+    proxy_terms,
 )
 from payments.settlement.orders import Evidence, NoEvidence, SettlementOrder
 
@@ -147,8 +147,8 @@ async def _search_eip3009(rpc: Rpc, order: SettlementOrder, from_block: int, hea
 async def _search_permit2(rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
     if not await _permit2_nonce_is_used(rpc, order, head):
         return NoEvidence(nonce_consumed=False)
-    proxy, data = last_call(order.call_to, order.call_data)
-    terms = data[:PROXY_SETTLE_TERMS_LENGTH]
+    proxy, ours = last_call(order.call_to, order.call_data)
+    terms = proxy_terms(ours)
     topics = [TRANSFER_TOPIC, address_topic(order.payer), address_topic(order.pay_to)]
     logs = await get_logs(rpc, order.token, topics, from_block, head)
     for transaction_hash in list(dict.fromkeys(log["transactionHash"] for log in logs))[-CANDIDATES_MAX:]:
@@ -156,10 +156,10 @@ async def _search_permit2(rpc: Rpc, order: SettlementOrder, from_block: int, hea
         receipt = await rpc.call("eth_getTransactionReceipt", [transaction_hash])
         if transaction is None or receipt is None or receipt["status"] != "0x1":
             continue
-        data = bytes.fromhex(transaction["input"][2:])
-        if (transaction.get("to") or "").lower() == proxy and data[:4] == terms[:4]:
+        theirs = proxy_terms(bytes.fromhex(transaction["input"][2:]))
+        if (transaction.get("to") or "").lower() == proxy and theirs is not None:
             # A direct call says what it settles; the signature behind the terms may be spelled otherwise than ours.
-            proven = data[:PROXY_SETTLE_TERMS_LENGTH] == terms
+            proven = theirs == terms
         else:
             proven = await _consumed_by(rpc, receipt, order, proxy)
         if not proven:

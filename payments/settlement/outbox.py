@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from payments.chain.transactions import Call, has_wallet_signature, last_call
+from payments.chain.transactions import Call, has_permit, has_wallet_signature, last_call
 from payments.settlement import states
 from payments.settlement.orders import SettlementOrder
 from payments.settlement.outgoing import Outgoing
@@ -17,6 +17,8 @@ GAS_TOKEN_CALL = 150_000
 """EIP-3009 and plain transfers: Circle's USDC uses up to 105,000."""
 GAS_PROXY_CALL = 250_000
 """A Permit2 settlement through the exact proxy."""
+GAS_PERMIT = 100_000
+"""Besides, for an EIP-2612 permit that comes with it: Circle's USDC uses up to 80,000."""
 GAS_WALLET_SIGNATURE = 350_000
 """Besides, for a contract wallet to look at its signature: P-256 in Solidity uses up to 330,000."""
 GAS_DEPLOYMENT = 800_000
@@ -40,6 +42,8 @@ def gas_limit(call_to: str, call_data: bytes, token: str) -> int:
     gas = GAS_TOKEN_CALL if target == token else GAS_PROXY_CALL
     if has_wallet_signature(data):
         gas += GAS_WALLET_SIGNATURE
+    if has_permit(data):
+        gas += GAS_PERMIT
     return gas if target == call_to else gas + GAS_DEPLOYMENT
 
 

@@ -166,7 +166,7 @@ class ChannelTender:
         if known:
             return None
         return await self._services.check_deposit(
-            payment.voucher.channel_id, marks, payment.config, payment.deposit, self._token
+            payment.voucher.channel_id, marks, payment.config, payment.deposit, self._token, payment.permit
         )
 
     def _known(self, tx: Transaction) -> tuple[bool, int]:
@@ -190,7 +190,7 @@ class ChannelTender:
             value=deposit.amount,
             authorization_nonce=authorization_nonce(payment),
             call_to=BATCH_SETTLEMENT_ADDRESS,
-            call_data=encode_deposit(payment.config, deposit),
+            call_data=encode_deposit(payment.config, deposit, payment.permit),
             valid_before=deposit.expires_at,
         )
         try:

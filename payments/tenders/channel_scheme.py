@@ -9,7 +9,8 @@ from payments.channels.services import ChannelServices
 from payments.errors import PaymentError, PaymentRefused
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.channel import ChannelTender, use_digest
-from payments.verification.checks import SETTLEMENT_MARGIN_S, check_accepted
+from payments.verification.checks import SETTLEMENT_MARGIN_S, TOO_LATE, check_accepted
+from payments.verification.permits import check_permit
 from payments.verification.signatures import recover
 from payments.verification.vouchers import channel_id, erc3009_deposit_digest, permit2_deposit_digest, verify_voucher
 from payments.x402 import channels as wire
@@ -59,7 +60,7 @@ class ChannelScheme:
             try:
                 _check_deposit(payment, payment.deposit, token, now)
             except PaymentRefused as error:
-                if error.code != wire.DEPOSIT_EXPIRED:
+                if error.code not in (wire.DEPOSIT_EXPIRED, *TOO_LATE):
                     raise
                 # Whoever sent it in time finds the first outcome.
                 refusal = error
@@ -124,6 +125,8 @@ def _check_deposit(payment: ChannelPayment, deposit: Deposit, token: Token, now:
             raise PaymentRefused(wire.PERMIT2_AMOUNT, "permitted.amount must be the deposit's amount")
         if deposit.spender != PERMIT2_DEPOSIT_COLLECTOR_ADDRESS:
             raise PaymentRefused(wire.PERMIT2_SPENDER, f"spender must be {PERMIT2_DEPOSIT_COLLECTOR_ADDRESS}")
+        if payment.permit is not None:
+            check_permit(payment.permit, config.payer, deposit.amount, token, now=now, valid_s=SETTLEMENT_MARGIN_S)
         code, digest = wire.PERMIT2_SIGNATURE, permit2_deposit_digest(deposit, token.chain_id)
     else:
         if deposit.valid_after > now:

@@ -60,7 +60,7 @@ class ExactScheme:
             unproven = error
         except PaymentRefused as error:
             # Times pass, and prices move under a v1 payment, which carries no quote. Whoever paid in time is not told so.
-            if error.code != "expired" and not (error.code == "wrong_amount" and payment.version == 1):
+            if error.code not in checks.TOO_LATE and not (error.code == "wrong_amount" and payment.version == 1):
                 raise
             refusal = error
         return ExactTender(self._services, payment, token, self.network, requirement, request_digest, refusal, unproven)

@@ -224,7 +224,7 @@ class UptoHold:
             value=value,
             authorization_nonce=authorization.nonce,
             call_to=UPTO_PERMIT2_PROXY_ADDRESS,
-            call_data=encode_upto_settle(authorization, self._payment.signature, value),
+            call_data=encode_upto_settle(authorization, self._payment.signature, value, self._payment.permit),
             valid_before=authorization.expires_at,
         )
 

@@ -12,7 +12,7 @@ from payments.tenders.exact import use_digest
 from payments.tenders.exact_services import ExactServices
 from payments.tenders.upto import UptoTender
 from payments.verification import checks
-from payments.x402.requirements import Requirement, requirement_for
+from payments.x402.requirements import Requirement, requirement_for, signing_domain
 from payments.x402.wire import Payment, PaymentHeader
 
 
@@ -51,8 +51,7 @@ class UptoScheme:
         """See `payments.tenders.schemes.Scheme`."""
         exact = requirement_for(token, self.network, amount_nano_usd, self._pay_to, max_timeout_s)
         extra = {
-            "name": token.domain_name,
-            "version": token.domain_version,
+            **signing_domain(token, "permit2"),
             "assetTransferMethod": "permit2",
             "facilitatorAddress": self._facilitator,
         }
@@ -73,7 +72,7 @@ class UptoScheme:
             checks.check_offline(payment, requirement, self.network, token, now=now, valid_s=self._answer_s)
         except PaymentRefused as error:
             # Times pass. Whoever used it in time is told what it came to.
-            if error.code != "expired":
+            if error.code not in checks.TOO_LATE:
                 raise
             refusal = error
         return UptoTender(self._services, payment, token, request_digest, self._exposure_max_nano_usd, refusal)

@@ -258,13 +258,8 @@ def _judge(check: _Check, results: Sequence[CallResult], in_use: int) -> Payment
         )
     if balance - in_use < check.amount:
         return insufficient_funds(balance - in_use, check.amount, token)
-    allowed = check.payment.permit is not None  # by the very call that takes the payment, as its simulation shows
-    if permit2 and not allowed and _number(results[2]) - (in_use if check.apart else 0) < check.amount:
-        return AllowanceRequired(
-            "permit2_allowance_required",
-            f"the payer must once approve Permit2 for {token.symbol}: call approve({PERMIT2_ADDRESS}, amount) on"
-            f" {token.address} with at least {check.amount}, then send the same payment again",
-        )
+    if permit2 and (short := _lacks_allowance(check, _number(results[2]), in_use)) is not None:
+        return short
     if check.unproven is not None or check.apart:
         return None  # simulated by itself
     succeeded, returned = results[-1]
@@ -277,6 +272,27 @@ def insufficient_funds(free: int, needed: int, token: Token) -> PaymentRefused:
         "insufficient_funds",
         f"the payer has {max(free, 0)} atomic units of {token.symbol} that are not in use, and {needed} are needed",
     )
+
+
+def _lacks_allowance(check: _Check, allowance: int, in_use: int) -> PaymentError | None:
+    """What is wrong with a payer's allowance for Permit2, which everything that it has under way draws on."""
+    needed, token = check.amount, check.token
+    if allowance - in_use >= needed:
+        return None
+    if check.payment.permit is None:
+        return AllowanceRequired(
+            "permit2_allowance_required",
+            f"the payer must once approve Permit2 for {token.symbol}: call approve({PERMIT2_ADDRESS}, amount) on"
+            f" {token.address} with at least {needed + in_use}, then send the same payment again",
+        )
+    if in_use:
+        # Each permit is for one payment's amount and uses up the token's nonce: of two at once the second is worth nothing.
+        return PaymentRefused(
+            "permit_in_use",
+            "another payment of this wallet is under way, after which this permit gives no allowance any more: sign anew"
+            f" once it is settled, or approve Permit2 for {token.symbol}",
+        )
+    return None  # the very call that takes the payment gives the allowance, as its simulation shows
 
 
 def _unavailable(cause: Exception | None = None) -> SettlementUnavailable:

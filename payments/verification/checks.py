@@ -9,6 +9,7 @@ from __future__ import annotations
 from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, UPTO_PERMIT2_PROXY_ADDRESS, Network, Token
 from payments.errors import PaymentRefused
 from payments.verification.eip712 import eip3009_digest, permit2_exact_digest, permit2_upto_digest
+from payments.verification.permits import DEADLINE_EXPIRED, check_permit
 from payments.verification.signatures import recover
 from payments.verification.wallet_signatures import unwrap
 from payments.x402.wire import Payment, Permit2Authorization, Requirement, UptoAuthorization
@@ -18,6 +19,8 @@ class SignatureUnproven(PaymentRefused):
     """No key of the payer's made the signature: it is bad, unless the payer is a contract that says otherwise."""
 
 
+TOO_LATE = frozenset({"expired", DEADLINE_EXPIRED})
+"""The codes of what was good once: whoever used it in time is told what it came to all the same."""
 SETTLEMENT_MARGIN_S = 6
 """An authorization must hold that much longer, so that its transfer can still be mined in one of the next blocks."""
 
@@ -47,7 +50,7 @@ def check_offline(
     Raises:
         PaymentRefused: With one of the codes ``wrong_scheme``, ``wrong_network``, ``wrong_token``, ``wrong_amount``,
             ``wrong_recipient``, ``wrong_timeout``, ``wrong_extra``, ``wrong_transfer_method``, ``wrong_spender``,
-            ``wrong_facilitator``, ``not_yet_valid``, ``expired``.
+            ``wrong_facilitator``, ``not_yet_valid``, ``expired``, or those of `check_permit`.
         SignatureUnproven: ``bad_signature``: all the rest is right, and if the payer has code the chain may be asked about it.
         PaymentMalformed: ``malformed_signature``, if the signature is shorter than any can be.
     """
@@ -59,6 +62,8 @@ def check_offline(
         _check_v1(payment, requirement, network)
     _check_authorization(payment, requirement, token)
     _check_times(payment, now, valid_s)
+    if payment.permit is not None and isinstance(payment.authorization, Permit2Authorization):
+        check_permit(payment.permit, payment.payer, payment.authorization.value, token, now=now, valid_s=valid_s)
     check_signature(payment_digest(payment, token), payment.signature, payment.payer)
     return payment.payer
 

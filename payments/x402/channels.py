@@ -25,7 +25,7 @@ from payments.x402.fields import (
     read_uint256,
 )
 from payments.x402.headers import PaymentHeader
-from payments.x402.requirements import Requirement
+from payments.x402.requirements import Requirement, signing_domain
 
 SCHEME = "batch-settlement"
 UINT128_MAX = 2**128 - 1
@@ -222,8 +222,7 @@ def channel_requirement(
         pay_to=pay_to.lower(),
         max_timeout_s=max_timeout_s,
         extra={
-            "name": token.domain_name,
-            "version": token.domain_version,
+            **signing_domain(token, token.transfer_method),
             "assetTransferMethod": token.transfer_method,
             "receiverAuthorizer": checksum_address(receiver_authorizer),
             "withdrawDelay": withdraw_delay_s,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from payments.x402.extensions.eip2612 import Eip2612Permit
 from payments.x402.requirements import Requirement
 
 
@@ -26,6 +27,8 @@ class PaymentHeader:
     """The payer's own name for it, see `payments.x402.extensions.identifier`."""
     wants_receipt: bool = field(default=False, kw_only=True)
     """Whether the payer was offered a signed receipt and echoed that."""
+    permit: Eip2612Permit | None = field(default=None, kw_only=True)
+    """Gives Permit2 its allowance in the very call that takes the money: checked with the payment, where that uses Permit2."""
 
     @property
     def token_address(self) -> str | None:

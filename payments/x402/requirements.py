@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from payments.chain.networks import Network, Token
+from payments.chain.networks import Network, Token, TransferMethod
 from payments.money import nano_to_atomic_up
 
 
@@ -38,8 +38,8 @@ def requirement_for(
         max_timeout_s: How long the payer's authorization shall be valid.
 
     Returns:
-        The requirement. Its `extra` holds what a client needs to sign (the token's EIP-712 name and version), and says honestly
-        that the transfer comes before the answer.
+        The requirement. Its `extra` holds what a client needs to sign, and says honestly that the transfer comes before the
+        answer.
     """
     assert token.chain_id == network.chain_id
     return Requirement(
@@ -50,12 +50,19 @@ def requirement_for(
         pay_to=pay_to.lower(),
         max_timeout_s=max_timeout_s,
         extra={
-            "name": token.domain_name,
-            "version": token.domain_version,
+            **signing_domain(token, token.transfer_method),
             "assetTransferMethod": token.transfer_method,
             "paymentFlow": "upfront",
         },
     )
+
+
+def signing_domain(token: Token, method: TransferMethod) -> dict[str, str]:
+    """The token's EIP-712 name and version, where the payer has to sign something in that domain or may: an EIP-3009
+    authorization, or a permit for Permit2. Stock clients try to sign a permit for every token that an offer names them of."""
+    if method == "permit2" and not token.has_permit:
+        return {}
+    return {"name": token.domain_name, "version": token.domain_version}
 
 
 def describe_requirement(requirement: Requirement) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import orjson
@@ -20,8 +20,7 @@ from payments.chain.networks import PERMIT2_ADDRESS, Token, TransferMethod
 from payments.errors import PaymentMalformed
 from payments.x402.answers import QUOTE_EXTENSION, PaymentRequiredAnswer, payment_required, payment_response
 from payments.x402.channels import decode_channel_payment
-from payments.x402.extensions import identifier
-from payments.x402.extensions.eip2612 import Eip2612Permit
+from payments.x402.extensions import eip2612, identifier
 from payments.x402.fields import (
     is_deeper_than,
     read_address,
@@ -141,8 +140,6 @@ class Payment(PaymentHeader):
 
     authorization: Eip3009Authorization | Permit2Authorization
     signature: bytes
-    permit: Eip2612Permit | None = field(default=None, kw_only=True)
-    """Gives Permit2 its allowance in the same call; only once it was checked (`payments.verification.permits`)."""
 
     @property
     def payer(self) -> str:
@@ -226,7 +223,12 @@ def read_payment(document: dict[str, Any], version: int) -> PaymentHeader:
     extensions = document.get("extensions")
     if version == 1 or not isinstance(extensions, dict):
         return payment
-    return replace(payment, identifier=identifier.read(extensions), wants_receipt=OFFER_RECEIPT in extensions)
+    return replace(
+        payment,
+        identifier=identifier.read(extensions),
+        wants_receipt=OFFER_RECEIPT in extensions,
+        permit=eip2612.read(extensions),
+    )
 
 
 def _read_document(header: str, header_name: HeaderName) -> dict[str, Any]:

@@ -19,14 +19,15 @@ from x402.extensions.bazaar import with_bazaar
 from x402.extensions.payment_identifier import append_payment_identifier_to_extensions
 from x402.http import FacilitatorConfig, HTTPFacilitatorClientSync, x402HTTPClientSync
 from x402.mechanisms.evm.batch_settlement.client import BatchSettlementEvmScheme
-from x402.mechanisms.evm.signers import EthAccountSigner
+from x402.mechanisms.evm.signers import EthAccountSigner, EthAccountSignerWithRPC
 from x402.mechanisms.evm.upto import UptoEvmClientScheme
 
 from agents_sdk.signed_receipts import ReceiptInvalid, read_signed_receipt
-from contracts.devnet import USDC, approve_permit2, balance_of
+from contracts.devnet import USDC, USDT, approve_permit2, balance_of, mint, rpc
 from gateway.dev.stack import Stack
 from tests.e2e.clients import ask, decoded, encoded, official_client, sign
 from tests.e2e.conftest import QUESTION
+from tests.e2e.test_upto_clients import settled
 
 IDENTIFIER = "order-7d5d747be160e280504c099d984bcfe0"
 
@@ -130,6 +131,68 @@ def test_a_name_that_is_none_is_refused(http: httpx.Client, wallet: LocalAccount
     refused = ask(http, QUESTION, {"payment-signature": encoded(payment)})
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "malformed_payment"
+
+
+@pytest.fixture
+def penniless(stack: Stack) -> LocalAccount:
+    """A wallet with dollars and without the chain's own coin, which never approved anything."""
+    account: LocalAccount = Account.create()
+    for coin in (USDC, USDT):
+        mint(stack.rpc_url, coin, account.address, 5_000_000)
+    return account
+
+
+def with_rpc(stack: Stack, account: LocalAccount, scheme: type[Any], token: str | None = None) -> x402ClientSync:
+    """The official client, with a node to ask: then it sponsors itself where a 402 says that it may."""
+    client = x402ClientSync()
+    client.register("eip155:*", scheme(EthAccountSignerWithRPC(account, stack.rpc_url)))
+    if token is not None:
+        client.set_spend_controls({"allowed_assets": True})
+        client.register_policy(lambda _, offers: [offer for offer in offers if offer.asset.lower() == token.lower()])
+    return client
+
+
+def paid_by(client: x402ClientSync, asked: httpx.Response) -> tuple[dict[str, str], dict[str, Any]]:
+    """The headers that pay a 402, and what the payment says in its extensions."""
+    wrapped = x402HTTPClientSync(client)
+    required = wrapped.get_payment_required_response(asked.headers.get, asked.json())
+    headers = dict(wrapped.encode_payment_signature_header(client.create_payment_payload(required)))
+    return headers, decoded(headers["PAYMENT-SIGNATURE"])["extensions"]
+
+
+def test_a_wallet_without_coin_pays_by_upto_with_a_permit(
+    http: httpx.Client, stack: Stack, penniless: LocalAccount
+) -> None:
+    names = {"accept-payment": "upto, eip2612GasSponsoring"}
+    client = with_rpc(stack, penniless, UptoEvmClientScheme, USDC.address)
+    headers, extensions = paid_by(client, ask(http, QUESTION, names))
+    assert "signature" in extensions["eip2612GasSponsoring"]["info"]
+    answer = ask(http, QUESTION, names | headers)
+    assert answer.status_code == 200, answer.text
+    receipt = settled(http, answer.headers["x-farebox-receipt"])
+    assert receipt["tender"] == "upto"
+    paid = 5_000_000 - balance_of(stack.rpc_url, USDC, penniless.address)
+    assert 0 < paid == int(decoded(answer.headers["payment-response"])["amount"])
+    assert rpc(stack.rpc_url, "eth_getBalance", penniless.address, "latest") == "0x0"
+
+
+@pytest.mark.parametrize(
+    ("asked", "declared"),
+    [
+        ("upto, eip2612GasSponsoring", True),
+        ("eip2612GasSponsoring, upto", True),
+        # USDC moves by EIP-3009 there, and USDT takes no permits.
+        ("eip2612GasSponsoring", False),
+        ("eip2612GasSponsoring, batch-settlement", False),
+    ],
+)
+def test_permits_are_declared_where_they_help(http: httpx.Client, asked: str, declared: bool) -> None:
+    required = asked_for(http, asked)
+    assert ("eip2612GasSponsoring" in required["extensions"]) is declared
+    for offer in required["accepts"]:
+        # A client that is named a domain signs a permit in it.
+        takes_permits = offer["asset"].lower() == USDC.address.lower()
+        assert ("name" in offer["extra"]) is takes_permits
 
 
 FIELDS = {

@@ -16,6 +16,7 @@ import coincurve
 from payments.chain.batches import EXECUTED_TOPIC, encode_execute
 from payments.chain.nodes import Node
 from payments.chain.replies import Reply, Request, RpcError
+from payments.chain.rlp import rlp_decode, rlp_encode
 from payments.chain.rpc import Rpc
 from payments.chain.transactions import (
     AUTHORIZATION_USED_TOPIC,
@@ -25,8 +26,6 @@ from payments.chain.transactions import (
     address_topic,
     encode_authorization_state,
     encode_transfer,
-    rlp_decode,
-    rlp_encode,
     selector,
 )
 from payments.verification.signatures import keccak256

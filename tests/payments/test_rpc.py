@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from contracts.devnet import Devnet, balance_of
 from payments.chain.networks import Network
+from payments.chain.rlp import rlp_encode
 from payments.chain.rpc import BATCH_MAX, Rpc, RpcError, RpcUnavailable
 from payments.chain.transactions import (
     Call,
@@ -30,7 +31,6 @@ from payments.chain.transactions import (
     encode_proxy_settle,
     encode_transfer,
     encode_transfer_with_authorization,
-    rlp_encode,
     selector,
     sign_transaction,
 )

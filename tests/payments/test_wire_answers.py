@@ -73,7 +73,8 @@ def test_the_header_and_the_body_say_the_same_to_the_official_models() -> None:
     ]
     assert [offer.extra for offer in header.accepts] == [
         {"name": "USDC", "version": "2", "assetTransferMethod": "eip3009", "paymentFlow": "upfront"},
-        {"name": "Tether USD", "version": "1", "assetTransferMethod": "permit2", "paymentFlow": "upfront"},
+        # No domain: nothing has to be signed in it, and clients would try to sign a permit, which this token does not take.
+        {"assetTransferMethod": "permit2", "paymentFlow": "upfront"},
     ]
     body = PaymentRequiredV1.model_validate(json.loads(json.dumps(ANSWER.body)))
     assert body.error == "pay first"

@@ -1,6 +1,6 @@
 """The extension `eip2612GasSponsoring`: a permit that comes with a Permit2 payment of a payer that never approved Permit2.
 
-The exact proxy gives the allowance and takes the payment in one call, so nothing is sponsored without being paid.
+The contract that takes the payment gives the allowance in the same call, so nothing is sponsored without being paid.
 
 Source: x402 `specs/extensions/eip2612_gas_sponsoring.md`, EIP-2612.
 """
@@ -11,9 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from payments.x402.fields import malformed, read_address, read_object, read_signature, read_uint256
+from payments.x402.requirements import Requirement
 
 NAME = "eip2612GasSponsoring"
 _ECDSA_BYTES = 65
+DECLARATION: dict[str, Any] = {
+    "info": {"description": "A permit for Permit2 may come with the payment; its gas is paid for.", "version": "1"},
+    "schema": {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "additionalProperties": {"type": "string"},
+        "required": ["from", "asset", "spender", "amount", "nonce", "deadline", "signature", "version"],
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +40,18 @@ class Eip2612Permit:
     """r, s, v: 65 bytes."""
 
 
-def read(extensions: object) -> Eip2612Permit | None:
+def helps(requirement: Requirement) -> bool:
+    """Whether a permit may come with a payment for an offer: over Permit2, in a token that the offer names the domain of."""
+    return requirement.extra.get("assetTransferMethod") == "permit2" and "name" in requirement.extra
+
+
+def read(extensions: dict[str, Any]) -> Eip2612Permit | None:
     """The permit that a payment's `extensions` bring, or None.
 
     Raises:
         PaymentMalformed: ``malformed_payment``, naming the member.
     """
-    if not isinstance(extensions, dict) or not isinstance(extensions.get(NAME), dict):
+    if not isinstance(extensions.get(NAME), dict):
         return None
     field = f"extensions.{NAME}.info"
     info: dict[str, Any] = read_object(extensions[NAME].get("info"), field)
