@@ -20,7 +20,7 @@ from payments.channels import book, requests
 from payments.channels.book import Seen
 from payments.channels.requests import MustWait, Taken, Wanted
 from payments.channels.services import ChannelServices
-from payments.errors import PaymentRefused, SettlementPending, SettlementUnavailable
+from payments.errors import AllowanceRequired, PaymentRefused, SettlementPending, SettlementUnavailable
 from payments.money import atomic_to_nano_down, nano_to_atomic_up
 from payments.quotes import Quote
 from payments.settlement.orders import SettlementOrder
@@ -98,7 +98,7 @@ class ChannelTender:
         Raises:
             AlreadyUsed: The same payment came before for the same request.
             OutOfStep: The voucher is not the next one; the channel's state comes with it.
-            PaymentRefused: The channel holds too little, or its deposit would fail.
+            PaymentRefused: The channel holds too little, its deposit would fail, or too many of this payer's did lately.
             AllowanceRequired: Permit2 is not approved yet.
             SettlementUnavailable: The chain has to be asked and cannot be.
         """
@@ -165,9 +165,16 @@ class ChannelTender:
         known, marks = await self._services.store.read(self._known)
         if known:
             return None
-        return await self._services.check_deposit(
-            payment.voucher.channel_id, marks, payment.config, payment.deposit, self._token, payment.permit
-        )
+        self._services.settlements.admit(payment.payer)
+        try:
+            return await self._services.check_deposit(
+                payment.voucher.channel_id, marks, payment.config, payment.deposit, self._token, payment.permit
+            )
+        except (PaymentRefused, AllowanceRequired):
+            # Whoever saw it on its way may have made it before us: then the channel has it, and it is not made again.
+            if await self._services.settlements.book_executed(self._deposit_order()):
+                return None
+            raise
 
     def _known(self, tx: Transaction) -> tuple[bool, int]:
         channel = book.find(tx, self._channel_id)
@@ -175,11 +182,11 @@ class ChannelTender:
         known = known or requests.outcome_of(tx, self._digest) is not None
         return known, 0 if channel is None else channel.marks
 
-    async def _submit(self, hold: ChannelHold) -> None:
+    def _deposit_order(self) -> SettlementOrder:
         payment, deposit = self._payment, self._payment.deposit
         assert deposit is not None
         assert self._deposit_id is not None
-        order = SettlementOrder(
+        return SettlementOrder(
             id=self._deposit_id,
             kind="channel_deposit",
             reference=self._channel_id,
@@ -193,8 +200,10 @@ class ChannelTender:
             call_data=encode_deposit(payment.config, deposit, payment.permit),
             valid_before=deposit.expires_at,
         )
+
+    async def _submit(self, hold: ChannelHold) -> None:
         try:
-            await self._services.settlements.submit(order)
+            await self._services.settlements.submit(self._deposit_order())
         except BaseException as error:
             # Whoever is cancelled meanwhile cannot know whether the deposit was written; the same payment finds it if it was.
             await hold.interrupt(because("not_started"))

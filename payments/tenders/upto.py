@@ -68,7 +68,7 @@ class UptoTender:
             AlreadyUsed: It was sent before for the same request; its `state` says what became of it.
             PaymentConflict: ``authorization_reused``: it is bound to another request or payload.
             SchemeRefused: This payer cannot pay by `upto` now; it says why and how else.
-            PaymentRefused: The chain says that it could not be settled.
+            PaymentRefused: The chain says that it could not be settled, or too many payments failed on it lately.
             AllowanceRequired: Permit2 is not approved yet.
             SettlementUnavailable: The chain cannot be asked now; nothing was taken.
         """
@@ -78,6 +78,7 @@ class UptoTender:
             raise found
         hold = UptoHold(self._services, found, self._payment, self._token, quote.maximum_nano_usd)
         try:
+            self._services.settlements.admit(self._payment.payer)
             await self._check(found)
         except BaseException:
             await hold.forget()

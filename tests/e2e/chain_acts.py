@@ -36,9 +36,9 @@ def submit(rpc_url: str, stranger: str, headers: dict[str, str]) -> str:
     return send_as(rpc_url, stranger, USDC.address, transfer_call(headers))
 
 
-def send_dearly(rpc_url: str, sender: str, data: str, to: str = USDC.address) -> str:
+def send_dearly(rpc_url: str, sender: str, data: str, to: str = USDC.address, gas: int = 200_000) -> str:
     """Put a transaction before all others that wait to be mined; not waited for."""
-    transaction = {"from": sender, "to": to, "data": data, "gas": hex(200_000)}
+    transaction = {"from": sender, "to": to, "data": data, "gas": hex(gas)}
     fees = {"maxFeePerGas": hex(HIGH_FEE), "maxPriorityFeePerGas": hex(HIGH_FEE)}
     sent: str = rpc(rpc_url, "eth_sendTransaction", transaction | fees)
     return sent

@@ -90,6 +90,13 @@ class Ground:
             self.rpc("evm_setAutomine", True)
             self.mine()
 
+    def mine_until_answered(self, asked: Asked) -> httpx.Response:
+        """The answer, with a block now and then until it comes: what is sent while a block is made waits for the next."""
+        while asked.is_alive():
+            self.mine()
+            asked.join(0.3)
+        return asked.answer()
+
     def pending(self) -> int:
         """Transactions that wait to be mined."""
         return int(self.rpc("txpool_status")["pending"], 16)
@@ -136,8 +143,12 @@ class Ground:
         return [
             *self.query("SELECT 'receipt', id, state FROM receipt WHERE state = 'open'"),
             *self.query("SELECT 'hold', id, amount FROM ledger_transfer WHERE state = 'pending'"),
-            *self.query("SELECT 'settlement', id, state FROM settlement WHERE state IN ('queued', 'submitted')"),
+            *self.open_settlements(),
         ]
+
+    def open_settlements(self) -> list[tuple[Any, ...]]:
+        """Settlements that are neither paid nor failed."""
+        return self.query("SELECT 'settlement', id, state FROM settlement WHERE state IN ('queued', 'submitted')")
 
     def check_books(self) -> None:
         """`farebox ledger check`: the books balance, and agree with the chain."""
