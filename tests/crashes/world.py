@@ -216,6 +216,15 @@ class Run:
         slot = _slot(CONTRACTS[token.symbol], "balanceOf", owner)
         rpc(self.world.rpc_url, "anvil_setStorageAt", token.address, slot, f"0x{value:064x}")
 
+    def allow(self, token: DevToken, spender: str) -> None:
+        """Let a contract take what it wants of the payer's tokens."""
+        slot = _slot(CONTRACTS[token.symbol], "allowance", self.payer.address, spender)
+        rpc(self.world.rpc_url, "anvil_setStorageAt", token.address, slot, "0x" + "ff" * 32)
+
+    def mine(self, blocks: int) -> None:
+        """Let the chain go on, for everybody."""
+        rpc(self.world.rpc_url, "anvil_mine", hex(blocks))
+
     def rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Read the database, past the gateway."""
         if isinstance(self.database, Path):
@@ -226,8 +235,7 @@ class Run:
 
     def findings(self) -> list[Finding]:
         """What is wrong with the books, in themselves and compared with the chain."""
-        for _ in range(3):  # below the confirmations, the chain is not compared
-            rpc(self.world.rpc_url, "evm_mine")
+        self.mine(3)  # below the confirmations, the chain is not compared
 
         async def check() -> list[Finding]:
             store = Store(self.database)
