@@ -20,7 +20,7 @@ from payments.errors import SettlementUnavailable
 from payments.settlement import loading, outbox, outgoing, states
 from payments.settlement.courier import HEAD, Courier
 from payments.settlement.dispatcher import Dispatcher
-from payments.settlement.finality import Finality
+from payments.settlement.finality import Finality, Verdicts
 from payments.settlement.judge import Judge
 from payments.settlement.orders import Kind, SettlementOrder
 from payments.settlement.outbox import Entry
@@ -30,7 +30,7 @@ from payments.settlement.repairs import STALL_BLOCKS, Repairs
 from payments.settlement.reverts import Reverts
 from payments.settlement.second_looks import SecondLooks
 from payments.settlement.witnesses import Witnesses
-from payments.store import Store, Transaction
+from payments.store import Store, StoreBusy, Transaction
 
 log = logging.getLogger(__name__)
 
@@ -334,20 +334,20 @@ class Settlements:
 
     def _decided(self, entry: Entry) -> None:
         """The judge has made its decision durable."""
+        if entry.state != "failed" or entry.burnt:
+            # In another block a call that reverted may succeed.
+            self.finality.watch(entry)
         before = self.outcomes.get(entry.id)
         if self._entries.pop(entry.id, None) is None and before is not None and before.state == entry.state:
             return  # two ways led to the same decision
         self.outcomes.keep(entry)
-        if entry.state == "failed":
+        if entry.state != "failed":
+            self.paid += 1
+            self._reverts.paid(entry.order.payer)
+        else:
             self.failed += 1
             if entry.burnt:
                 self._reverts.reverted(entry.order.payer)
-                # In another block the same call may succeed.
-                self.finality.watch(entry)
-        else:
-            self.paid += 1
-            self._reverts.paid(entry.order.payer)
-            self.finality.watch(entry)
         wake(entry)
 
     # --- the chain moves on -------------------------------------------------------------------------------------------
@@ -358,10 +358,12 @@ class Settlements:
 
     async def _look_at_finality(self, head: int) -> None:
         try:
-            verdicts = await self.finality.look(head)
-        except RpcUnavailable as error:
-            log.warning("cannot look at confirmations: %s", error)
-            return
+            async with self.finality.look(head) as verdicts:
+                await self._record_verdicts(verdicts)
+        except (RpcUnavailable, StoreBusy) as error:
+            log.warning("confirmations must wait: %s", error)
+
+    async def _record_verdicts(self, verdicts: Verdicts) -> None:
         final = [entry for entry in verdicts.final if entry.state == "mined"]
         if final:
             await self._store.write(lambda tx: [states.move(tx, entry.id, "final") for entry in final])

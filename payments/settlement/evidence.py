@@ -25,6 +25,8 @@ from payments.chain.transactions import (
 )
 from payments.settlement.orders import Evidence, NoEvidence, SettlementOrder
 
+EARLIER_BLOCKS = 2_000
+"""How far back a use of a nonce is looked for that came before our own transaction: what one query can ask of a public node."""
 CANDIDATES_MAX = 50
 """Transfers of one payer to us that are looked into for one Permit2 payment."""
 
@@ -39,10 +41,17 @@ class PaymentProof:
         return pick_transfer(receipt, logs, order)
 
     async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
-        """See `Proof`. If somebody else submitted the authorization, it is paid all the same."""
-        if _is_eip3009(order):
-            return await _search_eip3009(rpc, order, from_block, head)
-        return await _search_permit2(rpc, order, from_block, head)
+        """See `Proof`. If somebody else submitted the authorization, it is paid all the same, also if that was before the order
+        was given a transaction of ours: a nonce is used once, so that what used it before `from_block` proves as much."""
+        is_used, find = (
+            (_eip3009_nonce_is_used, _find_eip3009) if _is_eip3009(order) else (_permit2_nonce_is_used, _find_permit2)
+        )
+        if not await is_used(rpc, order, head):
+            return NoEvidence(nonce_consumed=False)
+        evidence = await find(rpc, order, from_block, head)
+        if evidence is None and from_block > 0:
+            evidence = await find(rpc, order, max(from_block - EARLIER_BLOCKS, 0), from_block - 1)
+        return evidence or NoEvidence(nonce_consumed=True)
 
 
 class TransferProof:
@@ -131,26 +140,29 @@ def pick_transfer(receipt: dict[str, Any], logs: list[Log], order: SettlementOrd
     return None
 
 
-async def _search_eip3009(rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
+async def _find_eip3009(rpc: Rpc, order: SettlementOrder, from_block: int, to_block: int) -> Evidence | None:
     assert order.authorization_nonce is not None
     nonce = f"0x{order.authorization_nonce:064x}"
     topics = [AUTHORIZATION_USED_TOPIC, address_topic(order.payer), nonce]
-    for log in await get_logs(rpc, order.token, topics, from_block, head):
+    for log in await get_logs(rpc, order.token, topics, from_block, to_block):
         receipt = await rpc.call("eth_getTransactionReceipt", [log["transactionHash"]])
         evidence = None if receipt is None else of_foreign_transaction(receipt, order)
         if evidence is not None:
             return evidence
-    state = await _read(rpc, order.token, encode_authorization_state(order.payer, order.authorization_nonce), head)
-    return NoEvidence(nonce_consumed=state == 1)
+    return None
 
 
-async def _search_permit2(rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
-    if not await _permit2_nonce_is_used(rpc, order, head):
-        return NoEvidence(nonce_consumed=False)
+async def _eip3009_nonce_is_used(rpc: Rpc, order: SettlementOrder, block: int) -> bool:
+    assert order.authorization_nonce is not None
+    data = encode_authorization_state(order.payer, order.authorization_nonce)
+    return await _read(rpc, order.token, data, block) == 1
+
+
+async def _find_permit2(rpc: Rpc, order: SettlementOrder, from_block: int, to_block: int) -> Evidence | None:
     proxy, ours = last_call(order.call_to, order.call_data)
     terms = proxy_terms(ours)
     topics = [TRANSFER_TOPIC, address_topic(order.payer), address_topic(order.pay_to)]
-    logs = await get_logs(rpc, order.token, topics, from_block, head)
+    logs = await get_logs(rpc, order.token, topics, from_block, to_block)
     for transaction_hash in list(dict.fromkeys(log["transactionHash"] for log in logs))[-CANDIDATES_MAX:]:
         transaction = await rpc.call("eth_getTransactionByHash", [transaction_hash])
         receipt = await rpc.call("eth_getTransactionReceipt", [transaction_hash])
@@ -167,7 +179,7 @@ async def _search_permit2(rpc: Rpc, order: SettlementOrder, from_block: int, hea
         evidence = pick_transfer(receipt, receipt["logs"], order)
         if evidence is not None:
             return evidence
-    return NoEvidence(nonce_consumed=True)
+    return None
 
 
 async def _consumed_by(rpc: Rpc, receipt: dict[str, Any], order: SettlementOrder, proxy: str) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,7 @@ class Finality:
         self._confirmations = confirmations
         self._interval_s = interval_s
         self._looked_at = 0.0
+        self._looking = False
 
     @property
     def due(self) -> bool:
@@ -52,13 +54,29 @@ class Finality:
         """Watch an entry with evidence until a look finds it final or vanished."""
         self.watched[entry.id] = entry
 
-    async def look(self, head: int) -> Verdicts:
-        """Compare the blocks of the evidence with the chain as it is now. Entries in the answer are watched no longer.
+    @contextlib.asynccontextmanager
+    async def look(self, head: int) -> AsyncIterator[Verdicts]:
+        """Compare the blocks of the evidence with the chain as it is now, and act on that inside the context.
+
+        Entries in the answer are watched no longer once that is done; if it fails, the next look finds them again. Meanwhile
+        whoever looks as well finds nothing.
 
         Raises:
             RpcUnavailable: No node answered.
         """
-        self._looked_at = time.monotonic()
+        if self._looking:
+            yield Verdicts()
+            return
+        self._looking, self._looked_at = True, time.monotonic()
+        try:
+            verdicts = await self._compare(head)
+            yield verdicts
+            for entry in (*verdicts.final, *verdicts.vanished):
+                self.watched.pop(entry.id, None)
+        finally:
+            self._looking = False
+
+    async def _compare(self, head: int) -> Verdicts:
         entries = list(self.watched.values())
         await self._restore_block_hashes([entry for entry in entries if entry.block_hash is None])
         numbers = sorted({_block(entry) for entry in entries})
@@ -76,8 +94,6 @@ class Finality:
                     verdicts.vanished.append(entry)
             elif head - number >= self._confirmations:
                 verdicts.final.append(entry)
-        for entry in (*verdicts.final, *verdicts.vanished):
-            self.watched.pop(entry.id, None)
         return verdicts
 
     async def _restore_block_hashes(self, entries: list[Entry]) -> None:

@@ -86,7 +86,7 @@ class Judge:
                 (included.untried if reverted_batch else included.unproven).append(entry)
             else:
                 # Given up before a reorganisation, and not paid by us now: perhaps by another transaction.
-                self._spawn(self._look_once(entry, int(receipt["blockNumber"], 16)))
+                self._spawn(self._look_once(entry, _burn(entry, receipt)))
         self._included.append(included)
         if not self._recording:
             self._recording = True
@@ -146,6 +146,8 @@ class Judge:
         found = await self.search(entry, head)
         if isinstance(found, Evidence):
             await self.record(entry, found)
+        else:
+            self._closed(entry)
 
     async def search(self, entry: Entry, head: int) -> Evidence | NoEvidence:
         """Look for evidence in anybody's transaction up to block `head`.
@@ -216,9 +218,7 @@ class Judge:
             self._requeued(entry)
         sender = None if included.outgoing.signer is None else included.outgoing.signer.address
         for entry in included.unproven:
-            entry.burnt = True
-            head = entry.burnt_in_block = int(included.receipt["blockNumber"], 16)
-            entry.block_hash = included.receipt["blockHash"]
+            head = _burn(entry, included.receipt)
             self._spawn(self.look_elsewhere(entry, head, sender=sender, reverted=True))
 
     async def record(self, entry: Entry, evidence: Evidence) -> bool:
@@ -266,3 +266,10 @@ class Judge:
         await self._store.write(unit)
         entry.state, entry.reason = "failed", reason
         self._closed(entry)
+
+
+def _burn(entry: Entry, receipt: dict[str, Any]) -> int:
+    """Our call for it moved nothing, in this block, whose number is returned: in another one it may."""
+    entry.burnt, entry.block_hash = True, receipt["blockHash"]
+    entry.burnt_in_block = int(receipt["blockNumber"], 16)
+    return entry.burnt_in_block

@@ -1,67 +1,43 @@
-"""A chain in memory, for tests that need thousands of blocks and every fault: one EIP-3009 token, plain transfers, the batch
-contract, a mempool, and reorganisations. What it does not know it refuses."""
+"""A chain in memory, for tests that need thousands of blocks and every fault: blocks, gas, a mempool, and reorganisations.
+
+What its contracts do is in `fake_contracts`. What it does not know it refuses.
+"""
 
 from __future__ import annotations
 
-import copy
-import io
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import coincurve
 
-from payments.chain.batches import EXECUTED_TOPIC, encode_execute
 from payments.chain.nodes import Node
 from payments.chain.replies import Reply, Request, RpcError
 from payments.chain.rlp import rlp_decode, rlp_encode
 from payments.chain.rpc import Rpc
-from payments.chain.transactions import (
-    AUTHORIZATION_USED_TOPIC,
-    TRANSFER_TOPIC,
-    WORD,
-    Call,
-    address_topic,
-    encode_authorization_state,
-    encode_transfer,
-    selector,
-)
+from payments.chain.transactions import Call
 from payments.verification.signatures import keccak256
+from tests.payments.fake_contracts import Contracts, Frame, OutOfGas, Reverted, State
 
-GAS_PRICE_WEI = 10**9
+GWEI = 10**9
+GAS_OF_TRANSACTION = 21_000
 GAS_OF_CALL = 50_000
-_EIP3009 = selector("transferWithAuthorization(address,address,uint256,uint256,uint256,bytes32,uint8,bytes32,bytes32)")
-_TRANSFER = encode_transfer("0x" + "00" * 20, 0)[:4]
-_STATE = encode_authorization_state("0x" + "00" * 20, 0)[:4]
-_EXECUTE = encode_execute([])[:4]
-_EXECUTE_TRANSFERS = selector("executeTransfers(address,address,uint256,bytes)")
-_TRANSFER_LENGTHS = (20, 12, 6, 6, 32, 1, 32, 32)
-
-
-class Reverted(Exception):
-    """A call undid what it did."""
+EARLIER_BLOCKS = 5
+"""A chain is older than whoever looks at it."""
 
 
 @dataclass(slots=True)
 class Sent:
-    """A transaction as the mempool has it."""
+    """A transaction as the mempool has it. Fees in wei."""
 
     hash: str
     sender: str
     nonce: int
     max_fee: int
+    priority_fee: int
     call: Call
-
-
-@dataclass(slots=True)
-class State:
-    """What a block changes."""
-
-    balances: dict[str, int] = field(default_factory=dict)
-    used: set[tuple[str, int]] = field(default_factory=set)
-    nonces: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -70,23 +46,38 @@ class Block:
 
     number: int
     hash: str
+    timestamp: int
     sent: list[Sent]
     receipts: dict[str, dict[str, Any]]
     before: State
 
 
 class FakeChain:
-    """The chain. Its token moves by EIP-3009 without a look at signatures: those are other tests' matter."""
+    """The chain. Its token moves without a look at signatures: those are other tests' matter.
 
-    def __init__(self, token: str, batch_contract: str) -> None:
+    Args:
+        token: The one token's address.
+        batch_contract: The operator's.
+        balances: Of the token, from the beginning.
+        clock: Unix seconds.
+    """
+
+    def __init__(
+        self, token: str, batch_contract: str, balances: dict[str, int], clock: Callable[[], float] = time.time
+    ) -> None:
         self.token, self.batch_contract = token, batch_contract
-        self.state = State()
+        self.contracts = Contracts(token, batch_contract)
+        self.state = State(balances)
         self.blocks: list[Block] = []
         self.mempool: dict[tuple[str, int], Sent] = {}
-        self.batches_revert = 0
-        """So many of the next batches revert as a whole."""
+        self.base_fee = GWEI
+        """Wei; what offers less at most is not mined."""
+        self.batches: list[tuple[bytes, bool]] = []
+        """The calldata of every batch that was ever executed, in a block that stayed or not, and whether it reverted."""
+        self._clock = clock
         self._salt = itertools.count()
-        self.mine()
+        for _ in range(EARLIER_BLOCKS):
+            self.mine()
 
     @property
     def head(self) -> Block:
@@ -97,13 +88,14 @@ class FakeChain:
     def mine(self) -> None:
         """Make a block of everything that can be mined."""
         number = len(self.blocks)
-        block = Block(
-            number, "0x" + keccak256(f"{number} {next(self._salt)}".encode()).hex(), [], {}, copy.deepcopy(self.state)
-        )
+        block_hash = "0x" + keccak256(f"{number} {next(self._salt)}".encode()).hex()
+        block = Block(number, block_hash, int(self._clock()), [], {}, self.state.copy())
         self.blocks.append(block)
         for key in sorted(self.mempool):
-            sent = self.mempool[key]
-            if sent.nonce == self.state.nonces.get(sent.sender, 0):
+            sent, nonce = self.mempool[key], self.state.nonces.get(key[0], 0)
+            if sent.nonce < nonce:
+                del self.mempool[key]
+            elif sent.nonce == nonce and sent.max_fee >= self.base_fee:
                 del self.mempool[key]
                 self._include(block, sent)
 
@@ -121,11 +113,11 @@ class FakeChain:
         self.mempool = waiting
 
     def act(self, sender: str, call: Call) -> None:
-        """Somebody's transaction, mined at once in a block of its own."""
+        """Somebody's transaction, mined at once in a block of its own, whatever fees are."""
         waiting, self.mempool = self.mempool, {}
         nonce = self.state.nonces.get(sender, 0)
-        sent = Sent("0x" + keccak256(f"{sender} {next(self._salt)}".encode()).hex(), sender, nonce, GAS_PRICE_WEI, call)
-        self.mempool = {(sender, nonce): sent}
+        name = "0x" + keccak256(f"{sender} {next(self._salt)}".encode()).hex()
+        self.mempool = {(sender, nonce): Sent(name, sender, nonce, 2**63, 0, call)}
         self.mine()
         self.mempool = waiting
 
@@ -133,70 +125,40 @@ class FakeChain:
         """All of the chain, in order."""
         return [receipt for block in self.blocks for receipt in block.receipts.values()]
 
+    def sent_by(self, sender: str) -> list[Sent]:
+        """All transactions of an account in the chain, in order."""
+        return [sent for block in self.blocks for sent in block.sent if sent.sender == sender]
+
     # --- execution ----------------------------------------------------------------------------------------------------
 
     def _include(self, block: Block, sent: Sent) -> None:
         self.state.nonces[sent.sender] = sent.nonce + 1
-        before, logs = copy.deepcopy(self.state), []
+        before, status = self.state.copy(), "0x1"
+        logs: list[dict[str, Any]] = []
+        frame = Frame(self.state, sent.sender, block.timestamp, block.number)
         try:
-            logs = self._transact(sent.call)
-            status = "0x1"
-        except Reverted:
+            logs, _ = self.contracts.execute(frame, sent.call.to, sent.call.data)
+            gas = GAS_OF_TRANSACTION + GAS_OF_CALL * max(frame.calls, 1)
+        except Reverted as reverted:
             self.state, status = before, "0x0"
+            gas = sent.call.gas if isinstance(reverted, OutOfGas) else GAS_OF_CALL
         first = sum(len(receipt["logs"]) for receipt in block.receipts.values())
         place = {"blockNumber": hex(block.number), "blockHash": block.hash, "transactionHash": sent.hash}
+        if sent.call.to == self.batch_contract:
+            self.batches.append((sent.call.data, status == "0x0"))
         block.sent.append(sent)
         block.receipts[sent.hash] = place | {
             "status": status,
             "from": sent.sender,
             "to": sent.call.to,
-            "gasUsed": hex(GAS_OF_CALL),
-            "effectiveGasPrice": hex(GAS_PRICE_WEI),
+            "gasUsed": hex(gas),
+            "effectiveGasPrice": hex(min(sent.max_fee, self.base_fee + sent.priority_fee)),
             "logs": [log | place | {"logIndex": hex(first + index)} for index, log in enumerate(logs)],
         }
 
-    def _transact(self, call: Call) -> list[dict[str, Any]]:
-        if call.to != self.batch_contract:
-            return self._execute(call.to, call.data)
-        if self.batches_revert:
-            self.batches_revert -= 1
-            raise Reverted
-        logs: list[dict[str, Any]] = []
-        for index, (to, data) in enumerate(_calls_of(call.data)):
-            before = copy.deepcopy(self.state)
-            try:
-                logs += self._execute(to, data)
-                success = 1
-            except Reverted:
-                self.state, success = before, 0
-            topics = [EXECUTED_TOPIC, f"0x{index:064x}"]
-            logs.append({"address": self.batch_contract, "topics": topics, "data": f"0x{success:064x}"})
-        return logs
-
-    def _execute(self, to: str, data: bytes) -> list[dict[str, Any]]:
-        if to != self.token:
-            return []  # a transfer of nothing to somebody
-        words = [int.from_bytes(data[at : at + WORD], "big") for at in range(4, len(data), WORD)]
-        if data[:4] == _EIP3009:
-            payer, recipient, value, nonce = _address(words[0]), _address(words[1]), words[2], words[5]
-            if (payer, nonce) in self.state.used:
-                raise Reverted
-            self.state.used.add((payer, nonce))
-            used = {
-                "address": self.token,
-                "topics": [AUTHORIZATION_USED_TOPIC, address_topic(payer), f"0x{nonce:064x}"],
-                "data": "0x",
-            }
-            return [used, self._move(payer, recipient, value)]
-        raise Reverted
-
-    def _move(self, payer: str, recipient: str, value: int) -> dict[str, Any]:
-        if self.state.balances.get(payer, 0) < value:
-            raise Reverted
-        self.state.balances[payer] -= value
-        self.state.balances[recipient] = self.state.balances.get(recipient, 0) + value
-        topics = [TRANSFER_TOPIC, address_topic(payer), address_topic(recipient)]
-        return {"address": self.token, "topics": topics, "data": f"0x{value:064x}"}
+    def _state_at(self, tag: str) -> State:
+        number = self.head.number if tag in ("latest", "pending") else int(tag, 16)
+        return self.blocks[number + 1].before if number < self.head.number else self.state
 
     # --- JSON-RPC -----------------------------------------------------------------------------------------------------
 
@@ -206,22 +168,26 @@ class FakeChain:
             case "eth_blockNumber":
                 return hex(self.head.number)
             case "eth_feeHistory":
-                return {"baseFeePerGas": [hex(GAS_PRICE_WEI)], "reward": [["0x1"]]}
+                return {"baseFeePerGas": [hex(self.base_fee)], "reward": [["0x1"]]}
             case "eth_getTransactionCount":
                 return hex(self._count(params[0], pending=params[1] == "pending"))
             case "eth_sendRawTransaction":
                 return self._take(bytes.fromhex(params[0][2:]))
             case "eth_getTransactionReceipt":
                 return next((b.receipts[params[0]] for b in self.blocks if params[0] in b.receipts), None)
+            case "eth_getTransactionByHash":
+                found = next((sent for block in self.blocks for sent in block.sent if sent.hash == params[0]), None)
+                return found and {"to": found.call.to, "input": "0x" + found.call.data.hex()}
             case "eth_getBlockByNumber":
                 number = self.head.number if params[0] == "latest" else int(params[0], 16)
                 if number > self.head.number:
                     return None
-                return {"number": hex(number), "hash": self.blocks[number].hash, "timestamp": hex(int(time.time()))}
+                block = self.blocks[number]
+                return {"number": hex(number), "hash": block.hash, "timestamp": hex(block.timestamp)}
             case "eth_getLogs":
                 return self._logs(params[0])
             case "eth_call":
-                return self._call(bytes.fromhex(params[0]["data"][2:]))
+                return self._call(*params)
             case _:
                 return RpcError(-32601, f"{method} is not known here")
 
@@ -241,7 +207,7 @@ class FakeChain:
         if pending is not None:
             if pending.hash == sent.hash:
                 return RpcError(-32000, "already known")
-            if sent.max_fee * 10 < pending.max_fee * 11:
+            if sent.max_fee * 10 < pending.max_fee * 11 or sent.priority_fee * 10 < pending.priority_fee * 11:
                 return RpcError(-32000, "replacement transaction underpriced")
         self.mempool[sent.sender, sent.nonce] = sent
         return sent.hash
@@ -252,15 +218,19 @@ class FakeChain:
         for block in self.blocks[first : last + 1]:
             for log in (log for receipt in block.receipts.values() for log in receipt["logs"]):
                 wanted = zip(query["topics"], log["topics"], strict=False)
-                if log["address"] == query["address"] and all(topic in (None, own) for topic, own in wanted):
+                if log["address"] == query["address"] and all(_matches(*pair) for pair in wanted):
                     found.append(log)
         return found
 
-    def _call(self, data: bytes) -> Reply:
-        if data[:4] == _STATE:
-            payer, nonce = _address(int.from_bytes(data[4:36], "big")), int.from_bytes(data[36:68], "big")
-            return f"0x{int((payer, nonce) in self.state.used):064x}"
-        return RpcError(3, "execution reverted")
+    def _call(self, call: dict[str, Any], tag: str) -> Reply:
+        frame = Frame(
+            self._state_at(tag).copy(), call.get("from", "0x" + "00" * 20), int(self._clock()), self.head.number
+        )
+        try:
+            _, output = self.contracts.execute(frame, call["to"], bytes.fromhex(call["data"][2:]))
+        except Reverted:
+            return RpcError(3, "execution reverted")
+        return "0x" + output.hex()
 
 
 class FakeRpc(Rpc):
@@ -285,36 +255,8 @@ class FakeRpc(Rpc):
         return replies
 
 
-def _address(word: int) -> str:
-    return f"0x{word:040x}"
-
-
-def _calls_of(data: bytes) -> list[tuple[str, bytes]]:
-    if data[:4] == _EXECUTE_TRANSFERS:
-        return _transfers_of(data[4:])
-    assert data[:4] == _EXECUTE
-
-    def number(at: int) -> int:
-        return int.from_bytes(data[at : at + WORD], "big")
-
-    start = 4 + 2 * WORD
-    calls = []
-    for index in range(number(4 + WORD)):
-        at = start + number(start + index * WORD)
-        content = at + number(at + 2 * WORD)
-        calls.append((_address(number(at)), data[content + WORD : content + WORD + number(content)]))
-    return calls
-
-
-def _transfers_of(data: bytes) -> list[tuple[str, bytes]]:
-    """The calls that the batch contract makes of packed transfers."""
-    token, recipient = "0x" + data[12:WORD].hex(), data[WORD : 2 * WORD]
-    entries = io.BytesIO(data[5 * WORD :][: int.from_bytes(data[4 * WORD : 5 * WORD], "big")])
-    calls = []
-    while len(first := entries.read(_TRANSFER_LENGTHS[0])):
-        payer, *others = (each.rjust(WORD, b"\0") for each in (first, *map(entries.read, _TRANSFER_LENGTHS[1:])))
-        calls.append((token, b"".join((_EIP3009, payer, recipient, *others))))
-    return calls
+def _matches(wanted: str | list[str] | None, topic: str) -> bool:
+    return wanted is None or topic == wanted or (isinstance(wanted, list) and topic in wanted)
 
 
 def _sent(raw: bytes) -> Sent:
@@ -325,6 +267,6 @@ def _sent(raw: bytes) -> Sent:
     signature = r.rjust(32, b"\0") + s.rjust(32, b"\0") + bytes((int.from_bytes(parity, "big"),))
     key = coincurve.PublicKey.from_signature_and_message(signature, digest, hasher=None)
     sender = "0x" + keccak256(key.format(compressed=False)[1:])[-20:].hex()
-    nonce, max_fee, gas = (int.from_bytes(fields[at], "big") for at in (1, 3, 4))
+    nonce, priority_fee, max_fee, gas = (int.from_bytes(fields[at], "big") for at in (1, 2, 3, 4))
     call = Call("0x" + fields[5].hex(), fields[7], gas)
-    return Sent("0x" + keccak256(raw).hex(), sender, nonce, max_fee, call)
+    return Sent("0x" + keccak256(raw).hex(), sender, nonce, max_fee, priority_fee, call)

@@ -1,0 +1,288 @@
+"""Mutations of the settlement engine: what is lost, done twice, or believed too easily."""
+
+from __future__ import annotations
+
+from mutations.mutation import Mutation
+
+MACHINE = ("tests/payments/test_settlement_machine.py",)
+EVIDENCE = ("tests/payments/test_evidence.py", *MACHINE)
+
+_ENGINE, _JUDGE = "payments/settlement/engine.py", "payments/settlement/judge.py"
+_OUTBOX, _OUTGOING = "payments/settlement/outbox.py", "payments/settlement/outgoing.py"
+_REPAIRS, _DISPATCHER = "payments/settlement/repairs.py", "payments/settlement/dispatcher.py"
+_FINALITY, _COURIER = "payments/settlement/finality.py", "payments/settlement/courier.py"
+_EVIDENCE, _LOADING = "payments/settlement/evidence.py", "payments/settlement/loading.py"
+_SECOND_LOOKS = "payments/settlement/second_looks.py"
+
+SETTLEMENTS = (
+    Mutation(
+        "an entry of a reverted batch is not requeued",
+        _OUTBOX,
+        "    for entry in entries:\n        columns: dict[str, Any] = {",
+        "    for entry in entries[1:]:\n        columns: dict[str, Any] = {",
+        MACHINE,
+    ),
+    Mutation(
+        "a requeued entry is not dispatched",
+        _JUDGE,
+        "            self._requeued(entry)\n",
+        "            log.debug('forgotten')\n",
+        MACHINE,
+    ),
+    Mutation(
+        "a requeued entry goes out among others again",
+        _DISPATCHER,
+        "return self.entry is not None and self.entry.attempts > 0",
+        "return False",
+        MACHINE,
+    ),
+    Mutation(
+        "a reverted batch fails its entries",
+        _JUDGE,
+        "(included.untried if reverted_batch else included.unproven).append(entry)",
+        "included.unproven.append(entry)",
+        MACHINE,
+    ),
+    Mutation(
+        "a reverted transaction counts as paid",
+        "payments/chain/batches.py",
+        '    if receipt["status"] != "0x1":\n        return None\n    logs: list[Log]',
+        "    logs: list[Log]",
+        EVIDENCE,
+    ),
+    Mutation(
+        "an entry's place in its batch is ignored",
+        "payments/chain/batches.py",
+        "return results[position].logs if results[position].success else None",
+        "return receipt['logs'] if results[position].success else None",
+        EVIDENCE,
+    ),
+    Mutation(
+        "a call that failed in its batch counts as paid",
+        "payments/chain/batches.py",
+        "return results[position].logs if results[position].success else None",
+        "return [log for each in results for log in each.logs]",
+        MACHINE,
+    ),
+    Mutation(
+        "a Transfer proves a payment without its nonce",
+        _EVIDENCE,
+        (
+            "        if _is_eip3009(order) and not any(_uses_nonce(log, order) for log in logs):\n"
+            "            return None\n"
+        ),
+        "",
+        ("tests/payments/test_evidence.py",),
+    ),
+    Mutation(
+        "a foreign Transfer proves a payment without its nonce",
+        _EVIDENCE,
+        "    return pick_transfer(receipt, following[:end], order)",
+        "    return pick_transfer(receipt, logs, order)",
+        ("tests/payments/test_evidence.py",),
+    ),
+    Mutation(
+        "what was signed for counts as what arrived",
+        _EVIDENCE,
+        "                received_value=value,\n",
+        "                received_value=order.value,\n",
+        ("tests/payments/test_settlement.py", "tests/payments/test_evidence.py"),
+    ),
+    Mutation(
+        "nobody looks whether somebody else executed it",
+        _JUDGE,
+        "                found = await self.search(entry, head)\n                if isinstance(found, Evidence):",
+        "                found = NoEvidence(nonce_consumed=False)\n                if isinstance(found, Evidence):",
+        MACHINE,
+    ),
+    Mutation(
+        "an execution before our own transaction is not found",
+        _EVIDENCE,
+        "if evidence is None and from_block > 0:",
+        "if False:",
+        MACHINE,
+    ),
+    Mutation(
+        "one Transfer proves two payments",
+        _OUTBOX,
+        "    return row is not None\n\n\ndef find(",
+        "    return False\n\n\ndef find(",
+        ("tests/payments/test_settlement.py", "tests/payments/test_evidence.py"),
+    ),
+    Mutation(
+        "evidence that vanished is not noticed",
+        _FINALITY,
+        "                    verdicts.vanished.append(entry)",
+        "                    verdicts.final.append(entry)",
+        MACHINE,
+    ),
+    Mutation(
+        "a payment is final one block too early",
+        _FINALITY,
+        "elif head - number >= self._confirmations:",
+        "elif head - number >= self._confirmations - 1:",
+        MACHINE,
+    ),
+    Mutation(
+        "what could not be recorded as final is forgotten",
+        _FINALITY,
+        (
+            "            yield verdicts\n"
+            "            for entry in (*verdicts.final, *verdicts.vanished):\n"
+            "                self.watched.pop(entry.id, None)\n"
+        ),
+        (
+            "            for entry in (*verdicts.final, *verdicts.vanished):\n"
+            "                self.watched.pop(entry.id, None)\n"
+            "            yield verdicts\n"
+        ),
+        MACHINE,
+    ),
+    Mutation(
+        "what a reorganisation took away is not sent again",
+        _ENGINE,
+        "        for transaction in transactions:\n            self._adopt(transaction)\n\n    async def _housekeeping",
+        "        del transactions\n\n    async def _housekeeping",
+        MACHINE,
+    ),
+    Mutation(
+        "gas of a reorganised transaction stays booked",
+        _OUTGOING,
+        "    if paid is not None:\n        signer, gas = _gas_accounts",
+        "    if False:\n        signer, gas = _gas_accounts",
+        MACHINE,
+    ),
+    Mutation(
+        "gas is booked without what rounding takes",
+        _OUTGOING,
+        "    fee_gwei = divide_up(fee_wei, WEI_PER_GWEI)",
+        "    fee_gwei = fee_wei // WEI_PER_GWEI",
+        MACHINE,
+    ),
+    Mutation(
+        "a stalled transaction's fees are not raised",
+        _REPAIRS,
+        '        if trouble == "underpriced" or _age(first, now) > self._patience_s:\n',
+        "        if False:\n",
+        MACHINE,
+    ),
+    Mutation(
+        "a gap in a signer's nonces is not filled",
+        _REPAIRS,
+        "            await self._fill(signer, chain_nonce, waiting[0].signer_nonce)\n",
+        "",
+        MACHINE,
+    ),
+    Mutation(
+        "a stolen nonce is waited for",
+        _REPAIRS,
+        "        if self._lost[transaction.id] < NONCE_LOST_ROUNDS or self._fees.fees is None:",
+        "        if True:",
+        MACHINE,
+    ),
+    Mutation(
+        "a nonce is allocated twice",
+        _OUTGOING,
+        "max(int(highest) + 1, signer.nonce_floor)",
+        "max(int(highest), signer.nonce_floor)",
+        MACHINE,
+    ),
+    Mutation(
+        "deadlines are not looked at",
+        _REPAIRS,
+        "        await self._look_at_deadlines()\n",
+        "",
+        MACHINE,
+    ),
+    Mutation(
+        "a dropped transaction is not sent again",
+        _COURIER,
+        "            if outgoing.last_sent and now - outgoing.last_sent >",
+        "            if False and now - outgoing.last_sent >",
+        MACHINE,
+    ),
+    Mutation(
+        "a broadcast that failed is not repeated",
+        _COURIER,
+        (
+            "            self._outgoing = {\n"
+            "                outgoing.id: outgoing for outgoing in sends if outgoing.id in self.carried\n"
+            "            } | self._outgoing\n"
+        ),
+        "",
+        MACHINE,
+    ),
+    Mutation(
+        "a restart forgets what is queued",
+        _LOADING,
+        '("queued", "submitted", "mined", "superseded")',
+        '("submitted", "mined", "superseded")',
+        MACHINE,
+    ),
+    Mutation(
+        "a restart forgets what is mined and not final",
+        _LOADING,
+        '("queued", "submitted", "mined", "superseded")',
+        '("queued", "submitted")',
+        MACHINE,
+    ),
+    Mutation(
+        "a restart leaves undecided what was killed between block and decision",
+        _LOADING,
+        (
+            "    for transaction in outgoing.load(tx, stranded, accounts) if stranded else ():\n"
+            "        outgoing.exclude(tx, transaction)\n"
+        ),
+        "    del stranded\n",
+        MACHINE,
+    ),
+    Mutation(
+        "an order is written a second time",
+        _OUTBOX,
+        '    if not _insert(tx, order, "submitted", head, transaction_id, position):\n        return None\n',
+        '    _insert(tx, order, "submitted", head, transaction_id, position)\n',
+        MACHINE,
+    ),
+    Mutation(
+        "who waits is told before it is written",
+        _DISPATCHER,
+        "        lane.waiting.append(item)\n        lane.changed.set()\n        # Whoever",
+        "        lane.waiting.append(item)\n        lane.changed.set()\n        return\n        # Whoever",
+        MACHINE,
+    ),
+    Mutation(
+        "queued orders are dropped when the database is busy",
+        _DISPATCHER,
+        "        if queued and self._running:",
+        "        if False:",
+        MACHINE,
+    ),
+    Mutation(
+        "a payment that arrives after we gave up is not the payer's",
+        "payments/settlement/states.py",
+        '    "failed": frozenset({"mined", "superseded"}),',
+        '    "failed": frozenset(),',
+        MACHINE,
+    ),
+    Mutation(
+        "a payment is booked without a look at its state",
+        _JUDGE,
+        "        if states.move(tx, entry.id, state, **columns):\n            self._kinds",
+        "        states.move(tx, entry.id, state, **columns)\n        if True:\n            self._kinds",
+        MACHINE,
+    ),
+    Mutation(
+        "a payment's state moves without its booking",
+        _JUDGE,
+        '            self._kinds[entry.kind].on_paid(tx, entry.row() | columns | {"state": state})',
+        "            pass",
+        MACHINE,
+    ),
+    Mutation(
+        "a second look changes nothing",
+        _SECOND_LOOKS,
+        "                await self._judge.record(entry, found)",
+        "                pass",
+        MACHINE,
+    ),
+)
