@@ -232,9 +232,9 @@ class PaymentSettings(Section):
     settlement_wait_s: int = Field(default=60, gt=0)
     """How long a paid request waits for its transfer before it answers 202."""
     payer_exposure_usd: Usd = "0.05"
-    """Inference that one payer may have under way before its transfers are mined; above it the transfer comes first."""
+    """Inference that one payer may have under way, by all schemes, before its money is there; above that money comes first."""
     upto_exposure_usd: Usd = "0.25"
-    """What one payer may owe for answers paid by `upto` until they are settled; beyond it exact or a channel is asked for."""
+    """What one payer may owe, by all schemes, to pay by `upto`; beyond it exact or a channel is asked for."""
     replay_ttl_s: int = Field(default=600, ge=0)
     """How long an answer is kept, encrypted, for the same payment sent again; 0 keeps none."""
     refund_threshold_usd: Usd = "1"

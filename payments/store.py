@@ -78,11 +78,18 @@ class Store:
         self._listeners: dict[str, list[_Listener]] = {}
         self._writer.start()
 
-    async def write(self, unit: Unit[T], *, if_abandoned: Callable[[Transaction, T], object] | None = None) -> T:
+    async def write(
+        self,
+        unit: Unit[T],
+        *,
+        done: Callable[[T], object] | None = None,
+        if_abandoned: Callable[[Transaction, T], object] | None = None,
+    ) -> T:
         """Run `unit` atomically and return its result once it is durable.
 
         Args:
             unit: Makes the change. It may run on another thread, and must not wait for anything.
+            done: Called with the result once it is durable, also if the caller is cancelled meanwhile.
             if_abandoned: Undoes the change, given its result, in a unit of its own: for changes that somebody must end,
                 when the caller is cancelled while they are being written and so never learns of them.
 
@@ -91,6 +98,8 @@ class Store:
             Exception: Whatever the unit raised; its changes are then undone.
         """
         future = self._submit(unit)
+        if done is not None:
+            future.add_done_callback(lambda written: _tell_if_written(written, done))
         try:
             # Shielded: a caller that hangs up does not take back what is queued.
             return await asyncio.shield(future)
@@ -278,6 +287,11 @@ def _tell(group: list[Pending]) -> None:
 def _resolve_all(entries: list[Pending]) -> None:
     for entry in entries:
         entry.resolve()
+
+
+def _tell_if_written(written: asyncio.Future[T], done: Callable[[T], object]) -> None:
+    if not written.cancelled() and written.exception() is None:
+        done(written.result())
 
 
 def _report(undone: asyncio.Future[Any]) -> None:

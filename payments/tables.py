@@ -87,6 +87,13 @@ class Authorization(SQLModel, table=True):
             sqlite_where=text("state = 'reserved'"),
             postgresql_where=text("state = 'reserved'"),
         ),
+        # What a payer has under way is asked for with each of its payments, see `payments.promises`.
+        Index(
+            "payment_authorization_under_way",
+            "payer",
+            sqlite_where=text("state IN ('reserved', 'pledged')"),
+            postgresql_where=text("state IN ('reserved', 'pledged')"),
+        ),
     )
 
     identity: str = Field(primary_key=True)
@@ -94,11 +101,15 @@ class Authorization(SQLModel, table=True):
     digest: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     """SHA-256 over payload and request: anything else under the same identity is a conflict."""
     receipt_id: str = Field(unique=True, foreign_key="receipt.id")
+    payer: str
+    """Who signed, lower-case hex."""
     state: str
-    """reserved | paid | failed; the transitions stand in `payments.tenders.authorizations`. How far the transfer has come is
-    in the settlement's state alone, so that the two cannot disagree."""
+    """reserved | paid | failed | …; the transitions stand in `payments.tenders.authorizations`. How far the transfer has come
+    is in the settlement's state alone, so that the two cannot disagree."""
     value_nano_usd: int = Field(sa_column=_big())
     """What the signed value is worth."""
+    exposed_nano_usd: int = Field(default=0, sa_column=_big(default=0))
+    """Inference that may begin before the money has arrived; counts until it has, or cannot any more."""
     created_ms: int = Field(sa_column=_big())
 
 
@@ -157,6 +168,13 @@ class Settlement(SQLModel, table=True):
             "chain_id",
             sqlite_where=text("look_again_ms IS NOT NULL"),
             postgresql_where=text("look_again_ms IS NOT NULL"),
+        ),
+        # See `payments.promises`: of payments and pledges the authorizations tell more.
+        Index(
+            "settlement_under_way",
+            "payer",
+            sqlite_where=text("state IN ('queued', 'submitted') AND kind NOT IN ('payment', 'upto')"),
+            postgresql_where=text("state IN ('queued', 'submitted') AND kind NOT IN ('payment', 'upto')"),
         ),
     )
 
@@ -369,7 +387,15 @@ class ChannelRequest(SQLModel, table=True):
     """A request paid through a channel: the same voucher for the same request finds its first outcome here."""
 
     __tablename__ = "channel_request"
-    __table_args__ = (Index("channel_request_voucher", "channel_id", "voucher"),)
+    __table_args__ = (
+        Index("channel_request_voucher", "channel_id", "voucher"),
+        Index(
+            "channel_request_deposit",
+            "deposit_id",
+            sqlite_where=text("deposit_id IS NOT NULL"),
+            postgresql_where=text("deposit_id IS NOT NULL"),
+        ),
+    )
 
     digest: bytes = Field(sa_column=Column(LargeBinary, primary_key=True))
     """SHA-256 over payment and request."""
@@ -377,6 +403,10 @@ class ChannelRequest(SQLModel, table=True):
     voucher: str
     """The amount of its voucher, atomic units as decimal text."""
     receipt_id: str = Field(unique=True, foreign_key="receipt.id")
+    deposit_id: str | None = None
+    """The settlement of the deposit that it waits for."""
+    exposed_nano_usd: int = Field(default=0, sa_column=_big(default=0))
+    """Inference that may begin before that deposit has arrived."""
     created_ms: int = Field(sa_column=_big())
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from payments import receipts
+from payments import promises, receipts
 from payments.channels import book
 from payments.channels.book import Channel
 from payments.errors import PaymentRefused
@@ -34,10 +34,14 @@ from payments.x402.extensions import identifier as identifiers
 from payments.x402.requirements import Requirement
 
 _FIND = """
-    SELECT receipt.id, receipt.state FROM channel_request AS request JOIN receipt ON receipt.id = request.receipt_id
+    SELECT receipt.id, receipt.state, request.exposed_nano_usd
+    FROM channel_request AS request JOIN receipt ON receipt.id = request.receipt_id
     WHERE request.digest = ?
 """
-_INSERT = "INSERT INTO channel_request (digest, channel_id, voucher, receipt_id, created_ms) VALUES (?, ?, ?, ?, ?)"
+_INSERT = (
+    "INSERT INTO channel_request (digest, channel_id, voucher, receipt_id, deposit_id, exposed_nano_usd, created_ms)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
 _BOUND = """
     SELECT 1 FROM channel_request AS request JOIN receipt ON receipt.id = request.receipt_id
     WHERE request.channel_id = ? AND request.voucher = ?
@@ -84,6 +88,8 @@ class Wanted:
     """The settlement of the deposit that comes with it."""
     deposit_value: int
     details: dict[str, Any]
+    exposure_max_nano_usd: int
+    """Inference that its payer may have under way, by all schemes together, before its money has arrived."""
     refusal: PaymentRefused | None = None
     """Why it is too late for a first use, if it is."""
     identifier: str | None = None
@@ -98,6 +104,8 @@ class Taken:
     channel: Channel
     price_nano_usd: int
     deposit: Literal["none", "due", "under way", "paid"]
+    may_start_early: bool
+    """Whether it may be worked on before its deposit has arrived, or there is nothing to wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,11 +240,20 @@ def _hold(
     tx: Transaction,
     channel: Channel,
     wanted: Wanted,
-    known: tuple[str, str] | None,
+    known: tuple[str, str, int] | None,
     deposit: Literal["none", "due", "under way", "paid"],
 ) -> Taken:
     if known is not None:
         tx.execute("DELETE FROM channel_request WHERE digest = ?", (wanted.digest,))
+    waits = deposit in ("due", "under way")
+    early, exposed = not waits, 0
+    if waits and known is not None:
+        # It had its early start: a slow chain would make each resend another inference that nobody sees.
+        exposed = int(known[2])
+    elif waits:
+        owed = promises.exposure(promises.under_way(tx, channel.config.payer))
+        early = owed + wanted.price_nano_usd <= wanted.exposure_max_nano_usd
+        exposed = wanted.price_nano_usd if early else 0
     receipt_id = receipts.new_receipt_id()
     receipts.open_receipt(
         tx,
@@ -249,11 +266,13 @@ def _hold(
     )
     use = Use(receipt_id, channel.asset, wanted.details)
     closing.place(tx, use, channel.account, wanted.price_nano_usd)
-    tx.execute(_INSERT, (wanted.digest, channel.id, str(wanted.voucher.amount), receipt_id, book.now_ms()))
+    waits_for = wanted.deposit_id if waits else None
+    row = (wanted.digest, channel.id, str(wanted.voucher.amount), receipt_id, waits_for, exposed, book.now_ms())
+    tx.execute(_INSERT, row)
     if wanted.identifier is not None:
         identifiers.bind(tx, channel.config.payer, wanted.identifier, receipt_id)
     _raise_voucher(tx, channel, wanted.voucher)
-    return Taken(use, channel, wanted.price_nano_usd, deposit)
+    return Taken(use, channel, wanted.price_nano_usd, deposit, early)
 
 
 def _raise_voucher(tx: Transaction, channel: Channel, voucher: Voucher) -> None:

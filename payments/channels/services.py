@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from payments import promises
 from payments.chain.channel_contract import decode_states, encode_deposit, states_call
 from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, MULTICALL3_ADDRESS, PERMIT2_ADDRESS, Network, Token
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
@@ -13,15 +15,24 @@ from payments.chain.signers import Signer
 from payments.chain.transactions import decode_revert, encode_allowance, encode_balance_of
 from payments.channels import book
 from payments.channels.book import Channel, Seen
-from payments.errors import AllowanceRequired, PaymentError, PaymentRefused, SettlementUnavailable
-from payments.money import nano_to_atomic_up
+from payments.errors import PaymentError, PaymentRefused, SettlementUnavailable
+from payments.promises import Cover, Funds, InUse, Needed
 from payments.store import Store
 from payments.tenders.exact_services import ExactServices, Settling
+from payments.verification.chain_state import LOOK_AGAIN_S, LOOKS_MAX, insufficient_funds, lacks_allowance
 from payments.x402.channels import DEPOSIT_SIMULATION, ChannelConfig, Deposit, Permit2Deposit
 from payments.x402.extensions.eip2612 import Eip2612Permit
 
 LOOKS_AT_ONCE = 50
 """Channels in one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class DepositCheck:
+    """A deposit that would succeed, and its channel's state."""
+
+    seen: Seen
+    cover: Cover
 
 
 async def has_channels(rpc: Rpc) -> bool:
@@ -44,7 +55,7 @@ class ChannelServices:
         receiver: The treasury, lower-case hex.
         authorizer: Signs claims and refunds; part of every channel's identity, so its key must be kept as long as channels are.
         withdraw_delay_s: What is asked of a channel, see `payments.x402.channels.channel_requirement`.
-        payers: What is known of the payers' other payments under way: a deposit counts with them.
+        payers: Who works on which receipt, and what a payer's exposure may be.
     """
 
     def __init__(
@@ -114,30 +125,45 @@ class ChannelServices:
         deposit: Deposit,
         token: Token,
         permit: Eip2612Permit | None = None,
-    ) -> Seen:
-        """Return the channel's state if the deposit would succeed now, with the permit that comes with it: funds, allowance
-        and the very call, in one round trip.
+    ) -> DepositCheck:
+        """Ask the chain whether a deposit would succeed now, with the permit that comes with it and beside everything else that
+        the payer has under way: funds, allowance and the very call, in one round trip.
 
         Raises:
             PaymentRefused: It would fail.
             AllowanceRequired: Permit2 may not move the token yet.
             SettlementUnavailable: The chain cannot be asked.
         """
+        earlier = await promises.before(self.store, config.payer, token)
+        permitted = isinstance(deposit, Permit2Deposit)
+        needed = Needed(deposit.amount, deposit.amount if permitted else 0, permit is not None)
+        call = encode_deposit(config, deposit, permit)
+        for look in range(1, LOOKS_MAX + 1):
+            seen, funds, simulated = await self._look_at_deposit(channel, marks, config, call, token)
+            problem = _judge(needed, token, funds, earlier.in_use, simulated)
+            if problem is None:
+                return DepositCheck(seen, Cover(funds, needed, earlier))
+            if look == LOOKS_MAX or _judge(needed, token, funds, InUse(), simulated) is not None:
+                raise problem
+            # Perhaps what is promised has just left the balance, and only we do not know yet.
+            await asyncio.sleep(LOOK_AGAIN_S)
+            earlier = await earlier.again()
+        raise AssertionError
+
+    async def _look_at_deposit(
+        self, channel: int, marks: int, config: ChannelConfig, call: bytes, token: Token
+    ) -> tuple[Seen, Funds, tuple[bool, bytes]]:
         more = [
             (token.address, encode_balance_of(config.payer)),
             (token.address, encode_allowance(config.payer, PERMIT2_ADDRESS)),
-            (BATCH_SETTLEMENT_ADDRESS, encode_deposit(config, deposit, permit)),
+            (BATCH_SETTLEMENT_ADDRESS, call),
         ]
         try:
             (answer,) = await self._rpc.ask([states_call([channel], more)])
             block, (state,), (balance, allowance, simulated) = decode_states(answer, 1, len(more))
         except (RpcUnavailable, RpcError, ValueError) as error:
             raise _unavailable() from error
-        in_use = nano_to_atomic_up(self.payers.unmined.total(config.payer, token.asset), token.decimals)
-        problem = _judge(deposit, token, _number(balance) - in_use, _number(allowance), simulated)
-        if problem is not None:
-            raise problem
-        return Seen(state, block, marks)
+        return Seen(state, block, marks), Funds(_number(balance), _number(allowance)), simulated
 
     # --- waiting ------------------------------------------------------------------------------------------------------
 
@@ -162,23 +188,15 @@ class ChannelServices:
 
 
 def _judge(
-    deposit: Deposit, token: Token, balance: int, allowance: int, simulated: tuple[bool, bytes]
+    needed: Needed, token: Token, funds: Funds, promised: InUse, simulated: tuple[bool, bytes]
 ) -> PaymentError | None:
     succeeded, returned = simulated
-    if succeeded and balance >= deposit.amount:
+    if succeeded and funds.cover(needed, promised):
         return None
-    if balance < deposit.amount:
-        return PaymentRefused(
-            "insufficient_funds",
-            f"the payer has {max(balance, 0)} atomic units of {token.symbol} that are not in use, and {deposit.amount} are to"
-            " be deposited",
-        )
-    if isinstance(deposit, Permit2Deposit) and allowance < deposit.amount:
-        return AllowanceRequired(
-            "permit2_allowance_required",
-            f"the payer must once approve Permit2 for {token.symbol}: call approve({PERMIT2_ADDRESS}, amount) on"
-            f" {token.address} with at least {deposit.amount}, then send the same payment again",
-        )
+    if funds.balance - promised.balance < needed.balance:
+        return insufficient_funds(funds.balance - promised.balance, needed.balance, token)
+    if not funds.allow(needed, promised):
+        return lacks_allowance(needed, promised, token)
     return PaymentRefused(DEPOSIT_SIMULATION, f"the contract refuses the deposit: {decode_revert(returned)}")
 
 

@@ -2,7 +2,7 @@
 
 A row and its order in the settlement outbox are one commit, so no crash leaves the one without the other; how far the transfer
 has come is in the settlement's state alone. Everything that several facilitators on one database must agree on is here: who is
-told, what a payer has under way, and whose settlements failed. All of it runs inside store units.
+told, and whose settlements failed (what a payer has under way: `payments.promises`). All of it runs inside store units.
 
 A success is *granted*, durably, to the one call that is told of it: whatever a resource server serves for, it serves once. The
 same call made again (the same client and `Idempotency-Key`) is told again; any other is told that it is a duplicate.
@@ -11,20 +11,17 @@ same call made again (the same client and `Idempotency-Key`) is told again; any 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from payments.promises import Cover
 from payments.settlement import outbox, states
 from payments.settlement.orders import SettlementOrder
 from payments.store import Transaction
 from payments.tenders import authorizations
 
 HOUR_MS = 3_600_000
-FROM_BALANCE = frozenset(
-    {"payment", "upto", "channel_deposit", "facilitated", "facilitated_upto", "facilitated_deposit"}
-)
-"""The kinds of settlements that take their value from the payer's own balance."""
 
 _FIND = """
     SELECT facilitated.settlement_id, facilitated.granted_to, facilitated.asked_until_ms, settlement.state,
@@ -41,11 +38,6 @@ _BEGIN_ANEW = (
     "UPDATE facilitated_payment SET settlement_id = ?, client = ?, asked_until_ms = ?, granted_to = NULL, granted_ms = NULL"
     " WHERE identity = ? AND settlement_id = ? RETURNING identity"
 )
-_UNDER_WAY = (
-    "SELECT id, value, kind FROM settlement WHERE payer = ? AND chain_id = ? AND token = ?"
-    " AND state IN ('queued', 'submitted')"
-)
-
 Begun = Literal["begun", "known", "short"]
 
 
@@ -101,10 +93,8 @@ class Beginning:
     call_name: str
     wait_ms: int
     """How long its caller waits for the outcome."""
-    balance: int | None = None
-    """What the payer had when the chain was asked, in atomic units; None if nothing is taken from its balance."""
-    known: Mapping[str, int] | None = None
-    """What it had under way before the chain was asked, see `under_way`."""
+    cover: Cover | None = None
+    """What the payer had when the chain was asked; None if nothing is taken from its balance."""
     instead_of: str | None = None
     """The settlement that this one follows, which is decided; None for the first."""
 
@@ -146,14 +136,11 @@ def begin(tx: Transaction, wanted: Beginning) -> Begun:
         ``known``, with nothing changed, if it was begun before, or used to pay a gateway on the same database; ``short``, with
         nothing changed, if the payer's balance does not cover it beside what others have begun since the chain was asked.
     """
-    order = wanted.order
     if wanted.instead_of is None:
         if authorizations.is_known(tx, wanted.identity) or find(tx, wanted.identity) is not None:
             return "known"
-        if wanted.balance is not None and order is not None:
-            others = {**(wanted.known or {}), **under_way(tx, order.payer, order.chain_id, order.token)}
-            if wanted.balance - sum(others.values()) < order.value:
-                return "short"
+        if wanted.cover is not None and not wanted.cover.holds(tx):
+            return "short"
     return "begun" if _reserve(tx, wanted) else "known"
 
 
@@ -199,12 +186,6 @@ def take_back(tx: Transaction, identity: str, call: str) -> None:
         "UPDATE facilitated_payment SET granted_to = NULL, granted_ms = NULL WHERE identity = ? AND granted_to = ?",
         (identity, call),
     )
-
-
-def under_way(tx: Transaction, payer: str, chain_id: int, token: str) -> dict[str, int]:
-    """What is to leave a payer's balance and may not have left it yet: atomic units by settlement, whoever asked for it."""
-    rows = tx.execute(_UNDER_WAY, (payer, chain_id, token)).fetchall()
-    return {row[0]: int(row[1]) for row in rows if row[2] in FROM_BALANCE}
 
 
 def blame(tx: Transaction, row: dict[str, Any]) -> None:

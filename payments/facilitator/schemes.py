@@ -14,6 +14,7 @@ from payments.errors import PaymentRefused
 from payments.facilitator.access import Client
 from payments.facilitator.records import Record
 from payments.facilitator.wire import FacilitatorCall
+from payments.promises import Cover, Earlier
 from payments.settlement.orders import SettlementOrder
 
 NEVER: frozenset[str] = frozenset()
@@ -25,8 +26,8 @@ class Checked:
 
     order: SettlementOrder | None
     """None if nothing is to be moved."""
-    balance: int | None
-    """What the payer has, in atomic units; None if nothing is taken from its balance."""
+    cover: Cover | None
+    """What the payer has and it needs; None if nothing is taken from its balance."""
     extra: dict[str, Any] | None = None
     """What `/verify` says besides."""
 
@@ -74,8 +75,11 @@ class Facilitated(Protocol):
     def repeats(self) -> frozenset[str]:
         """The states of an earlier settlement under its name after which another one may begin."""
 
-    async def check_chain(self) -> Checked:
+    async def check_chain(self, earlier: Earlier) -> Checked:
         """Ask the chain whether it would be settled now, in one round trip (a second one for contract wallets).
+
+        Args:
+            earlier: What its payer has under way already.
 
         Raises:
             PaymentRefused, AllowanceRequired: It would not.

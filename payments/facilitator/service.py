@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from payments import promises
 from payments.errors import PaymentError, PaymentRefused, SettlementUnavailable
 from payments.facilitator import records, wire
 from payments.facilitator.access import Client
@@ -24,14 +25,13 @@ from payments.facilitator.records import Beginning, Record
 from payments.facilitator.schemes import Checked, Facilitated, FacilitatedScheme, Promise
 from payments.facilitator.wire import FacilitatorCall
 from payments.money import atomic_to_nano_down
+from payments.promises import Earlier
 from payments.settlement.engine import Settlements
 from payments.settlement.outcomes import SettlementOutcome
-from payments.store import Store, Transaction
-from payments.verification.chain_state import insufficient_funds
+from payments.store import Store
 
-LOOKS_MAX = 3
-LOOK_AGAIN_S = 0.1
-"""What is under way for a payer may have left its balance a moment ago: then it is looked at again."""
+BEGINNINGS_MAX = 3
+"""How often a settlement is begun anew because others of the same payer were begun since the chain was asked."""
 OUTCOME_POLL_S = 0.1
 """How often the database is asked for an outcome that another process decides."""
 
@@ -130,7 +130,7 @@ class Facilitator:
         self._check_worth(payment, payment.worth)
         record = await self._find(payment)
         if record is None:
-            return (await self._check_first(payment, client))[0].extra
+            return (await self._check_first(payment, client)).extra
         self._check_known(record, payment)
         if record.granted_to is not None:
             by = f" by {record.transaction_hash}" if record.transaction_hash else ""
@@ -161,38 +161,24 @@ class Facilitator:
         if not record.is_same(payment.calls, payment.value):
             raise PaymentRefused("authorization_used", "this authorization was used for another payment")
 
-    async def _check_first(self, payment: Facilitated, client: Client) -> tuple[Checked, dict[str, int]]:
-        """That a payment which nobody settled here before can be.
-
-        Returns:
-            What would settle it, and what its payer had under way before the chain was asked.
-        """
+    async def _check_first(self, payment: Facilitated, client: Client) -> Checked:
+        """That a payment which nobody settled here before can be."""
         if payment.refusal is not None:
             raise payment.refusal
         self._settlements[payment.token.chain_id].admit(payment.payer)
-        look = 0
-        while True:
-            look += 1
-            wait_s, others = await self._store.read(lambda tx: self._of_others(tx, payment, client))
-            if wait_s:
-                message = f"too many settlements of this server failed and cost gas; try again in {wait_s} s"
-                raise PaymentRefused("client_suspended", message)
-            checked = await payment.check_chain()
-            if payment.worth is None and checked.order is not None:
-                self._check_worth(payment, checked.order.value)
-            if checked.balance is None or checked.order is None:
-                return checked, others
-            free = checked.balance - sum(others.values())
-            if free >= checked.order.value:
-                return checked, others
-            if look == LOOKS_MAX:
-                raise insufficient_funds(free, checked.order.value, payment.token)
-            await asyncio.sleep(LOOK_AGAIN_S)
-
-    def _of_others(self, tx: Transaction, payment: Facilitated, client: Client) -> tuple[int, dict[str, int]]:
-        wait_s = records.suspended_s(tx, client.name, self._failures_per_hour)
-        token = payment.token
-        return wait_s, records.under_way(tx, payment.payer, token.chain_id, token.address)
+        wait_s, promised = await self._store.read(
+            lambda tx: (
+                records.suspended_s(tx, client.name, self._failures_per_hour),
+                promises.under_way(tx, payment.payer),
+            )
+        )
+        if wait_s:
+            message = f"too many settlements of this server failed and cost gas; try again in {wait_s} s"
+            raise PaymentRefused("client_suspended", message)
+        checked = await payment.check_chain(Earlier(self._store, payment.payer, payment.token, promised))
+        if payment.worth is None and checked.order is not None:
+            self._check_worth(payment, checked.order.value)
+        return checked
 
     # --- settle -------------------------------------------------------------------------------------------------------
 
@@ -235,8 +221,8 @@ class Facilitator:
         await asyncio.shield(task)
 
     async def _begin(self, payment: Facilitated, client: Client, call_name: str, before: Record | None) -> bool:
-        for _ in range(LOOKS_MAX):
-            checked, others = await self._check_first(payment, client)
+        for _ in range(BEGINNINGS_MAX):
+            checked = await self._check_first(payment, client)
             order = checked.order
             if before is not None and order is not None:
                 order = replace(order, id=records.next_settlement_id(before.settlement_id))
@@ -246,8 +232,7 @@ class Facilitator:
                 client=client.name,
                 call_name=call_name,
                 wait_ms=self._wait_ms,
-                balance=checked.balance,
-                known=others,
+                cover=checked.cover,
                 instead_of=None if before is None else before.settlement_id,
             )
             begun = await self._store.write(lambda tx, wanted=wanted: records.begin(tx, wanted))  # type: ignore[misc]

@@ -11,6 +11,7 @@ from payments.errors import PaymentRefused
 from payments.facilitator import records
 from payments.facilitator.records import Record
 from payments.facilitator.schemes import NEVER, Checked
+from payments.promises import Earlier
 from payments.settlement.orders import SettlementOrder
 from payments.verification.chain_state import ChainStates
 from payments.x402.requirements import Requirement
@@ -69,13 +70,13 @@ class Transfer:
         """See `payments.facilitator.schemes.Facilitated`."""
         return NEVER
 
-    async def check_chain(self) -> Checked:
+    async def check_chain(self, earlier: Earlier) -> Checked:
         """See `payments.facilitator.schemes.Facilitated`."""
         if not self.value and self.unproven is None:
             return Checked(None, None)
         authorization = self.payment.authorization
-        seen = await self.chain_states.look(
-            self.payment, self.token, authorization.recipient, unproven=self.unproven, amount=self.value or None
+        seen = await self.chain_states.check(
+            self.payment, self.token, authorization.recipient, earlier, self.unproven, self.value or None
         )
         if not self.value:
             return Checked(None, None)
@@ -94,7 +95,7 @@ class Transfer:
             call_data=call_data,
             valid_before=authorization.expires_at,
         )
-        return Checked(order, seen.balance)
+        return Checked(order, seen.cover)
 
     async def told(self, record: Record) -> dict[str, Any] | None:
         """See `payments.facilitator.schemes.Facilitated`."""

@@ -11,10 +11,11 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from payments import receipts
+from payments import promises, receipts
 from payments.errors import PaymentConflict, PaymentRefused
 from payments.ledger.accounts import payer_account
 from payments.ledger.transfers import InsufficientFunds
+from payments.promises import Promise
 from payments.store import Transaction
 from payments.tenders import closing
 from payments.tenders.closing import Use
@@ -42,11 +43,11 @@ USES_MAX = 16
 """Uses of one payment. Each may cost the operator an inference that is not charged if the caller hangs up before its end."""
 
 _INSERT = (
-    "INSERT INTO payment_authorization (identity, digest, receipt_id, state, value_nano_usd, created_ms)"
-    " VALUES (?, ?, ?, 'reserved', ?, ?) ON CONFLICT (identity) DO NOTHING RETURNING identity"
+    "INSERT INTO payment_authorization (identity, digest, receipt_id, payer, state, value_nano_usd, exposed_nano_usd,"
+    " created_ms) VALUES (?, ?, ?, ?, 'reserved', ?, ?, ?) ON CONFLICT (identity) DO NOTHING RETURNING identity"
 )
 _FIND = """
-    SELECT reservation.digest, reservation.state, receipt.id, receipt.state, receipt.reason, receipt.payer, receipt.asset,
+    SELECT reservation.digest, reservation.state, receipt.id, receipt.state, receipt.reason, receipt.asset,
            receipt.quoted_nano_usd, receipt.paid_nano_usd,
            EXISTS (SELECT 1 FROM settlement WHERE settlement.reference = receipt.id)
     FROM payment_authorization AS reservation JOIN receipt ON receipt.id = reservation.receipt_id
@@ -109,6 +110,11 @@ class Reservation:
     and this use holds its credit."""
     held_nano_usd: int
     """What is held already, or is going to be if the whole value arrives."""
+    may_start_early: bool = False
+    """Whether the request may be worked on before the transfer is mined: that is within the payer's exposure limit, and a
+    payment has it once. A slow chain would make each resend another inference that nobody sees."""
+    earlier: tuple[Promise, ...] = ()
+    """What the payer had under way when a new payment was reserved: that comes first."""
 
 
 def reserve(
@@ -121,6 +127,7 @@ def reserve(
     quoted_nano_usd: int,
     value_nano_usd: int,
     details: dict[str, Any],
+    exposure_max_nano_usd: int,
     refusal: PaymentRefused | None = None,
     identifier: str | None = None,
 ) -> Reservation | AlreadyUsed:
@@ -135,6 +142,8 @@ def reserve(
         quoted_nano_usd: What the request may cost.
         value_nano_usd: What the signed value is worth, at least the quoted amount.
         details: What the receipt is opened with.
+        exposure_max_nano_usd: Inference that the payer may have under way, by all schemes together, before its money has
+            arrived; above that the transfer comes first.
         refusal: Why it does not do for a first use, if it does not: then only an earlier use is found.
         identifier: The payer's own name for it, if it has one.
 
@@ -151,18 +160,22 @@ def reserve(
         # Decided in the unit that would reserve: an earlier use may be forgotten between a look and a reservation.
         if not is_known(tx, identity):
             raise refusal
-        return _find_first_use(tx, identity, digest, details)
+        return _find_first_use(tx, identity, digest, payer, details)
+    earlier = promises.under_way(tx, payer)
+    early = promises.exposure(earlier) + quoted_nano_usd <= exposure_max_nano_usd
+    exposed = quoted_nano_usd if early else 0
     receipt_id = receipts.new_receipt_id()
     # The receipt first, for the reservation's reference to it; repeated payments are rare and pay for taking it back.
     receipts.open_receipt(
         tx, id=receipt_id, tender="exact", payer=payer, asset=asset, quoted_nano_usd=quoted_nano_usd, details=details
     )
-    if tx.execute(_INSERT, (identity, digest, receipt_id, value_nano_usd, _now_ms())).fetchone() is not None:
+    row = (identity, digest, receipt_id, payer, value_nano_usd, exposed, _now_ms())
+    if tx.execute(_INSERT, row).fetchone() is not None:
         if identifier is not None:
             identifiers.bind(tx, payer, identifier, receipt_id)
-        return Reservation(Use(receipt_id, asset, details), "new", quoted_nano_usd)
+        return Reservation(Use(receipt_id, asset, details), "new", quoted_nano_usd, early, tuple(earlier))
     receipts.forget(tx, receipt_id)
-    return _find_first_use(tx, identity, digest, details)
+    return _find_first_use(tx, identity, digest, payer, details)
 
 
 def outcome_of(tx: Transaction, identity: str, digest: bytes) -> AlreadyUsed | None:
@@ -206,6 +219,11 @@ def forget_unwritten(tx: Transaction) -> int:
     return len(receipt_ids)
 
 
+def settle_first(tx: Transaction, receipt_id: str) -> None:
+    """Nothing begins before a payment has arrived, so that nothing is exposed."""
+    tx.execute("UPDATE payment_authorization SET exposed_nano_usd = 0 WHERE receipt_id = ?", (receipt_id,))
+
+
 def interrupt(tx: Transaction, use: Use, reason: str) -> None:
     """End a use so that the same payment sent again takes it up."""
     closing.interrupt(tx, use, closing.because(reason))
@@ -223,9 +241,9 @@ def mark(tx: Transaction, receipt_id: str, to: State) -> bool:
 
 
 def _find_first_use(
-    tx: Transaction, identity: str, digest: bytes, details: dict[str, Any]
+    tx: Transaction, identity: str, digest: bytes, payer: str, details: dict[str, Any]
 ) -> Reservation | AlreadyUsed:
-    first_digest, state, receipt_id, receipt_state, reason, payer, asset, quoted, paid, written = tx.execute(
+    first_digest, state, receipt_id, receipt_state, reason, asset, quoted, paid, written = tx.execute(
         _FIND, (identity,)
     ).fetchone()
     if bytes(first_digest) != digest:
@@ -244,7 +262,10 @@ def _find_first_use(
     assert number is not None
     use = Use(receipt_id, asset, details, number)
     if state == "reserved":
-        return Reservation(use, "settling" if written else "new", quoted)
+        if written:
+            return Reservation(use, "settling", quoted)
+        others = tuple(other for other in promises.under_way(tx, payer) if other.id != receipt_id)
+        return Reservation(use, "new", quoted, earlier=others)
     if number > USES_MAX:
         receipts.release_unsettled(tx, receipt_id, "interrupted_too_often")
         return AlreadyUsed(receipt_id, "released")

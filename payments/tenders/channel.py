@@ -19,10 +19,11 @@ from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, Token
 from payments.channels import book, requests
 from payments.channels.book import Seen
 from payments.channels.requests import MustWait, Taken, Wanted
-from payments.channels.services import ChannelServices
-from payments.errors import AllowanceRequired, PaymentRefused, SettlementPending, SettlementUnavailable
+from payments.channels.services import ChannelServices, DepositCheck
+from payments.errors import AllowanceRequired, PaymentRefused, SettlementPending
 from payments.money import atomic_to_nano_down, nano_to_atomic_up
 from payments.quotes import Quote
+from payments.settlement import outbox
 from payments.settlement.orders import SettlementOrder
 from payments.store import StoreBusy, Transaction
 from payments.tenders.authorizations import AlreadyUsed
@@ -65,6 +66,10 @@ def authorization_nonce(payment: ChannelPayment) -> int:
     return erc3009_deposit_nonce(payment.voucher.channel_id, payment.deposit.salt)
 
 
+class _Overtaken(Exception):
+    """What a deposit needs was promised to something else after the chain was asked; nothing was written."""
+
+
 class ChannelTender:
     """One voucher for one request.
 
@@ -103,21 +108,30 @@ class ChannelTender:
             SettlementUnavailable: The chain has to be asked and cannot be.
         """
         taken = await self._take(quote, details)
-        hold = ChannelHold(self._services, taken, self._payment, self._token, self._deposit_id)
-        if taken.deposit == "due":
-            await self._submit(hold)
-        return hold
+        return ChannelHold(self._services, taken, self._payment, self._token, self._deposit_id)
 
     async def _take(self, quote: Quote, details: dict[str, Any]) -> Taken:
         services = self._services
-        seen = await self._check_deposit()
+        deposit = await self._check_deposit()
+        seen = None if deposit is None else deposit.seen
         give_up_at = time.monotonic() + QUEUE_WAIT_S
         while True:
             patient = time.monotonic() < give_up_at
-            decision = await services.store.write(
-                lambda tx, seen=seen, patient=patient: self._decide(tx, quote, details, seen, patient),  # type: ignore[misc]
-                if_abandoned=_abandon,
-            )
+            try:
+                decision = await services.store.write(
+                    lambda tx, seen=seen, deposit=deposit, patient=patient: self._decide(  # type: ignore[misc]
+                        tx, quote, details, seen, deposit, patient
+                    ),
+                    done=self._send_deposit,
+                    if_abandoned=_abandon,
+                )
+            except _Overtaken:
+                # Another payment of the payer's was reserved since the chain was asked: together they may be too much.
+                if not patient:
+                    raise PaymentRefused(CHANNEL_BUSY, "too much of this payer is under way; send it again") from None
+                deposit = await self._check_deposit()
+                seen = None if deposit is None else deposit.seen
+                continue
             if isinstance(decision, Taken):
                 return decision
             if isinstance(decision, AlreadyUsed | PaymentRefused):
@@ -132,7 +146,13 @@ class ChannelTender:
                 )
 
     def _decide(
-        self, tx: Transaction, quote: Quote, details: dict[str, Any], seen: Seen | None, patient: bool
+        self,
+        tx: Transaction,
+        quote: Quote,
+        details: dict[str, Any],
+        seen: Seen | None,
+        deposit: DepositCheck | None,
+        patient: bool,
     ) -> Decision:
         channel = book.ensure(tx, self._channel_id, self._payment.config, self._token)
         if seen is not None:
@@ -146,10 +166,22 @@ class ChannelTender:
             deposit_id=self._deposit_id,
             deposit_value=0 if self._payment.deposit is None else self._payment.deposit.amount,
             details=details,
+            exposure_max_nano_usd=self._services.payers.payer_exposure_nano_usd,
             refusal=self._refusal,
             identifier=self._payment.identifier,
         )
-        return requests.take(tx, wanted, patient=patient)
+        decision = requests.take(tx, wanted, patient=patient)
+        if isinstance(decision, Taken) and decision.deposit == "due":
+            if deposit is None or not deposit.cover.holds(tx):
+                raise _Overtaken
+            outbox.enqueue(tx, self._deposit_order())
+        return decision
+
+    def _send_deposit(self, decision: Decision) -> None:
+        """The deposit of a request that was taken is in the outbox, durably."""
+        if isinstance(decision, Taken) and decision.deposit == "due":
+            assert self._deposit_id is not None
+            self._services.settlements.take_queued(self._deposit_id)
 
     async def _look(self) -> Seen:
         channel = await self._services.store.read(lambda tx: book.find(tx, self._channel_id))
@@ -157,7 +189,7 @@ class ChannelTender:
         (seen,) = await self._services.look([(self._payment.voucher.channel_id, marks)])
         return seen
 
-    async def _check_deposit(self) -> Seen | None:
+    async def _check_deposit(self) -> DepositCheck | None:
         """Ask the chain about a deposit that was not sent on its way before."""
         payment = self._payment
         if payment.deposit is None or self._refusal is not None:
@@ -201,16 +233,6 @@ class ChannelTender:
             valid_before=deposit.expires_at,
         )
 
-    async def _submit(self, hold: ChannelHold) -> None:
-        try:
-            await self._services.settlements.submit(self._deposit_order())
-        except BaseException as error:
-            # Whoever is cancelled meanwhile cannot know whether the deposit was written; the same payment finds it if it was.
-            await hold.interrupt(because("not_started"))
-            if isinstance(error, StoreBusy):
-                raise SettlementUnavailable("database_busy", "send the same payment again") from error
-            raise
-
 
 class ChannelHold(LedgerHold):
     """The price of a request, held in its channel."""
@@ -228,14 +250,8 @@ class ChannelHold(LedgerHold):
         self._told: int | None = None
         self._charged_nano_usd: int | None = None
         self._certain = taken.deposit in ("none", "paid")
-        self._unmined = not self._certain
-        payers = services.payers
-        self._exposed = self._unmined and payers.expose(self.payer, self.maximum_nano_usd)
-        self.may_start_early = self._certain or self._exposed
-        payers.begin_use(self.receipt_id)
-        if self._unmined and payment.deposit is not None:
-            deposited_nano_usd = atomic_to_nano_down(payment.deposit.amount, token.decimals)
-            payers.unmined.add(self.payer, self.asset, self.receipt_id, deposited_nano_usd)
+        self.may_start_early = taken.may_start_early
+        services.payers.begin_use(self.receipt_id)
 
     async def ready(self) -> None:
         """Wait until the deposit is in the channel.
@@ -269,7 +285,6 @@ class ChannelHold(LedgerHold):
         ):
             raise PaymentRefused(DEPOSIT_FAILED, "the channel does not hold what was deposited; nothing was taken")
         self._certain = True
-        self._cover()
 
     async def capture(self, amount_nano_usd: int, outcome: Outcome, also: Also | None = None) -> Charge:
         """See `payments.tenders.base.Hold`."""
@@ -317,18 +332,8 @@ class ChannelHold(LedgerHold):
         self._end()
 
     def _end(self) -> None:
-        self._cover()
         self._services.payers.end_use(self.receipt_id)
         self._services.notify(self._channel.id)
-
-    def _cover(self) -> None:
-        if self._unmined:
-            self._unmined = False
-            if self._payment.deposit is not None:
-                self._services.payers.unmined.remove(self.payer, self.asset, self.receipt_id)
-        if self._exposed:
-            self._exposed = False
-            self._services.payers.cover(self.payer, self.maximum_nano_usd)
 
 
 def _abandon(tx: Transaction, decision: Decision) -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from payments.chain.networks import Network, Token
 from payments.chain.transactions import settle_call
 from payments.errors import PaymentRefused, SettlementPending, SettlementUnavailable
 from payments.money import atomic_to_nano_down
+from payments.promises import Earlier
 from payments.quotes import Quote
 from payments.settlement.evidence import PaymentProof
 from payments.settlement.orders import Kind, SettlementOrder
@@ -110,9 +110,9 @@ class ExactTender:
         found = await services.store.write(lambda tx: self._reserve(tx, quote, details), if_abandoned=_abandon)
         if isinstance(found, AlreadyUsed):
             raise found
-        hold = ExactHold(services, found, self._payment, self._value_nano_usd)
+        hold = ExactHold(services, found, self._payment)
         if found.stage == "new":
-            await self._settle(hold)
+            await self._settle(hold, Earlier(services.store, self._payment.payer, self._token, found.earlier))
         elif found.stage == "held":
             await hold.look_up_transaction()
         return hold
@@ -127,7 +127,7 @@ class ExactTender:
         if await services.store.read(lambda tx: authorizations.is_known(tx, identity)):
             return
         try:
-            await services.chain_states.check(self._payment, self._token, self._pay_to, lambda: 0, self._unproven)
+            await services.chain_states.check(self._payment, self._token, self._pay_to, None, self._unproven)
         except PaymentRefused:
             # The same payment sent twice at once: the other one was faster, and is found.
             if not await services.store.read(lambda tx: authorizations.is_known(tx, identity)):
@@ -143,19 +143,19 @@ class ExactTender:
             quoted_nano_usd=quote.maximum_nano_usd,
             value_nano_usd=self._value_nano_usd,
             details=details,
+            exposure_max_nano_usd=self._services.payer_exposure_nano_usd,
             refusal=self._refusal,
             identifier=self._payment.identifier,
         )
 
-    async def _settle(self, hold: ExactHold) -> None:
+    async def _settle(self, hold: ExactHold, earlier: Earlier) -> None:
         services = self._services
         submitting = False
         try:
             services.settlements.admit(self._payment.payer)
-            others = partial(services.unmined.before, hold.payer, hold.asset, hold.receipt_id)
             try:
-                has_code = await services.chain_states.check(
-                    self._payment, self._token, self._pay_to, others, self._unproven
+                seen = await services.chain_states.check(
+                    self._payment, self._token, self._pay_to, earlier, self._unproven
                 )
             except PaymentRefused as refused:
                 # Whose signature nobody has proven could be anybody who read the chain.
@@ -167,9 +167,9 @@ class ExactTender:
                     return
                 submitting = False
                 raise
-            if has_code or self._unproven is not None:
-                hold.settle_first()
-            order = self._order(hold.receipt_id, deploy=not has_code)
+            if seen.has_code or self._unproven is not None:
+                await hold.settle_first()
+            order = self._order(hold.receipt_id, deploy=not seen.has_code)
             submitting = True
             await services.settlements.submit(order)
         except BaseException as error:
@@ -200,35 +200,25 @@ class ExactTender:
 class ExactHold(LedgerHold):
     """A payment whose transfer is under way, or has arrived."""
 
-    def __init__(
-        self, services: ExactServices, reservation: Reservation, payment: Payment, value_nano_usd: int
-    ) -> None:
+    def __init__(self, services: ExactServices, reservation: Reservation, payment: Payment) -> None:
         super().__init__(services.store, reservation.use, payment.payer, reservation.held_nano_usd)
         self._services = services
         self._payment = payment
         self._settled: Settled | None = None
         # Credit of a payment that was mined before is certain, whatever its old transaction does now.
         self._certain = reservation.stage == "held"
-        self._unmined = not self._certain
-        # A payment that is sent again while its transfer is under way has had its early start: a slow chain would make each
-        # resend another inference that nobody sees.
-        first = reservation.use.number == 1
-        self._exposed = self._unmined and first and services.expose(self.payer, self.maximum_nano_usd)
-        self.may_start_early = self._certain or self._exposed
+        self.may_start_early = self._certain or reservation.may_start_early
         services.begin_use(self.receipt_id)
-        if self._unmined:
-            services.unmined.add(self.payer, self.asset, self.receipt_id, value_nano_usd)
 
-    def settle_first(self) -> None:
+    async def settle_first(self) -> None:
         """Begin no inference before the transfer is mined.
 
         A contract takes back what it has signed whenever it likes, even by the block's number and at no cost: what an account
         with a key has to pay for, a transaction that overtakes ours, limits how often it can be done.
         """
-        self.may_start_early = False
-        if self._exposed:
-            self._exposed = False
-            self._services.cover(self.payer, self.maximum_nano_usd)
+        if self.may_start_early:
+            self.may_start_early = False
+            await self._store.write(lambda tx: authorizations.settle_first(tx, self.receipt_id))
 
     async def look_up_transaction(self) -> None:
         """Find the transaction of a payment that was mined before, for `payment_response`."""
@@ -261,7 +251,6 @@ class ExactHold(LedgerHold):
                 self.receipt_id,
             )
         self._settled = settled
-        self._cover()
         if not settled.paid:
             self._services.end_use(self.receipt_id)
             raise PaymentRefused(
@@ -307,16 +296,7 @@ class ExactHold(LedgerHold):
             self._services.credited(self.payer, self.asset)
 
     def _end(self) -> None:
-        self._cover()
         self._services.end_use(self.receipt_id)
-
-    def _cover(self) -> None:
-        if self._unmined:
-            self._unmined = False
-            self._services.unmined.remove(self.payer, self.asset, self.receipt_id)
-        if self._exposed:
-            self._exposed = False
-            self._services.cover(self.payer, self.maximum_nano_usd)
 
 
 def _abandon(tx: Transaction, found: Reservation | AlreadyUsed) -> None:

@@ -1,4 +1,4 @@
-"""What all exact payments on one network share: the database, the engine that settles them, and who has what under way."""
+"""What all payments on one network share: the database, the engine that settles them, and who works on which receipt."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Protocol
 from payments import receipts
 from payments.chain.networks import Token
 from payments.errors import PaymentError
+from payments.promises import Earlier
 from payments.settlement.orders import SettlementOrder
 from payments.store import Store
+from payments.verification.chain_state import Seen
 from payments.x402.wire import Payment
 
 POLL_S = 0.2
@@ -66,12 +68,11 @@ class ChainCheck(Protocol):
         payment: Payment,
         token: Token,
         pay_to: str,
-        other_open: Callable[[], int],
+        earlier: Earlier | None,
         unproven: PaymentError | None = None,
-    ) -> bool:
-        """Whether the payer has code, if the transfer would succeed now; else raise a `PaymentError`, which is `unproven` if
-        the payer has no code that could make its signature good. `other_open` tells what the payer has under way besides,
-        in nano-USD, at the moment that it is called."""
+    ) -> Seen:
+        """What is known of the payer, if the transfer would succeed now; else raise a `PaymentError`, which is `unproven` if
+        the payer has no code that could make its signature good. `earlier` is promised before it."""
 
 
 class ExactServices:
@@ -81,7 +82,8 @@ class ExactServices:
         store: The database.
         settlements: Settles them.
         chain_states: Judges them by the chain.
-        payer_exposure_nano_usd: Inference that one payer may have under way before its transfers are mined.
+        payer_exposure_nano_usd: Inference that one payer may have under way, by all schemes together, before its money has
+            arrived.
         settlement_wait_s: How long a request waits for its transfer, in seconds.
         credited: Told the payer and the asset whose credit may have grown.
     """
@@ -101,9 +103,7 @@ class ExactServices:
         self.chain_states = chain_states
         self.settlement_wait_s = settlement_wait_s
         self.credited = credited
-        self._payer_exposure_nano_usd = payer_exposure_nano_usd
-        self.unmined = Unmined()
-        self._exposed: dict[str, int] = {}
+        self.payer_exposure_nano_usd = payer_exposure_nano_usd
         self._under_way: dict[str, asyncio.Event] = {}
 
     async def use_ended(self, receipt_id: str, timeout_s: float) -> bool:
@@ -135,49 +135,3 @@ class ExactServices:
         ended = self._under_way.pop(receipt_id, None)
         if ended is not None:
             ended.set()
-
-    def expose(self, payer: str, amount_nano_usd: int) -> bool:
-        """Count a request of `payer` whose money has not arrived. False, with nothing counted, if that would be too much."""
-        exposed = self._exposed.get(payer, 0) + amount_nano_usd
-        if exposed > self._payer_exposure_nano_usd:
-            return False
-        self._exposed[payer] = exposed
-        return True
-
-    def cover(self, payer: str, amount_nano_usd: int) -> None:
-        """The money of a request that `expose` counted has arrived, or will not."""
-        exposed = self._exposed.pop(payer) - amount_nano_usd
-        assert exposed >= 0
-        if exposed:
-            self._exposed[payer] = exposed
-
-
-class Unmined:
-    """Payments under way, by payer and asset, in the order they came: their money still shows in the balance on chain."""
-
-    def __init__(self) -> None:
-        self._values: dict[tuple[str, str], dict[str, int]] = {}
-
-    def add(self, payer: str, asset: str, receipt_id: str, value_nano_usd: int) -> None:
-        """A payment sets out."""
-        self._values.setdefault((payer, asset), {})[receipt_id] = value_nano_usd
-
-    def remove(self, payer: str, asset: str, receipt_id: str) -> None:
-        """It has arrived, or will not."""
-        values = self._values[payer, asset]
-        del values[receipt_id]
-        if not values:
-            del self._values[payer, asset]
-
-    def total(self, payer: str, asset: str) -> int:
-        """Nano-USD of all payments under way."""
-        return sum(self._values.get((payer, asset), {}).values())
-
-    def before(self, payer: str, asset: str, receipt_id: str) -> int:
-        """Nano-USD of the payments that set out before this one: of two that only one balance covers, the first goes on."""
-        total = 0
-        for other, value in self._values.get((payer, asset), {}).items():
-            if other == receipt_id:
-                break
-            total += value
-        return total

@@ -2,7 +2,7 @@
 
 A pledge is reserved durably before any work and is never forgotten: one that came to nothing (a failed request, an answer that
 cost nothing, a restart) keeps its row, so that it buys no second answer however long its deadline is. Until its amount is
-settled it is the operator's risk, which is what `exposure` counts. Everything here runs inside store units.
+settled it is the operator's risk, see `payments.promises`. Everything here runs inside store units.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from payments import receipts
+from payments import promises, receipts
 from payments.errors import PaymentConflict, PaymentRefused, SchemeRefused
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
 from payments.money import nano_to_usd
+from payments.promises import Promise
 from payments.store import Transaction
 from payments.tenders import authorizations
 from payments.tenders.authorizations import AlreadyUsed, UseState
@@ -24,29 +25,13 @@ from payments.tenders.closing import Use
 from payments.x402.extensions import identifier as identifiers
 
 _INSERT = (
-    "INSERT INTO payment_authorization (identity, digest, receipt_id, state, value_nano_usd, created_ms)"
-    " VALUES (?, ?, ?, 'pledged', ?, ?) ON CONFLICT (identity) DO NOTHING RETURNING identity"
+    "INSERT INTO payment_authorization (identity, digest, receipt_id, payer, state, value_nano_usd, exposed_nano_usd,"
+    " created_ms) VALUES (?, ?, ?, ?, 'pledged', ?, ?, ?) ON CONFLICT (identity) DO NOTHING RETURNING identity"
 )
 _FIND = """
     SELECT pledge.digest, pledge.state, receipt.id, receipt.state
     FROM payment_authorization AS pledge JOIN receipt ON receipt.id = pledge.receipt_id
     WHERE pledge.identity = ?
-"""
-_EXPOSURE = """
-    SELECT COALESCE(SUM(COALESCE(receipt.charged_nano_usd, receipt.quoted_nano_usd)), 0)
-    FROM receipt JOIN payment_authorization AS pledge ON pledge.receipt_id = receipt.id
-    WHERE receipt.payer = ? AND receipt.tender = 'upto' AND pledge.state = 'pledged'
-"""
-_PROMISED = """
-    SELECT COALESCE(SUM(COALESCE(receipt.charged_nano_usd, pledge.value_nano_usd)), 0)
-    FROM receipt JOIN payment_authorization AS pledge ON pledge.receipt_id = receipt.id
-    WHERE receipt.payer = ? AND receipt.asset = ? AND receipt.tender = 'upto' AND pledge.state = 'pledged'
-    AND (pledge.created_ms, pledge.receipt_id) < (SELECT created_ms, receipt_id FROM payment_authorization WHERE receipt_id = ?)
-"""
-_TRANSFERS_UNDER_WAY = """
-    SELECT settlement.value FROM settlement
-    WHERE settlement.state IN ('queued', 'submitted') AND settlement.kind = 'payment' AND settlement.payer = ?
-    AND settlement.chain_id = ? AND settlement.token = ?
 """
 _DEBTS = """
     SELECT receipt.id, receipt.asset, receipt.charged_nano_usd
@@ -58,6 +43,14 @@ _BURN_ORPHANS = """
         SELECT 1 FROM receipt WHERE receipt.id = payment_authorization.receipt_id
         AND receipt.state <> 'open' AND receipt.charged_nano_usd = 0)
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Pledge:
+    """A pledge that was reserved just now, and what its payer had under way then: that comes first."""
+
+    use: Use
+    earlier: tuple[Promise, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +75,11 @@ def reserve(
     exposure_max_nano_usd: int,
     refusal: PaymentRefused | None = None,
     identifier: str | None = None,
-) -> Use | AlreadyUsed:
+) -> Pledge | AlreadyUsed:
     """Bind a pledge to a payload and a request. Arguments and results are those of `authorizations.reserve`; besides:
 
     Args:
-        exposure_max_nano_usd: What one payer may owe for answers that are not settled.
+        exposure_max_nano_usd: What one payer may owe, by all schemes together, for answers whose money has not arrived.
 
     Raises:
         SchemeRefused: ``exposure_exceeded`` or ``unpaid_answers``: this payer is to pay in another way now.
@@ -99,7 +92,8 @@ def reserve(
     if identifier is not None:
         identifiers.check(tx, payer, identifier)
     _check_debts(tx, payer)
-    exposed = exposure(tx, payer)
+    earlier = tuple(promises.under_way(tx, payer))
+    exposed = promises.exposure(earlier)
     if exposed + quoted_nano_usd > exposure_max_nano_usd:
         raise SchemeRefused(
             "exposure_exceeded",
@@ -111,32 +105,18 @@ def reserve(
     receipts.open_receipt(
         tx, id=receipt_id, tender="upto", payer=payer, asset=asset, quoted_nano_usd=quoted_nano_usd, details=details
     )
-    row = tx.execute(_INSERT, (identity, digest, receipt_id, value_nano_usd, time.time_ns() // 1_000_000)).fetchone()
-    assert row is not None  # writers take turns
+    now_ms = time.time_ns() // 1_000_000
+    row = (identity, digest, receipt_id, payer, value_nano_usd, quoted_nano_usd, now_ms)
+    assert tx.execute(_INSERT, row).fetchone() is not None  # writers take turns
     if identifier is not None:
         identifiers.bind(tx, payer, identifier, receipt_id)
-    return Use(receipt_id, asset, details)
+    return Pledge(Use(receipt_id, asset, details), earlier)
 
 
 def outcome_of(tx: Transaction, identity: str, digest: bytes) -> AlreadyUsed | None:
     """What became of a pledge that was used before for this very payload and request; None if it was not."""
     known = tx.execute(_FIND, (identity,)).fetchone()
     return None if known is None or bytes(known[0]) != digest else _first_use(known, digest)
-
-
-def exposure(tx: Transaction, payer: str) -> int:
-    """Nano-USD of a payer's answers that are under way by `upto` or not settled yet, in all tokens."""
-    return int(tx.execute(_EXPOSURE, (payer,)).fetchone()[0])
-
-
-def promised_before(tx: Transaction, payer: str, asset: str, receipt_id: str) -> int:
-    """Nano-USD that a payer's earlier pledges may take from the same balance: of two that it covers once, the first goes on."""
-    return int(tx.execute(_PROMISED, (payer, asset, receipt_id)).fetchone()[0])
-
-
-def transfers_under_way(tx: Transaction, payer: str, chain_id: int, token: str) -> int:
-    """Atomic units of a payer's exact payments that are not mined yet, whichever replica carries them."""
-    return sum(int(row[0]) for row in tx.execute(_TRANSFERS_UNDER_WAY, (payer, chain_id, token)).fetchall())
 
 
 def forget(tx: Transaction, use: Use) -> None:

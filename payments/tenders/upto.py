@@ -8,15 +8,14 @@ release    burn the pledge: nothing is settled, and it buys nothing else
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from functools import partial
 from typing import Any
 
 from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS, Token
 from payments.chain.transactions import encode_upto_settle
 from payments.errors import PaymentRefused, SchemeRefused
 from payments.money import atomic_to_nano_down, nano_to_atomic_up
+from payments.promises import Earlier
 from payments.quotes import Quote
 from payments.settlement import outbox
 from payments.settlement.orders import SettlementOrder
@@ -29,9 +28,6 @@ from payments.tenders.exact import use_digest
 from payments.tenders.exact_services import ExactServices
 from payments.tenders.upto_settlement import KIND, settlement_id
 from payments.x402.wire import Payment, UptoAuthorization
-
-LOOKS_MAX = 3
-LOOK_AGAIN_S = 0.1
 
 
 class UptoTender:
@@ -76,7 +72,7 @@ class UptoTender:
         found = await store.write(lambda tx: self._reserve(tx, quote, details), if_abandoned=_abandon)
         if isinstance(found, AlreadyUsed):
             raise found
-        hold = UptoHold(self._services, found, self._payment, self._token, quote.maximum_nano_usd)
+        hold = UptoHold(self._services, found.use, self._payment, self._token, quote.maximum_nano_usd)
         try:
             self._services.settlements.admit(self._payment.payer)
             await self._check(found)
@@ -85,7 +81,7 @@ class UptoTender:
             raise
         return hold
 
-    def _reserve(self, tx: Transaction, quote: Quote, details: dict[str, Any]) -> Use | AlreadyUsed:
+    def _reserve(self, tx: Transaction, quote: Quote, details: dict[str, Any]) -> pledges.Pledge | AlreadyUsed:
         return pledges.reserve(
             tx,
             identity=self._payment.identity(self._token.chain_id, self._token),
@@ -100,32 +96,16 @@ class UptoTender:
             identifier=self._payment.identifier,
         )
 
-    async def _check(self, use: Use) -> None:
-        services, pay_to = self._services, self._payment.authorization.recipient
-        for look in range(1, LOOKS_MAX + 1):
-            promised = await services.store.read(lambda tx: self._promised(tx, use))
-            try:
-                has_code = await services.chain_states.check(self._payment, self._token, pay_to, partial(int, promised))
-            except PaymentRefused as error:
-                # Perhaps an earlier one has just been settled: then it has left the balance, and is promised no more.
-                if error.code != "insufficient_funds" or not promised or look == LOOKS_MAX:
-                    raise
-                await asyncio.sleep(LOOK_AGAIN_S)
-                continue
-            if has_code:
-                raise SchemeRefused(
-                    "upto_needs_a_key",
-                    "a contract can take back its signature at any time, so that wallets with code pay by exact or a channel",
-                    "upto",
-                )
-            return
-
-    def _promised(self, tx: Transaction, use: Use) -> int:
-        """Nano-USD: everything of the payer's that the same balance has to cover first."""
-        token, payer = self._token, self._payment.payer
-        under_way = pledges.transfers_under_way(tx, payer, token.chain_id, token.address)
-        earlier = pledges.promised_before(tx, payer, token.asset, use.receipt_id)
-        return earlier + atomic_to_nano_down(under_way, token.decimals)
+    async def _check(self, pledge: pledges.Pledge) -> None:
+        services, payment = self._services, self._payment
+        earlier = Earlier(services.store, payment.payer, self._token, pledge.earlier)
+        recipient = payment.authorization.recipient
+        if (await services.chain_states.check(payment, self._token, recipient, earlier)).has_code:
+            raise SchemeRefused(
+                "upto_needs_a_key",
+                "a contract can take back its signature at any time, so that wallets with code pay by exact or a channel",
+                "upto",
+            )
 
 
 class UptoHold:
@@ -230,6 +210,6 @@ class UptoHold:
         )
 
 
-def _abandon(tx: Transaction, found: Use | AlreadyUsed) -> None:
-    if isinstance(found, Use):
-        pledges.forget(tx, found)
+def _abandon(tx: Transaction, found: pledges.Pledge | AlreadyUsed) -> None:
+    if isinstance(found, pledges.Pledge):
+        pledges.forget(tx, found.use)

@@ -8,7 +8,8 @@ instance with an account whose code burns the whole call's gas.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +27,9 @@ from payments.chain.transactions import (
     settle_call,
 )
 from payments.errors import AllowanceRequired, PaymentError, PaymentRefused, SettlementUnavailable
-from payments.money import nano_to_atomic_up
+from payments.promises import Cover, Earlier, Funds, InUse, Needed
 from payments.settlement.outbox import gas_limit
+from payments.store import StoreBusy
 from payments.verification.wallet_signatures import unwrap
 from payments.x402.wire import Payment, Permit2Authorization, UptoAuthorization
 
@@ -39,13 +41,8 @@ LOOKS_MAX = 3
 LOOK_AGAIN_S = 0.1
 
 CallResult = tuple[bool, bytes]
-OtherOpen = Callable[[], int]
-"""Nano-USD that a payer has under way in the same token besides: in its balance, and not for long. Asked when the chain has
-answered, because it may have left the balance meanwhile."""
 
-
-def _nothing() -> int:
-    return 0
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +51,8 @@ class Seen:
 
     has_code: bool
     """Whether the payer is a contract: then the chain's word may be another one in the next block, at no cost to the payer."""
-    balance: int
-    """What the payer has of the token, in atomic units."""
+    cover: Cover | None = None
+    """What it has and what the payment needs, where it was asked for beside what was promised before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,7 @@ class _Check:
     payment: Payment
     token: Token
     verdict: asyncio.Future[PaymentError | Seen]
-    other_open: OtherOpen
+    earlier: Earlier | None
     unproven: PaymentError | None
     amount: int
     """What is to be moved, in atomic units: of `upto`, it may be less than what is authorised."""
@@ -98,6 +95,20 @@ class _Check:
             "latest",
         )
 
+    @property
+    def needed(self) -> Needed:
+        permit2 = isinstance(self.payment.authorization, Permit2Authorization)
+        return Needed(self.amount, self.amount if permit2 else 0, self.payment.permit is not None)
+
+    def funds(self, results: Sequence[CallResult]) -> Funds:
+        permit2 = isinstance(self.payment.authorization, Permit2Authorization)
+        return Funds(_number(results[0]), _number(results[2]) if permit2 else 0)
+
+    def seen(self, results: Sequence[CallResult], has_code: bool) -> Seen:
+        if self.earlier is None:
+            return Seen(has_code)
+        return Seen(has_code, Cover(self.funds(results), self.needed, self.earlier))
+
     def conclude(self, verdict: PaymentError | Seen) -> None:
         if not self.verdict.done():
             self.verdict.set_result(verdict)
@@ -119,18 +130,7 @@ class ChainStates:
         payment: Payment,
         token: Token,
         pay_to: str,
-        other_open: OtherOpen = _nothing,
-        unproven: PaymentError | None = None,
-    ) -> bool:
-        """Return if the payment would succeed now; whether the payer has code. See `look`."""
-        return (await self.look(payment, token, pay_to, other_open, unproven)).has_code
-
-    async def look(
-        self,
-        payment: Payment,
-        token: Token,
-        pay_to: str,
-        other_open: OtherOpen = _nothing,
+        earlier: Earlier | None = None,
         unproven: PaymentError | None = None,
         amount: int | None = None,
     ) -> Seen:
@@ -140,7 +140,7 @@ class ChainStates:
             payment: Already verified offline.
             token: What it pays in.
             pay_to: Whom it pays, lower-case hex.
-            other_open: What else the payer has under way.
+            earlier: What is promised before it of the same balance and allowance.
             unproven: What is wrong with the signature if the payer is no contract: no key of its own made it.
             amount: Of `upto`, what is to be taken, in atomic units; None for all that may be.
 
@@ -156,7 +156,7 @@ class ChainStates:
         if not self._waiting:
             loop.call_later(WINDOW_S, self._depart)
         moved = payment.authorization.value if amount is None else amount
-        self._waiting.append(_Check(payment, token, verdict, other_open, unproven, moved))
+        self._waiting.append(_Check(payment, token, verdict, earlier, unproven, moved))
         self.checks += 1
         found = await verdict
         if isinstance(found, PaymentError):
@@ -206,16 +206,16 @@ class ChainStates:
         again = []
         for index, check in enumerate(checks):
             own = [next(results) for _ in calls[index]]
-            in_use = nano_to_atomic_up(check.other_open(), check.token.decimals)
+            in_use = InUse() if check.earlier is None else check.earlier.in_use
             verdict = _judge(check, own, in_use)
             if verdict is None and isinstance(failure := simulated.get(index), RpcError):
                 verdict = _would_fail(failure.message)
-            if verdict is not None and check.looks < LOOKS_MAX and _judge(check, own, 0) is None:
-                # Perhaps what is in use has just left the balance, and only we do not know yet.
+            if verdict is not None and check.looks < LOOKS_MAX and _judge(check, own, InUse()) is None:
+                # Perhaps what is promised has just left the balance, and only we do not know yet.
                 again.append(self._look_again(check))
                 continue
             has_code = len(codes[index]) > 2
-            seen = Seen(has_code, _number(own[0]))
+            seen = check.seen(own, has_code)
             if check.unproven is not None and not has_code and unwrap(check.payment.signature)[1] is None:
                 check.conclude(check.unproven)
             elif verdict is not None and len(checks) > 1:
@@ -228,7 +228,13 @@ class ChainStates:
 
     async def _look_again(self, check: _Check) -> None:
         await asyncio.sleep(LOOK_AGAIN_S)
-        await self._run([replace(check, looks=check.looks + 1)])
+        try:
+            earlier = None if check.earlier is None else await check.earlier.again()
+        except StoreBusy as error:
+            check.conclude(SettlementUnavailable("database_busy", "send the same payment again"))
+            log.warning("what is promised cannot be asked now: %s", error)
+            return
+        await self._run([replace(check, earlier=earlier, looks=check.looks + 1)])
 
     async def _simulate_alone(self, check: _Check, seen: Seen) -> None:
         """A contract wallet: the chain's own judgement under the gas limit that the settlement will have.
@@ -247,19 +253,19 @@ class ChainStates:
             check.conclude(seen)
 
 
-def _judge(check: _Check, results: Sequence[CallResult], in_use: int) -> PaymentError | None:
-    balance, used = _number(results[0]), _number(results[1])
-    authorization, token = check.payment.authorization, check.token
+def _judge(check: _Check, results: Sequence[CallResult], in_use: InUse) -> PaymentError | None:
+    used, authorization, token = _number(results[1]), check.payment.authorization, check.token
     permit2 = isinstance(authorization, Permit2Authorization)
     consumed = nonce_is_set(used, authorization.nonce) if permit2 else used == 1
     if consumed:
         return PaymentRefused(
             "authorization_used", "this authorization is used or cancelled on the chain; sign a new one"
         )
-    if balance - in_use < check.amount:
-        return insufficient_funds(balance - in_use, check.amount, token)
-    if permit2 and (short := _lacks_allowance(check, _number(results[2]), in_use)) is not None:
-        return short
+    funds, needed = check.funds(results), check.needed
+    if funds.balance - in_use.balance < needed.balance:
+        return insufficient_funds(funds.balance - in_use.balance, needed.balance, token)
+    if not funds.allow(needed, in_use):
+        return lacks_allowance(needed, in_use, token)
     if check.unproven is not None or check.apart:
         return None  # simulated by itself
     succeeded, returned = results[-1]
@@ -274,25 +280,20 @@ def insufficient_funds(free: int, needed: int, token: Token) -> PaymentRefused:
     )
 
 
-def _lacks_allowance(check: _Check, allowance: int, in_use: int) -> PaymentError | None:
-    """What is wrong with a payer's allowance for Permit2, which everything that it has under way draws on."""
-    needed, token = check.amount, check.token
-    if allowance - in_use >= needed:
-        return None
-    if check.payment.permit is None:
-        return AllowanceRequired(
-            "permit2_allowance_required",
-            f"the payer must once approve Permit2 for {token.symbol}: call approve({PERMIT2_ADDRESS}, amount) on"
-            f" {token.address} with at least {needed + in_use}, then send the same payment again",
-        )
-    if in_use:
+def lacks_allowance(needed: Needed, in_use: InUse, token: Token) -> PaymentError:
+    """A payer's allowance for Permit2, which everything that it has under way draws on, does not do for a payment."""
+    if needed.permit:
         # Each permit is for one payment's amount and uses up the token's nonce: of two at once the second is worth nothing.
         return PaymentRefused(
             "permit_in_use",
             "another payment of this wallet is under way, after which this permit gives no allowance any more: sign anew"
             f" once it is settled, or approve Permit2 for {token.symbol}",
         )
-    return None  # the very call that takes the payment gives the allowance, as its simulation shows
+    return AllowanceRequired(
+        "permit2_allowance_required",
+        f"the payer must once approve Permit2 for {token.symbol}: call approve({PERMIT2_ADDRESS}, amount) on"
+        f" {token.address} with at least {needed.allowance + in_use.allowance}, then send the same payment again",
+    )
 
 
 def _unavailable(cause: Exception | None = None) -> SettlementUnavailable:

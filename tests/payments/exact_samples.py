@@ -19,12 +19,14 @@ from payments.chain.networks import KNOWN_NETWORKS, Token
 from payments.errors import PaymentError
 from payments.ledger import books, transfers
 from payments.ledger.accounts import payer_account
+from payments.promises import Earlier
 from payments.quotes import Quote, make_quote
 from payments.settlement import outbox, states
 from payments.settlement.orders import SettlementOrder
 from payments.settlement.outcomes import SettlementOutcome
 from payments.store import Store, Transaction
 from payments.tenders.exact import ExactServices, ExactTender, on_failed, on_mined
+from payments.verification.chain_state import Seen
 from payments.x402.wire import Eip3009Authorization, Payment, Requirement
 
 NETWORK = KNOWN_NETWORKS[84532]
@@ -171,20 +173,21 @@ class HandChain:
     payer_has_code: bool = False
     checked: int = 0
     others: list[int] = field(default_factory=list)
+    """Atomic units that were promised before each."""
 
     async def check(
         self,
         payment: Payment,
         token: Token,
         pay_to: str,
-        other_open: Callable[[], int],
+        earlier: Earlier | None,
         unproven: PaymentError | None = None,
-    ) -> bool:
+    ) -> Seen:
         self.checked += 1
-        self.others.append(other_open())
+        self.others.append(0 if earlier is None else earlier.in_use.balance)
         if self.refusal is not None:
             raise self.refusal
-        return self.payer_has_code
+        return Seen(self.payer_has_code)
 
 
 @dataclass

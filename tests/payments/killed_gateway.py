@@ -32,11 +32,11 @@ class KilledStore(Store):
 
     writes_left: float = float("inf")
 
-    async def write(self, unit: Any, *, if_abandoned: Any = None) -> Any:
+    async def write(self, unit: Any, *, done: Any = None, if_abandoned: Any = None) -> Any:
         if self.writes_left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         self.writes_left -= 1
-        return await super().write(unit, if_abandoned=if_abandoned)
+        return await super().write(unit, done=done, if_abandoned=if_abandoned)
 
 
 def fund(tx: Transaction) -> None:

@@ -13,7 +13,8 @@ from payments.chain.networks import MULTICALL3_ADDRESS, PERMIT2_ADDRESS, Network
 from payments.chain.rpc import Rpc
 from payments.chain.transactions import settle_call
 from payments.errors import AllowanceRequired, PaymentRefused, SettlementUnavailable
-from payments.verification.chain_state import ChainStates
+from payments.promises import Earlier, InUse
+from payments.verification.chain_state import ChainStates, Seen
 from tests.payments.settling import PAY_TO, pay
 
 BURNS_ALL_GAS = "0x5b600056"
@@ -78,6 +79,17 @@ async def test_a_used_nonce_is_refused(chain: Devnet, network: Network, node: Rp
         assert refused.value.code == "authorization_used"
 
 
+class Promised(Earlier):
+    """Amounts that are promised at one look after the other; the last one stays."""
+
+    def __init__(self, *amounts: int) -> None:
+        self.in_use = InUse(amounts[0])
+        self._later = amounts[1:] or amounts
+
+    async def again(self) -> Earlier:
+        return Promised(*self._later)
+
+
 async def test_two_payments_that_the_balance_covers_once_do_not_both_pass(
     chain: Devnet, network: Network, node: Rpc
 ) -> None:
@@ -86,15 +98,14 @@ async def test_two_payments_that_the_balance_covers_once_do_not_both_pass(
     states = ChainStates(node, network)
     await states.check(payments[0], usdc, PAY_TO)
     with pytest.raises(PaymentRefused) as refused:
-        await states.check(payments[1], usdc, PAY_TO, lambda: 600_000_000_000)
+        await states.check(payments[1], usdc, PAY_TO, Promised(600_000_000))
     assert refused.value.code == "insufficient_funds"
 
 
 async def test_what_has_just_left_the_balance_is_not_counted_twice(chain: Devnet, network: Network, node: Rpc) -> None:
     usdc = network.tokens[0]
-    answers = iter([600_000_000_000, 0])
     states = ChainStates(node, network)
-    await states.check(pay(chain.wallets[1], usdc, 600_000_000), usdc, PAY_TO, lambda: next(answers))
+    await states.check(pay(chain.wallets[1], usdc, 600_000_000), usdc, PAY_TO, Promised(600_000_000, 0))
 
 
 async def test_an_account_whose_code_burns_all_gas_harms_nobody_else(
@@ -109,7 +120,7 @@ async def test_an_account_whose_code_burns_all_gas_harms_nobody_else(
     verdicts = await asyncio.gather(
         *(states.check(payment, usdc, PAY_TO) for payment in (good[0], forged, *good[1:])), return_exceptions=True
     )
-    assert [type(verdict) for verdict in verdicts] == [bool, PaymentRefused, *[bool] * 3]
+    assert [type(verdict) for verdict in verdicts] == [Seen, PaymentRefused, *[Seen] * 3]
 
 
 async def test_a_chain_that_cannot_be_asked_takes_nothing(chain: Devnet, network: Network, node: Rpc) -> None:

@@ -67,6 +67,7 @@ class Chain:
             deposit_id=None,
             deposit_value=0,
             details={},
+            exposure_max_nano_usd=0,
         )
 
     def take(self, voucher: int, price: int, digest: bytes | None = None, *, patient: bool = False) -> object:

@@ -62,11 +62,12 @@ class Gateway:
     keeper: ChannelKeeper
     token: Token
     wallet: Wallet
+    salt: int = 0
 
     @property
     def config(self) -> ChannelConfig:
         payer, signer = self.wallet.address.lower(), self.services.authorizer.address
-        return ChannelConfig(payer, payer, PAY_TO, signer, self.token.address, DELAY_S, 0)
+        return ChannelConfig(payer, payer, PAY_TO, signer, self.token.address, DELAY_S, self.salt)
 
     @property
     def number(self) -> int:

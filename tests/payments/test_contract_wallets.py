@@ -18,6 +18,7 @@ from payments.tenders.base import Outcome
 from payments.tenders.exact import ExactTender
 from payments.tenders.exact_scheme import ExactScheme
 from payments.tenders.exact_services import ExactServices
+from payments.verification.chain_state import Seen
 from payments.verification.signatures import keccak256
 from payments.verification.wallet_signatures import ERC6492_SUFFIX, unwrap
 from payments.x402.wire import Payment, Requirement
@@ -215,9 +216,9 @@ async def test_nothing_is_reserved_while_a_contract_judges_its_signature(tmp_pat
     desk, seen = open_desk(store), []
 
     class Watching(HandChain):
-        async def check(self, *_: object, **__: object) -> bool:
+        async def check(self, *_: object, **__: object) -> Seen:
             seen.append(await reserved(store))
-            return True
+            return Seen(has_code=True)
 
     desk.services.chain_states = Watching()
     payment = payment_of()

@@ -41,6 +41,7 @@ def pay_exact(tx: Transaction, payer: str, name: str | None) -> Use:
         quoted_nano_usd=PRICE,
         value_nano_usd=PRICE,
         details={},
+        exposure_max_nano_usd=0,
         identifier=name,
     )
     assert isinstance(found, Reservation)
@@ -61,7 +62,7 @@ def pay_upto(tx: Transaction, payer: str, name: str | None) -> Use:
         identifier=name,
     )
     assert not isinstance(found, AlreadyUsed)
-    return found
+    return found.use
 
 
 def wanted_by_channel(
@@ -84,6 +85,7 @@ def wanted_by_channel(
         deposit_id=None,
         deposit_value=0,
         details={},
+        exposure_max_nano_usd=0,
         identifier=name,
     )
 

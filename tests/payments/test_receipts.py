@@ -46,8 +46,8 @@ async def test_receipt_makes_exactly_the_transitions_of_its_table(store: Store) 
 
 async def test_authorization_makes_exactly_the_transitions_of_its_table(store: Store) -> None:
     insert = (
-        "INSERT INTO payment_authorization (identity, digest, receipt_id, state, value_nano_usd, created_ms)"
-        " VALUES ('i', ?, 'r', ?, 9, 0)"
+        "INSERT INTO payment_authorization (identity, digest, receipt_id, payer, state, value_nano_usd, exposed_nano_usd,"
+        " created_ms) VALUES ('i', ?, 'r', '0xa', ?, 9, 0, 0)"
     )
 
     targets: set[Any] = set().union(*authorizations.TRANSITIONS.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,11 +23,13 @@ from payments.errors import (
 from payments.ledger import transfers
 from payments.ledger.transfers import Balance
 from payments.money import nano_to_usd
+from payments.promises import Earlier
 from payments.store import Store, StoreBusy
 from payments.tenders.authorizations import USES_MAX
 from payments.tenders.base import HoldEnded, Outcome
 from payments.tenders.exact import AlreadyUsed, ExactHold, ExactTender, settlement_id
 from payments.tenders.prepaid import PrepaidTender
+from payments.verification.chain_state import Seen
 from payments.x402.wire import Payment, Requirement
 from tests.payments.exact_samples import (
     ASSET,
@@ -512,17 +513,20 @@ async def test_inference_starts_early_only_within_the_payers_exposure(store: Sto
     other = await desk.tender(payment_of(payer="0x" + "b2" * 20)).authorize(quote_of(), DETAILS)
     assert [hold.may_start_early for hold in (*holds, other)] == [True, True, False, True]
     # The chain's balance still shows what is on its way.
-    assert desk.chain.others == [0, QUOTED, 2 * QUOTED, 0]
+    value = QUOTED // 1000
+    assert desk.chain.others == [0, value, 2 * value, 0]
     await desk.settlements.mine(settlement_id(holds[0].receipt_id))
     await holds[0].ready()
     assert (await desk.tender(payment_of()).authorize(quote_of(), DETAILS)).may_start_early
-    for hold in (*holds[1:], other):
-        await hold.interrupt(FAILED)
-    assert not (await desk.tender(payment_of()).authorize(quote_of(2 * QUOTED), DETAILS)).may_start_early
+    # Whoever hangs up owes it all the same, until its money has arrived or cannot any more.
+    await holds[1].interrupt(FAILED)
+    assert not (await desk.tender(payment_of()).authorize(quote_of(), DETAILS)).may_start_early
+    await desk.settlements.fail(settlement_id(holds[1].receipt_id))
+    assert (await desk.tender(payment_of()).authorize(quote_of(), DETAILS)).may_start_early
 
 
 async def test_of_two_payments_that_one_balance_covers_the_first_goes_on(desk: Desk) -> None:
-    waiting: list[Callable[[], int]] = []
+    waiting: list[Earlier | None] = []
     both = asyncio.Event()
 
     class OneBalance(HandChain):
@@ -531,16 +535,17 @@ async def test_of_two_payments_that_one_balance_covers_the_first_goes_on(desk: D
             payment: Payment,
             token: Token,
             pay_to: str,
-            other_open: Callable[[], int],
+            earlier: Earlier | None,
             unproven: PaymentError | None = None,
-        ) -> bool:
-            waiting.append(other_open)
+        ) -> Seen:
+            waiting.append(earlier)
             if len(waiting) == 2:
                 both.set()
             await both.wait()
-            if other_open() >= QUOTED:
+            assert earlier is not None
+            if earlier.in_use.balance >= QUOTED // 1000:
                 raise PaymentRefused("insufficient_funds", "too little")
-            return False
+            return Seen(has_code=False)
 
     desk.services.chain_states = OneBalance()
     results = await asyncio.gather(again(desk, payment_of()), again(desk, payment_of()), return_exceptions=True)

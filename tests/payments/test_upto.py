@@ -23,7 +23,7 @@ from contracts.devnet import (
     rpc,
     send_signed,
 )
-from payments import receipts
+from payments import promises, receipts
 from payments.chain.batches import missing_for_upto
 from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS, Network, Token
 from payments.chain.rpc import Rpc
@@ -35,7 +35,7 @@ from payments.reconciliation import open_books, reconcile
 from payments.recovery import recover
 from payments.settlement.engine import Settlements
 from payments.store import Store
-from payments.tenders import pledges, upto_settlement
+from payments.tenders import upto_settlement
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.base import Outcome
 from payments.tenders.exact import PAYMENT
@@ -173,7 +173,7 @@ async def test_only_what_the_answer_cost_is_taken(desk: Desk, which: int) -> Non
     view = await desk.store.read(lambda tx: receipts.get(tx, hold.receipt_id))
     assert view is not None
     assert (view.settlement_state, view.paid_nano_usd) == ("mined", 7_655_000)
-    assert await desk.store.read(lambda tx: pledges.exposure(tx, payment.payer)) == 0
+    assert await desk.store.read(lambda tx: promises.exposure(promises.under_way(tx, payment.payer))) == 0
     await desk.check_books()
 
 
@@ -224,7 +224,7 @@ async def test_what_settles_nothing_buys_nothing_else(
     assert refused is not None
     assert refused.state == used.state
     assert await desk.store.read(lambda tx: tx.execute("SELECT COUNT(*) FROM settlement").fetchone()[0]) == 0
-    assert await desk.store.read(lambda tx: pledges.exposure(tx, payment.payer)) == 0
+    assert await desk.store.read(lambda tx: promises.exposure(promises.under_way(tx, payment.payer))) == 0
     await desk.check_books()
 
 
@@ -308,9 +308,9 @@ def _receipt_for(tx: object, reference: str, wallet: Wallet, token: Token) -> No
         details={},
     )
     tx.execute(  # type: ignore[attr-defined]
-        "INSERT INTO payment_authorization (identity, digest, receipt_id, state, value_nano_usd, created_ms)"
-        " VALUES (?, ?, ?, 'reserved', ?, 0)",
-        (reference, b"d", reference, QUOTED),
+        "INSERT INTO payment_authorization (identity, digest, receipt_id, payer, state, value_nano_usd, exposed_nano_usd,"
+        " created_ms) VALUES (?, ?, ?, ?, 'reserved', ?, 0, 0)",
+        (reference, b"d", reference, wallet.address.lower(), QUOTED),
     )
 
 
