@@ -203,8 +203,10 @@ class ChannelTender:
                 payment.voucher.channel_id, marks, payment.config, payment.deposit, self._token, payment.permit
             )
         except (PaymentRefused, AllowanceRequired):
-            # Whoever saw it on its way may have made it before us: then the channel has it, and it is not made again.
-            if await self._services.settlements.book_executed(self._deposit_order()):
+            # Another request may have come with the same deposit and been quicker; whoever saw it on its way may have made it
+            # before us. Either way the channel has it, and it is not made again.
+            known, _ = await self._services.store.read(self._known)
+            if known or await self._services.settlements.book_executed(self._deposit_order()):
                 return None
             raise
 

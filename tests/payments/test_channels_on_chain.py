@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -216,6 +217,27 @@ async def test_a_deposit_is_made_once_and_its_replay_finds_the_first_outcome(ope
         await opened.take(payment)
     assert before - balance_of(chain.rpc_url, chain.usdc, opened.wallet.address) == 5 * PRICE
     assert (await opened.channel()).on_chain.balance == 5 * PRICE
+
+
+async def test_requests_at_once_may_come_with_the_same_deposit(
+    opened: Gateway, chain: Devnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = balance_of(chain.rpc_url, chain.usdc, opened.wallet.address)
+    first = opened.payment(PRICE, deposit=10 * PRICE)
+    second = dataclasses.replace(opened.payment(2 * PRICE, deposit=1), deposit=first.deposit)
+    check_deposit = opened.services.check_deposit
+    overtaking = [first]
+
+    async def overtaken(*arguments: Any) -> Any:
+        while overtaking:
+            await opened.take(overtaking.pop(), b"another request")
+        return await check_deposit(*arguments)
+
+    monkeypatch.setattr(opened.services, "check_deposit", overtaken)
+    hold = await opened.take(second)
+    await hold.capture(PRICE * 1000, Outcome())
+    assert before - balance_of(chain.rpc_url, chain.usdc, opened.wallet.address) == 10 * PRICE
+    assert (await opened.channel()).charged_nano_usd == PRICE * 1000
 
 
 async def test_a_top_up_is_added(opened: Gateway) -> None:
