@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,16 @@ import httpx
 import platformdirs
 from eth_account.signers.local import LocalAccount
 
-from agents_sdk import credit as crediting
 from agents_sdk.journal import Journal
-from agents_sdk.money import nano_to_usd, usd_to_nano
+from agents_sdk.money import nano_to_usd
 from agents_sdk.policy import HOUR_S, SpendingPolicy
 from agents_sdk.receipts import Receipt
+from agents_sdk.results import Balance
 from agents_sdk.shared import CreditMode, Settings, Shared
 from agents_sdk.tokens import Token, TokenBook
 from agents_sdk.transport import AsyncPayingTransport, PayingTransport
 from agents_sdk.wallet import Wallet
+from agents_sdk.wallet_account import AsyncWalletAccount, WalletAccount
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
@@ -29,15 +29,6 @@ TIMEOUTS = httpx.Timeout(600, connect=10, write=60, pool=60)
 """httpx gives up after 5 seconds, which is before most answers begin; a paid answer is worth waiting for."""
 NO_API_KEY = "paid-by-wallet"
 """What the OpenAI SDK, which insists on a key, is given; it never leaves the agent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Balance:
-    """Credit with the gateway in one token. Amounts are dollar texts."""
-
-    asset: str
-    available_usd: str
-    held_usd: str
 
 
 class Agent:
@@ -57,6 +48,8 @@ class Agent:
         tries_max: How often one payment is sent when answers get lost or are 5xx.
         patience_s: How long to wait for a payment that is still being settled, in seconds.
         backoff_s: The first pause between tries, in seconds; it doubles. `Retry-After` is honoured.
+        channel_name: What this agent calls its payment channels. Agents of one wallet that share a log share channels; those
+            that do not need names of their own.
 
     Raises:
         ValueError: If the key or the URL cannot be used.
@@ -83,6 +76,7 @@ class Agent:
         tries_max: int = 5,
         patience_s: float = 600,
         backoff_s: float = 0.5,
+        channel_name: str = "",
     ) -> None:
         if credit not in ("known", "start", "never"):
             raise ValueError("credit must be 'known', 'start' or 'never'")
@@ -97,6 +91,7 @@ class Agent:
             tries_max=tries_max,
             patience_s=patience_s,
             backoff_s=backoff_s,
+            channel_name=channel_name,
         )
         path = Path(platformdirs.user_data_dir("farebox")) / "agent.sqlite3" if receipts is None else receipts
         self._shared = Shared(settings, Wallet(wallet), Journal(path), look_for_credit=credit == "start")
@@ -118,6 +113,16 @@ class Agent:
 
     def __repr__(self) -> str:
         return f"Agent({self.address}, {self._shared.origin})"
+
+    @property
+    def wallet(self) -> WalletAccount:
+        """The wallet's balance with the gateway, its keys, and its payment channels."""
+        return WalletAccount(self._shared)
+
+    @property
+    def async_wallet(self) -> AsyncWalletAccount:
+        """The same for asyncio."""
+        return AsyncWalletAccount(self._shared)
 
     # ------------------------------------------------------------------ clients
 
@@ -162,14 +167,15 @@ class Agent:
         return [Receipt.read(created_ms, document) for created_ms, document in rows]
 
     def spent(self, *, hours: int = 24) -> str:
-        """What left the wallet within the last `hours`, in dollars: what the limits count.
+        """What was paid within the last `hours`, in dollars: what the limits count.
 
-        Payments whose outcome is unknown count in full. What was not used of a payment is credit, see `credit`.
+        Payments whose outcome is unknown count in full. What was not used of a payment is credit, see `credit`. From a channel
+        it is what vouchers were signed for; what lies there unspent is not counted here.
         """
         return nano_to_usd(self._shared.journal.used(self.address, hours * HOUR_S))
 
     def remaining(self) -> str | None:
-        """What the policy still lets leave the wallet now, in dollars; None if it sets no limit over time."""
+        """What the policy still lets be paid now, in dollars; None if it sets no limit over time."""
         rooms = [
             window.limit_nano_usd - self._shared.journal.used(self.address, window.seconds)
             for window in self.policy.windows()
@@ -177,26 +183,8 @@ class Agent:
         return nano_to_usd(max(0, min(rooms))) if rooms else None
 
     def credit(self) -> list[Balance]:
-        """Ask the gateway for the wallet's credit; signs in with the wallet if it has not.
-
-        Raises:
-            SignInRefused: If that does not work.
-            AnswerUnreadable: If the gateway's answer is not its API.
-            httpx.TransportError: If it cannot be reached.
-        """
-        transport = PayingTransport(self._shared, httpx.HTTPTransport())
-        try:
-            balances = transport.run(crediting.look_up(self._shared))
-        finally:
-            transport.close()
-        return [
-            Balance(
-                str(balance["asset"]),
-                nano_to_usd(usd_to_nano(balance["available_usd"])),
-                str(balance.get("held_usd", "0.00")),
-            )
-            for balance in balances
-        ]
+        """The same as `wallet.balance`."""
+        return self.wallet.balance()
 
     def close(self) -> None:
         """Close the log. Clients made before cannot be used any more."""

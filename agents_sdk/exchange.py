@@ -7,14 +7,11 @@ a new one is signed only when the gateway says that the first was not used and w
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import random
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 
@@ -30,12 +27,15 @@ from agents_sdk.answers import (
     pending,
     retry_after,
 )
+from agents_sdk.channels import deposits, terms
+from agents_sdk.channels import payments as channel_payments
+from agents_sdk.endings import Endings, scheme_of
 from agents_sdk.errors import PolicyViolation, QuoteRejected
 from agents_sdk.journal import StoredPayment
-from agents_sdk.money import nano_to_atomic_up, nano_to_usd
+from agents_sdk.money import nano_to_atomic_up
 from agents_sdk.policy import SpendingPolicy
 from agents_sdk.quotes import Demand, Offer, check_quote, choose_offer, read_demand
-from agents_sdk.receipts import Ending, Watch, amount_of, document_of
+from agents_sdk.receipts import Watch
 from agents_sdk.shared import Shared
 from agents_sdk.steps import Lost, Read, Reply, Send, Sleep, Steps, fetch
 from agents_sdk.tokens import PERMIT2_ADDRESS
@@ -43,6 +43,8 @@ from agents_sdk.wallet import PAYMENT_HEADER
 
 SIGNATURES_MAX = 2
 """Payments signed for one request: the second only after the first was refused for a reason that a new one cures."""
+CORRECTIONS_MAX = 4
+"""Vouchers signed anew for one request, besides: they are over what is owed anyway and no new right to money."""
 TIMED_OUT = frozenset({"quote_expired", "expired"})
 CURABLE = (
     TIMED_OUT
@@ -53,6 +55,7 @@ RETRY_AFTER_S_MAX = 60.0
 PAUSE_S_MAX = 8.0
 POLL_ROUND_S = 10.0
 """A pending payment is sent again after this long of polling, whatever the receipt says."""
+_UNDER_WAY = frozenset({"payment_in_progress", terms.CHANNEL_BUSY})
 _TRANSIENT = frozenset({408, 425, 429})
 _CONFLICTS = {
     "payment_already_credited": "credited",
@@ -60,7 +63,7 @@ _CONFLICTS = {
     "authorization_reused": "used",
     "authorization_spent": "used",
 }
-"""What a 409 of the gateway says became of the payment; of ``payment_in_progress`` nothing is known yet."""
+"""What a 409 of the gateway says became of the payment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +87,31 @@ class Exchange:
     Args:
         shared: The agent's state.
         request: The caller's request, its body complete.
+        policy: Rules for this request in place of the agent's.
+        asset: The only one to pay in, see `choose_offer`.
+        from_credit: Whether credit may pay for it.
     """
 
-    def __init__(self, shared: Shared, request: Send) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        request: Send,
+        *,
+        policy: SpendingPolicy | None = None,
+        asset: str | None = None,
+        from_credit: bool = True,
+    ) -> None:
         self._shared = shared
         self._journal = shared.journal
         self._settings = shared.settings
         self._request = request
         self._digest = digest_of(request)
-        self._headers = _own_headers(request.headers, self._settings.policy)
+        self._policy = policy or shared.settings.policy
+        self._asset = asset
+        self._from_credit = from_credit
+        self._headers = _own_headers(request.headers, self._policy)
         self._payer = shared.wallet.address
+        self._endings = Endings(shared)
         self._identifier = f"farebox-{secrets.token_hex(16)}"
         """What the payment is for, in the extension `payment-identifier`: this one request."""
 
@@ -125,37 +143,61 @@ class Exchange:
 
     def _pay(self, reply: Reply, body: bytes) -> Steps[Answer]:
         """Answer a 402: from credit if there is enough, else with a new payment."""
-        policy, excluded = self._settings.policy, set[str]()
-        for signature in range(SIGNATURES_MAX):
+        policy, excluded = self._policy, set[tuple[str, str]]()
+        against: PolicyViolation | None = None
+        signatures = corrections = 0
+        while signatures < SIGNATURES_MAX:
             demand = read_demand(reply.headers, body)
             if demand is None:
                 return Answer(402, reply.headers, body)
             check_quote(demand, self._request.url, time.time())
             policy.check_amounts(demand.quote.maximum_nano_usd, demand.quote.network_fee_nano_usd)
-            if signature == 0:
+            if self._from_credit and not (signatures or corrections or excluded):
                 answer = yield from self._pay_from_credit(demand)
                 if answer is not None:
                     return answer
             try:
-                offer = choose_offer(demand, policy, self._settings.tokens, excluded)
+                offer = choose_offer(demand, policy, self._settings.tokens, excluded, self._asset)
             except PolicyViolation:
+                if against is not None:
+                    raise against from None
                 if excluded:
                     break
                 raise
-            payment = yield from self._sign(demand, offer)
+            try:
+                payment = yield from self._sign(demand, offer)
+            except PolicyViolation as violation:
+                if offer.scheme != terms.SCHEME:
+                    raise
+                # What a channel's deposit is too much for, a single payment may not be.
+                excluded.add((offer.scheme, offer.token.asset))
+                against = violation
+                continue
             outcome = yield from self._carry_through(payment, sent_before=False)
             if isinstance(outcome, Answer):
                 return outcome
             reply, body = outcome.reply, outcome.body
             code = error_code_in(body)
-            if outcome.credited or outcome.doubtful or code not in CURABLE:
+            if outcome.credited or outcome.doubtful:
                 break
+            if offer.scheme == terms.SCHEME and terms.is_about_the_channel(code):
+                corrections += 1
+                required = read_demand(reply.headers, body)
+                again = channel_payments.take_refusal(self._shared, payment, offer, required, code)
+                if not again or corrections > CORRECTIONS_MAX:
+                    excluded.add((offer.scheme, offer.token.asset))
+                continue
+            if code not in CURABLE:
+                break
+            signatures += 1
             if code == "insufficient_funds":
-                excluded.add(offer.token.asset)
+                excluded.add((offer.scheme, offer.token.asset))
         return Answer(reply.status, final(reply.headers), body)
 
     def _sign(self, demand: Demand, offer: Offer) -> Steps[StoredPayment]:
         """Take the amount out of the limits, then sign, then write the payment down."""
+        if offer.scheme == terms.SCHEME:
+            return (yield from channel_payments.sign(self._shared, demand, offer, self._digest, self._identifier))
         quote, requirement = demand.quote, offer.requirement
         if offer.through_permit2:
             yield from permit2.ensure_allowance(self._shared, offer.token, int(requirement.amount), asked_to=False)
@@ -167,7 +209,7 @@ class Exchange:
             asset=offer.token.asset,
             recipient=requirement.pay_to,
             expires_at=int(time.time()) + requirement.max_timeout_seconds,
-            windows=self._settings.policy.windows(),
+            windows=self._policy.windows(),
         )
         try:
             signed = self._shared.wallet.sign_payment(demand, offer, self._identifier)
@@ -193,7 +235,7 @@ class Exchange:
                 if isinstance(result, Reply):
                     if 200 <= result.status < 300 and result.status != 202:
                         closed = True  # from here on the watch decides
-                        watch = Watch(result.headers, self._on_end(payment, result.headers))
+                        watch = Watch(result.headers, self._endings.served(payment, result.headers))
                         return Answer(result.status, final(result.headers), reply=result, watch=watch)
                     body = yield Read(result)
                 if isinstance(result, Lost) or isinstance(body, Lost):
@@ -208,9 +250,11 @@ class Exchange:
                 verdict = self._verdict(result, body, code)
                 if verdict is not None:
                     closed = True
-                    doubtful = result.status == 402 and code in TIMED_OUT and (sent_before or tries > 0)
-                    self._journal.close_payment(payment, "expired" if doubtful else verdict)
-                    self._note_credit(payment, body, "expired" if doubtful else verdict)
+                    again = result.status == 402 and (sent_before or tries > 0)
+                    doubtful = again and code in TIMED_OUT
+                    # A voucher that was sent before may have been taken, whatever is said of it now.
+                    unheard = doubtful or (again and scheme_of(payment) == terms.SCHEME)
+                    self._endings.known(payment, "expired" if unheard else verdict, result.headers, body)
                     if result.status == 402:
                         return _Turned(result, body, doubtful=doubtful)
                     if result.status == 409 and verdict == "credited":
@@ -223,7 +267,7 @@ class Exchange:
                     approved = True
                     continue
                 answer = Answer(result.status, final(result.headers), body)
-                waiting = result.status == 202 or code == "payment_in_progress"
+                waiting = result.status == 202 or code in _UNDER_WAY
                 tries += not waiting
                 pause = self._pause(max(tries, 1), result.headers)
                 if tries >= self._settings.tries_max or time.monotonic() + pause > deadline:
@@ -244,54 +288,10 @@ class Exchange:
         if status == 409:
             # Any other 409 is not the gateway's: something on the way made it, and the payment may not have been used at all.
             return _CONFLICTS.get(code)
-        if status in (202, 412) or status in _TRANSIENT or status >= 500:
+        if status in (202, 412) or status in _TRANSIENT or status >= 500 or code in _UNDER_WAY:
             return None
         # What names a receipt was accepted; a plain 4xx was turned away at the door.
         return "answered" if "x-farebox-receipt" in reply.headers else "refused"
-
-    def _note_credit(self, payment: StoredPayment, body: bytes, verdict: str) -> None:
-        if verdict == "refused" or scheme_of(payment) == "upto":
-            return
-        credited = credited_in(body)
-        if credited is None and verdict == "credited":
-            credited = payment.amount_nano_usd
-        if credited is None:
-            self._shared.look_for_credit = True
-        else:
-            amount = min(credited, payment.amount_nano_usd)
-            self._journal.add_credit(self._shared.origin, self._payer, payment.asset, amount)
-
-    def _on_end(self, payment: StoredPayment, headers: httpx.Headers) -> Any:
-        """What happens when the answer to a payment is over."""
-
-        def on_end(ending: Ending, comment: dict[str, Any]) -> None:
-            if ending == "broken":
-                self._journal.let_go(payment)
-                return
-            document = document_of(headers, comment)
-            charged = amount_of(document["charged_usd"])
-            scheme = scheme_of(payment)
-            if scheme == "upto":
-                document["credited_usd"] = nano_to_usd(0)  # nothing else was taken
-            elif charged is None:
-                self._shared.look_for_credit = True
-            else:
-                # A token that takes a fee on its way leaves less credit than the difference: the gateway knows.
-                told = amount_of(document.get("credited_usd"))
-                unused = max(0, payment.amount_nano_usd - charged)
-                unused = unused if told is None else min(told, unused)
-                document["credited_usd"] = nano_to_usd(unused)
-                self._journal.add_credit(self._shared.origin, self._payer, payment.asset, unused)
-            self._journal.close_payment(payment, "answered")
-            self._keep_receipt(document, payment.id, scheme, payment.amount_nano_usd, payment.asset)
-
-        return on_end
-
-    def _keep_receipt(self, document: dict[str, Any], reserve_id: str, paid_with: str, quoted: int, asset: str) -> None:
-        document["id"] = document.get("id") or reserve_id
-        document["quoted_usd"] = document.get("quoted_usd") or nano_to_usd(quoted)
-        document |= {"gateway": self._shared.origin, "paid_with": paid_with, "asset": asset}
-        self._journal.add_receipt(document["id"], self._payer, document)
 
     # ------------------------------------------------------------------ credit
 
@@ -322,26 +322,9 @@ class Exchange:
             if result.status >= 400:
                 headers = result.headers if "x-farebox-receipt" in result.headers else final(result.headers)
                 return Answer(result.status, headers, reply=result)
-            watch = Watch(result.headers, self._on_credit_end(result.headers, maximum))
+            watch = Watch(result.headers, self._endings.served_on_credit(result.headers, maximum))
             return Answer(result.status, result.headers, reply=result, watch=watch)
         return None
-
-    def _on_credit_end(self, headers: httpx.Headers, maximum: int) -> Any:
-        def on_end(ending: Ending, comment: dict[str, Any]) -> None:
-            origin, journal = self._shared.origin, self._journal
-            document = document_of(headers, comment)
-            charged = amount_of(document["charged_usd"])
-            amounts = journal.credit(origin, self._payer)
-            asset = max(amounts, key=lambda name: amounts[name], default="")
-            if charged is None or not asset:
-                self._shared.look_for_credit = True
-            else:
-                journal.add_credit(origin, self._payer, asset, -charged)
-            if ending != "broken" or charged is not None:
-                receipt_id = f"credit_{hashlib.sha256(str(time.time_ns()).encode()).hexdigest()[:20]}"
-                self._keep_receipt(document, receipt_id, "credit", maximum, asset)
-
-        return on_end
 
     # ------------------------------------------------------------------ Permit2
 
@@ -353,7 +336,10 @@ class Exchange:
             raise QuoteRejected("the gateway asks for a Permit2 approval of a token that does not need one")
         if str(error.get("spender", PERMIT2_ADDRESS)).lower() != PERMIT2_ADDRESS:
             raise QuoteRejected(f"the gateway asks to approve {error.get('spender')}, which is not Permit2")
-        amount = nano_to_atomic_up(payment.amount_nano_usd, token.decimals)
+        if scheme_of(payment) == terms.SCHEME:
+            amount = deposits.deposit_of(self._journal, payment)
+        else:
+            amount = nano_to_atomic_up(payment.amount_nano_usd, token.decimals)
         yield from permit2.ensure_allowance(self._shared, token, amount, asked_to=True)
 
     # ------------------------------------------------------------------ sending and waiting
@@ -402,12 +388,6 @@ def digest_of(request: Send) -> str:
     for part in (request.method.encode(), str(request.url).encode(), request.body):
         digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()
-
-
-def scheme_of(payment: StoredPayment) -> str:
-    """By which scheme a signed payment pays."""
-    assert payment.header is not None
-    return str(json.loads(base64.b64decode(payment.header))["accepted"]["scheme"])
 
 
 def _own_headers(headers: httpx.Headers, policy: SpendingPolicy) -> httpx.Headers:

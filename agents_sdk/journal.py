@@ -1,4 +1,5 @@
 """The agent's own log: payments under way, receipts, known credit. One SQLite file, shared safely by several processes.
+What is in its tables of channels is `agents_sdk.channels.book`'s matter.
 
 It is what makes limits survive restarts and what makes a payment be sent again rather than made again. It holds no prompts and
 no answers: a request is known by its digest. A signed payment is kept only until its outcome is known.
@@ -16,11 +17,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agents_sdk.errors import LimitExceeded
+from agents_sdk.journal_schema import LEFT, SCHEMA, SPENT
 from agents_sdk.policy import Window
 
 CLAIM_TTL_MS = 900_000
@@ -28,22 +30,6 @@ CLAIM_TTL_MS = 900_000
 REPLAY_GRACE_S = 600
 """A payment may be sent again this long after it has expired: the gateway may still have its answer."""
 _PROCESS = secrets.token_hex(4)
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS payment (
-    id TEXT PRIMARY KEY, origin TEXT NOT NULL, payer TEXT NOT NULL, request TEXT NOT NULL, state TEXT NOT NULL,
-    amount_nano_usd INTEGER NOT NULL, asset TEXT NOT NULL, recipient TEXT NOT NULL, header TEXT,
-    created_ms INTEGER NOT NULL, expires_at INTEGER NOT NULL, claim TEXT, claimed_ms INTEGER NOT NULL DEFAULT 0);
-CREATE INDEX IF NOT EXISTS payment_request ON payment (request, state);
-CREATE INDEX IF NOT EXISTS payment_created ON payment (payer, created_ms);
-CREATE TABLE IF NOT EXISTS receipt (
-    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, payer TEXT NOT NULL, created_ms INTEGER NOT NULL,
-    document TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS credit (
-    origin TEXT NOT NULL, payer TEXT NOT NULL, asset TEXT NOT NULL, amount_nano_usd INTEGER NOT NULL,
-    PRIMARY KEY (origin, payer, asset));
-CREATE TABLE IF NOT EXISTS lease (name TEXT PRIMARY KEY, holder TEXT NOT NULL, until_ms INTEGER NOT NULL);
-"""
 
 _TRANSITIONS: dict[str, tuple[str, ...]] = {
     "signed": ("reserved",),
@@ -59,7 +45,6 @@ _TRANSITIONS: dict[str, tuple[str, ...]] = {
 void: never signed. answered, used, credited: the gateway took it. refused: the gateway says it did not; that is its word and no
 proof, so the payment counts against the limits until its signature expires. expired: nothing was heard of it.
 """
-_COUNTED = "state != 'void' AND NOT (state = 'refused' AND expires_at < :now)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +53,10 @@ class StoredPayment:
 
     id: str
     amount_nano_usd: int
+    """What the request costs at most."""
     asset: str
     expires_at: int
-    """Unix seconds after which the signature is worth nothing."""
+    """Unix seconds after which nobody takes it any more."""
     header: str | None = None
 
 
@@ -93,7 +79,7 @@ class Journal:
         )
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = NORMAL")
-        self._database.executescript(_SCHEMA)
+        self._database.executescript(SCHEMA)
 
     def close(self) -> None:
         """Close the file."""
@@ -119,35 +105,88 @@ class Journal:
         Raises:
             LimitExceeded: If a limit would be broken. Several processes on one file cannot break it together.
         """
-        now_ms = _now_ms()
-        payment = StoredPayment(f"pay_{secrets.token_hex(10)}", amount_nano_usd, asset, expires_at)
-        with self._transaction() as database:
-            for window in windows:
-                used = self._used(database, payer, now_ms, window.seconds)
-                if used + amount_nano_usd > window.limit_nano_usd:
+        with self.transaction() as database:
+            self.check_limits(database, payer, windows, spending=amount_nano_usd, leaving=amount_nano_usd)
+            payment_id = self.insert(
+                database,
+                origin=origin,
+                payer=payer,
+                request=request,
+                amount_nano_usd=amount_nano_usd,
+                asset=asset,
+                recipient=recipient,
+                expires_at=expires_at,
+            )
+        return StoredPayment(payment_id, amount_nano_usd, asset, expires_at)
+
+    @staticmethod
+    def insert(
+        database: sqlite3.Connection,
+        *,
+        origin: str,
+        payer: str,
+        request: str,
+        amount_nano_usd: int,
+        asset: str,
+        recipient: str,
+        expires_at: int,
+    ) -> str:
+        """Write a payment down that is about to be signed, claimed for this process; returns its id. Inside a transaction."""
+        payment_id, created_ms = f"pay_{secrets.token_hex(10)}", milliseconds()
+        database.execute(
+            "INSERT INTO payment VALUES (?, ?, ?, ?, 'reserved', ?, ?, ?, NULL, ?, ?, ?, ?)",
+            (
+                payment_id, origin, payer, request, amount_nano_usd, asset, recipient,
+                created_ms, expires_at, _claim(), created_ms,
+            ),
+        )  # fmt: skip
+        return payment_id
+
+    @staticmethod
+    def check_limits(
+        database: sqlite3.Connection,
+        payer: str,
+        windows: Sequence[Window],
+        *,
+        spending: int,
+        leaving: int,
+        what: str = "this request may cost",
+    ) -> None:
+        """Check what is about to be signed against the limits over time. Inside a transaction.
+
+        Args:
+            database: The transaction's.
+            payer: The wallet.
+            windows: The limits.
+            spending: Nano-USD that somebody else gets a right to.
+            leaving: Nano-USD that leave the wallet, if only for a channel.
+            what: Begins the error's sentence.
+
+        Raises:
+            LimitExceeded: If a limit would be broken.
+        """
+        for window in windows:
+            for query, asked in ((SPENT, spending), (LEFT, leaving)):
+                used = _sum(database, query, payer, window.seconds)
+                if asked and used + asked > window.limit_nano_usd:
                     raise LimitExceeded(
                         window.name,
                         limit_nano_usd=window.limit_nano_usd,
-                        asked_nano_usd=amount_nano_usd,
+                        asked_nano_usd=asked,
                         used_nano_usd=used,
+                        what=what,
                     )
-            database.execute(
-                "INSERT INTO payment VALUES (?, ?, ?, ?, 'reserved', ?, ?, ?, NULL, ?, ?, ?, ?)",
-                (
-                    payment.id, origin, payer, request, amount_nano_usd, asset, recipient,
-                    now_ms, expires_at, _claim(), now_ms,
-                ),
-            )  # fmt: skip
-        return payment
 
     def signed(self, payment: StoredPayment, header: str, expires_at: int) -> StoredPayment:
         """Keep the signed payment, so that from here on this very one is sent."""
-        with self._transaction() as database:
-            self._move(database, payment.id, "signed")
-            database.execute(
-                "UPDATE payment SET header = ?, expires_at = ? WHERE id = ?", (header, expires_at, payment.id)
-            )
-        return StoredPayment(payment.id, payment.amount_nano_usd, payment.asset, expires_at, header)
+        with self.transaction() as database:
+            return self.sign(database, payment, header, expires_at)
+
+    def sign(self, database: sqlite3.Connection, payment: StoredPayment, header: str, expires_at: int) -> StoredPayment:
+        """The same as a part of a transaction."""
+        self._move(database, payment.id, "signed")
+        database.execute("UPDATE payment SET header = ?, expires_at = ? WHERE id = ?", (header, expires_at, payment.id))
+        return replace(payment, header=header, expires_at=expires_at)
 
     def take_open(self, *, origin: str, payer: str, request: str) -> StoredPayment | None:
         """Claim a payment for this very request whose outcome is unknown, if no living exchange is at it.
@@ -163,10 +202,11 @@ class Journal:
                 "SELECT 1 FROM payment WHERE request = ? AND state = 'signed' LIMIT 1", (request,)
             ).fetchone():
                 return None
-        now_ms = _now_ms()
-        with self._transaction() as database:
+        now_ms = milliseconds()
+        with self.transaction() as database:
             rows = database.execute(
-                "SELECT id, amount_nano_usd, asset, expires_at, header, claim, claimed_ms FROM payment "
+                "SELECT id, COALESCE(price_nano_usd, amount_nano_usd), asset, expires_at, header, claim, claimed_ms "
+                "FROM payment LEFT JOIN voucher ON payment_id = id "
                 "WHERE request = ? AND state = 'signed' AND origin = ? AND payer = ? AND expires_at > ? "
                 "ORDER BY created_ms",
                 (request, origin, payer, now_ms // 1000 - REPLAY_GRACE_S),
@@ -181,7 +221,7 @@ class Journal:
 
     def let_go(self, payment: StoredPayment) -> None:
         """End this process's claim: the payment's outcome is unknown and the next try may take it up."""
-        with self._transaction() as database:
+        with self.transaction() as database:
             database.execute(
                 "UPDATE payment SET claim = NULL, state = CASE state WHEN 'reserved' THEN 'void' ELSE state END "
                 "WHERE id = ?",
@@ -190,33 +230,48 @@ class Journal:
 
     def close_payment(self, payment: StoredPayment, state: str) -> None:
         """Write down what became of a payment; its signature is forgotten. See the table of transitions."""
-        with self._transaction() as database:
-            self._move(database, payment.id, state)
-            database.execute("UPDATE payment SET header = NULL, claim = NULL WHERE id = ?", (payment.id,))
+        with self.transaction() as database:
+            self.end(database, payment.id, state)
+
+    def end(self, database: sqlite3.Connection, payment_id: str, state: str) -> None:
+        """The same as a part of a transaction."""
+        self._move(database, payment_id, state)
+        database.execute("UPDATE payment SET header = NULL, claim = NULL WHERE id = ?", (payment_id,))
+
+    @staticmethod
+    def is_open(database: sqlite3.Connection, payment_id: str) -> bool:
+        """Whether nothing is written down of what became of a signed payment."""
+        query = "SELECT 1 FROM payment WHERE id = ? AND state = 'signed'"
+        return database.execute(query, (payment_id,)).fetchone() is not None
+
+    @staticmethod
+    def is_abandoned(database: sqlite3.Connection, payment_id: str) -> bool:
+        """Whether nobody is going to sign or send a payment, unless the same request is asked again."""
+        claim, claimed_ms = database.execute(
+            "SELECT claim, claimed_ms FROM payment WHERE id = ?", (payment_id,)
+        ).fetchone()
+        return claim is None or _is_dead(claim, claimed_ms, milliseconds())
 
     def expire_open(self, origin: str, payer: str) -> int:
         """Give up payments that can no longer be sent and of which nothing was heard; returns how many there were."""
-        latest = _now_ms() // 1000 - REPLAY_GRACE_S
-        with self._transaction() as database:
+        latest = milliseconds() // 1000 - REPLAY_GRACE_S
+        with self.transaction() as database:
             return database.execute(
                 "UPDATE payment SET state = 'expired', header = NULL, claim = NULL "
-                "WHERE state = 'signed' AND origin = ? AND payer = ? AND expires_at <= ?",
+                "WHERE state = 'signed' AND origin = ? AND payer = ? AND expires_at <= ? "
+                "AND id NOT IN (SELECT payment_id FROM voucher)",
                 (origin, payer, latest),
             ).rowcount
 
     def used(self, payer: str, seconds: int) -> int:
-        """What left the wallet, or may have, in the last `seconds`, in nano-USD."""
+        """What was signed away, or may have been, in the last `seconds`, in nano-USD."""
         with self._lock:
-            return self._used(self._database, payer, _now_ms(), seconds)
+            return _sum(self._database, SPENT, payer, seconds)
 
-    @staticmethod
-    def _used(database: sqlite3.Connection, payer: str, now_ms: int, seconds: int) -> int:
-        row = database.execute(
-            f"SELECT COALESCE(SUM(amount_nano_usd), 0) FROM payment "  # noqa: S608 - a constant of this module
-            f"WHERE payer = :payer AND created_ms > :since AND {_COUNTED}",
-            {"payer": payer, "since": now_ms - seconds * 1000, "now": now_ms // 1000},
-        ).fetchone()
-        return int(row[0])
+    def left(self, payer: str, seconds: int) -> int:
+        """What left the wallet, deposits included, or may have, in the last `seconds`, in nano-USD."""
+        with self._lock:
+            return _sum(self._database, LEFT, payer, seconds)
 
     @staticmethod
     def _move(database: sqlite3.Connection, payment_id: str, state: str) -> None:
@@ -232,12 +287,20 @@ class Journal:
 
     def add_receipt(self, receipt_id: str, payer: str, document: Mapping[str, Any]) -> None:
         """Keep a receipt; the same one again replaces it."""
-        with self._transaction() as database:
+        with self.transaction() as database:
             database.execute(
                 "INSERT INTO receipt (id, payer, created_ms, document) VALUES (?, ?, ?, ?) "
                 "ON CONFLICT (id) DO UPDATE SET document = excluded.document",
-                (receipt_id, payer, _now_ms(), json.dumps(dict(document))),
+                (receipt_id, payer, milliseconds(), json.dumps(dict(document))),
             )
+
+    def amend_receipt(self, receipt_id: str, known: Mapping[str, Any]) -> None:
+        """Add to a receipt what became known later."""
+        with self.transaction() as database:
+            row = database.execute("SELECT document FROM receipt WHERE id = ?", (receipt_id,)).fetchone()
+            if row is not None:
+                document = json.dumps(json.loads(row[0]) | dict(known))
+                database.execute("UPDATE receipt SET document = ? WHERE id = ?", (document, receipt_id))
 
     def receipts(self, payer: str, limit: int) -> list[tuple[int, dict[str, Any]]]:
         """The latest receipts, newest first: when (milliseconds since 1970) and what."""
@@ -258,7 +321,7 @@ class Journal:
 
     def add_credit(self, origin: str, payer: str, asset: str, amount_nano_usd: int) -> None:
         """Note that credit grew (or shrank: it never goes below zero)."""
-        with self._transaction() as database:
+        with self.transaction() as database:
             database.execute(
                 "INSERT INTO credit VALUES (:origin, :payer, :asset, MAX(0, :amount)) ON CONFLICT (origin, payer, asset) "
                 "DO UPDATE SET amount_nano_usd = MAX(0, amount_nano_usd + :amount)",
@@ -267,19 +330,37 @@ class Journal:
 
     def set_credit(self, origin: str, payer: str, amounts: Mapping[str, int]) -> None:
         """Replace what is known by what the gateway said."""
-        with self._transaction() as database:
+        with self.transaction() as database:
             database.execute("DELETE FROM credit WHERE origin = ? AND payer = ?", (origin, payer))
             database.executemany(
                 "INSERT INTO credit VALUES (?, ?, ?, ?)",
                 [(origin, payer, asset, amount) for asset, amount in amounts.items()],
             )
 
+    # ------------------------------------------------------------------ intents
+
+    def intend(self, name: str) -> tuple[str, bool]:
+        """Something is about to be asked for that must not be done twice. Returns its key, and whether it was intended before:
+        until `end_intent` the same name has the same key, also after a crash."""
+        with self.transaction() as database:
+            made = database.execute(
+                "INSERT INTO intent VALUES (?, ?, ?) ON CONFLICT (name) DO NOTHING",
+                (name, secrets.token_hex(16), milliseconds()),
+            ).rowcount
+            (key,) = database.execute("SELECT key FROM intent WHERE name = ?", (name,)).fetchone()
+        return str(key), made == 0
+
+    def end_intent(self, name: str) -> None:
+        """Its outcome is known."""
+        with self.transaction() as database:
+            database.execute("DELETE FROM intent WHERE name = ?", (name,))
+
     # ------------------------------------------------------------------ leases
 
     def take_lease(self, name: str, ttl_s: int) -> bool:
         """Take the right to do something that must not be done twice at once; False if somebody has it."""
-        now_ms = _now_ms()
-        with self._transaction() as database:
+        now_ms = milliseconds()
+        with self.transaction() as database:
             taken = database.execute(
                 "INSERT INTO lease VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE "
                 "SET holder = excluded.holder, until_ms = excluded.until_ms WHERE until_ms < ?",
@@ -289,11 +370,12 @@ class Journal:
 
     def end_lease(self, name: str) -> None:
         """Give it back."""
-        with self._transaction() as database:
+        with self.transaction() as database:
             database.execute("DELETE FROM lease WHERE name = ?", (name,))
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One atomic change: others of this process and of other processes wait."""
         with self._lock:
             self._database.execute("BEGIN IMMEDIATE")
             try:
@@ -304,8 +386,17 @@ class Journal:
             self._database.execute("COMMIT")
 
 
-def _now_ms() -> int:
+def milliseconds() -> int:
+    """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
+
+
+def _sum(database: sqlite3.Connection, query: str, payer: str, seconds: int) -> int:
+    now_ms = milliseconds()
+    found = database.execute(
+        query, {"payer": payer, "since": now_ms - seconds * 1000, "now": now_ms // 1000}
+    ).fetchone()
+    return int(found[0])
 
 
 def _claim() -> str:

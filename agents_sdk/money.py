@@ -34,3 +34,17 @@ def nano_to_atomic_up(amount_nano_usd: int, decimals: int) -> int:
     shift = decimals - NANO_DECIMALS
     scale = int(10 ** abs(shift))
     return amount_nano_usd * scale if shift >= 0 else -(-amount_nano_usd // scale)
+
+
+def atomic_to_nano_down(amount: int, decimals: int) -> int:
+    """What a number of a token's atomic units is worth in whole nano-USD, rounded down."""
+    shift = NANO_DECIMALS - decimals
+    scale = int(10 ** abs(shift))
+    return amount * scale if shift >= 0 else amount // scale
+
+
+def nano_to_atomic_down(amount_nano_usd: int, decimals: int) -> int:
+    """The largest number of a token's atomic units that is worth at most `amount_nano_usd`."""
+    shift = decimals - NANO_DECIMALS
+    scale = int(10 ** abs(shift))
+    return amount_nano_usd * scale if shift >= 0 else amount_nano_usd // scale

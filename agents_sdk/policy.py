@@ -3,13 +3,16 @@
 The limits bound what leaves the wallet. A payment takes the quoted maximum and the gateway credits back what was not used;
 spending that credit later is not counted again, because it was counted when it left. So the limits hold even against a
 gateway that lies about what it charged.
+
+Of a payment channel two sums are held to the same limits, each by itself: deposits, which leave the wallet for the channel, and
+what is spent from it, which is the growth of the highest voucher that was signed: more than that cannot be claimed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from agents_sdk.errors import (
     LimitExceeded,
@@ -23,6 +26,8 @@ from agents_sdk.tokens import Token
 
 HOUR_S = 3_600
 DAY_S = 86_400
+Scheme = Literal["exact", "upto", "batch-settlement"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,11 @@ class SpendingPolicy:
         max_network_fee: The most that a quote may pass on for settling the payment.
         prefer: The order in which allowed tokens are chosen, as symbols or addresses; others follow in the gateway's order.
         schemes: Ways of x402 to pay, the first choice first: ``exact`` pays the quoted maximum and the rest becomes credit;
-            ``upto`` pays what the answer cost, after it, and moves every token through Permit2.
+            ``upto`` pays what the answer cost, after it, and moves every token through Permit2; ``batch-settlement`` opens a
+            channel with a deposit and pays each request from it with a signature, without gas and without waiting.
+        channel_deposit: The most that lies unspent in the channels of one gateway and token. A channel is filled up to it when
+            it is opened and when it does not cover a request any more; what is left comes back with `Agent.wallet`'s
+            `refund_channel`.
         permit2_allowance: How many dollars Permit2 may move per approval, or ``"unlimited"``. Permit2 moves nothing without
             a signature of this wallet for each payment; the bound is for the day that one is stolen. A larger one means
             fewer approval transactions to pay gas for.
@@ -68,12 +77,15 @@ class SpendingPolicy:
     recipients: Collection[str] | None = None
     max_network_fee: str | None = None
     prefer: Sequence[str] = ("USDC", "USDT")
-    schemes: Sequence[Literal["exact", "upto"]] = ("exact",)
+    schemes: Sequence[Scheme] = ("exact",)
+    channel_deposit: str = "1.00"
     permit2_allowance: str = "100"
 
     def __post_init__(self) -> None:
-        if not self.schemes or not set(self.schemes) <= {"exact", "upto"}:
-            raise ValueError("schemes must name exact, upto, or both")
+        if not self.schemes or isinstance(self.schemes, str) or not set(self.schemes) <= set(SCHEMES):
+            raise ValueError(f"schemes must be a list of some of {', '.join(SCHEMES)}")
+        if usd_to_nano(self.channel_deposit) == 0:
+            raise ValueError("channel_deposit must be more than 0")
         for amount in (self.max_per_request, self.max_per_hour, self.max_per_day, self.max_network_fee):
             if amount is not None:
                 usd_to_nano(amount)

@@ -64,6 +64,11 @@ class Offer:
     token: Token
 
     @property
+    def scheme(self) -> str:
+        """The x402 scheme."""
+        return self.requirement.scheme
+
+    @property
     def through_permit2(self) -> bool:
         """Whether Permit2 has to be approved for it."""
         return self.requirement.scheme == "upto" or self.token.transfer_method == "permit2"
@@ -114,14 +119,21 @@ def check_quote(demand: Demand, url: httpx.URL, now: float) -> None:
         raise QuoteRejected(f"the 402 is for {offered}, but {url.host} was asked")
 
 
-def choose_offer(demand: Demand, policy: SpendingPolicy, tokens: TokenBook, excluded: Collection[str] = ()) -> Offer:
+def choose_offer(
+    demand: Demand,
+    policy: SpendingPolicy,
+    tokens: TokenBook,
+    excluded: Collection[tuple[str, str]] = (),
+    asset: str | None = None,
+) -> Offer:
     """Choose among the ways to pay: the policy's preference first, then the gateway's order.
 
     Args:
         demand: The 402, see `check_quote`.
         policy: The agent's rules.
         tokens: The tokens that the agent knows.
-        excluded: Assets (``eip155:8453/USDC``) not to use, because the wallet has not enough of them.
+        excluded: Ways not to pay, as scheme and asset (``eip155:8453/USDC``): they were tried, and cannot.
+        asset: The only one to pay in, as ``USDC`` or ``eip155:8453/USDC``; None for any.
 
     Raises:
         QuoteRejected: If an offer in a known token shows something else than it would have signed.
@@ -140,13 +152,15 @@ def choose_offer(demand: Demand, policy: SpendingPolicy, tokens: TokenBook, excl
             )
             refusals.append((len(policy.prefer) + 1, place, unknown))
             continue
+        if asset not in (None, token.asset, token.symbol):
+            continue
         try:
             policy.check_payment(token, requirement.pay_to)
         except PolicyViolation as violation:
             refusals.append((policy.rank(token), place, violation))
             continue
         _check_offer(requirement, token, demand.quote.maximum_nano_usd)
-        if token.asset not in excluded:
+        if (scheme, token.asset) not in excluded:
             choice = list(policy.schemes).index(requirement.scheme)  # type: ignore[arg-type]
             ranked.append((choice, policy.rank(token), place, Offer(requirement, token)))
     if ranked:
@@ -154,7 +168,9 @@ def choose_offer(demand: Demand, policy: SpendingPolicy, tokens: TokenBook, excl
     if refusals:
         raise min(refusals, key=lambda entry: entry[:2])[2]
     raise TokenNotAllowed(
-        "the 402 offers no way to pay that this agent has: its policy takes x402 " + ", ".join(policy.schemes)
+        "the 402 offers no way to pay that this agent has: its policy takes x402 "
+        + ", ".join(policy.schemes)
+        + (f", and {asset} is wanted" if asset else "")
     )
 
 

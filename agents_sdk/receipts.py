@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 
 from agents_sdk.money import usd_to_nano
+
+if TYPE_CHECKING:
+    from x402.schemas import SettleResponse
 
 COMMENT = b": farebox-receipt "
 LINE_BYTES_MAX = 65_536
@@ -22,7 +25,8 @@ Ending = Literal["whole", "left", "broken"]
 class Receipt:
     """What became of one paid request. Amounts are dollar texts; None means that it is not known.
 
-    `paid_with` is ``exact`` or ``upto`` (payments on chain) or ``credit`` (what earlier payments left with the gateway).
+    `paid_with` is ``exact`` or ``upto`` (payments on chain), ``batch-settlement`` (from a channel; only the deposit has a
+    transaction) or ``credit`` (what earlier payments left with the gateway).
     """
 
     id: str
@@ -123,14 +127,20 @@ class Watch:
             self._done = True
 
 
-def _transaction(headers: httpx.Headers) -> str | None:
-    """The settlement's transaction, from the x402 answer header, or None."""
+def settled_in(headers: httpx.Headers) -> SettleResponse | None:
+    """What an answer's x402 header says of its payment, or None."""
     from x402.http.utils import decode_payment_response_header
 
     header = headers.get("payment-response")
     if header is None:
         return None
     try:
-        return decode_payment_response_header(header).transaction or None
+        return decode_payment_response_header(header)
     except ValueError:  # base64, UTF-8, JSON and pydantic errors all are
         return None
+
+
+def _transaction(headers: httpx.Headers) -> str | None:
+    """The settlement's transaction, or None."""
+    settled = settled_in(headers)
+    return None if settled is None else settled.transaction or None

@@ -30,6 +30,7 @@ class Settings:
     tries_max: int
     patience_s: float
     backoff_s: float
+    channel_name: str
 
 
 @dataclass(frozen=True, slots=True)

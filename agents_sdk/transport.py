@@ -107,21 +107,21 @@ class AsyncPayingTransport(httpx.AsyncBaseTransport):
         if origin_of(request.url) != self._shared.origin:
             return await self._inner.handle_async_request(request)
         await request.aread()
-        answer = await self._run(Exchange(self._shared, _command(request)).run())
+        answer = await self.run(Exchange(self._shared, _command(request)).run())
         if answer.reply is None:
             return _response(answer, httpx.ByteStream(answer.body or b""))
         if answer.watch is None:
             return _response(answer, answer.reply.response.stream)
         return _response(answer, _AsyncWatchedStream(answer.reply.response, answer.watch))
 
-    async def _run(self, steps: Steps[Answer]) -> Answer:
+    async def run(self, steps: Steps[Any]) -> Any:
+        """Carry out steps to their end, and return what they return."""
         result: Any = None
         try:
             while True:
                 outcome = await anyio.to_thread.run_sync(_advance, steps, result)
                 if isinstance(outcome, _Finished):
-                    value: Answer = outcome.value
-                    return value
+                    return outcome.value
                 result = await self._do(outcome)
         finally:
             steps.close()

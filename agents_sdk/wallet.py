@@ -15,6 +15,7 @@ from agents_sdk.quotes import Demand, Offer
 if TYPE_CHECKING:
     from x402 import x402ClientSync
     from x402.mechanisms.evm.types import TypedDataDomain, TypedDataField
+    from x402.schemas import PaymentRequired, PaymentRequirements
 
 PAYMENT_HEADER = "PAYMENT-SIGNATURE"
 
@@ -61,16 +62,17 @@ class Wallet:
         Raises:
             QuoteRejected: If what was signed is not what was offered, whoever is to blame.
         """
-        from x402.extensions.payment_identifier import append_payment_identifier_to_extensions
         from x402.http.utils import encode_payment_signature_header
 
         if self._client is None:
-            self._client = _x402_client(self._account)
-        only = demand.required.model_copy(update={"accepts": [offer.requirement]}, deep=True)
-        if identifier is not None and only.extensions:
-            append_payment_identifier_to_extensions(only.extensions, identifier)
-        payload = self._client.create_payment_payload(only)
+            self._client = _x402_client(self.signer)
+        payload = self._client.create_payment_payload(_only(demand.required, offer.requirement, identifier))
         return SignedPayment(encode_payment_signature_header(payload), _expiry(payload.payload, offer))
+
+    @property
+    def signer(self) -> Signer:
+        """Signs typed data, as the x402 package wants it."""
+        return Signer(self._account)
 
     def sign_message(self, message: str) -> str:
         """Sign a text with `personal_sign` (EIP-191); returns 0x and 65 bytes in hexadecimal."""
@@ -95,7 +97,7 @@ def _account(key: str | bytes) -> LocalAccount:
     return account_or_none
 
 
-class _Signer:
+class Signer:
     """What the x402 client wants of a wallet. The package's own adapter logs whole payments at debug level; this does not."""
 
     def __init__(self, account: LocalAccount) -> None:
@@ -127,15 +129,38 @@ class _Signer:
         return bytes(signed.signature)
 
 
-def _x402_client(account: LocalAccount) -> x402ClientSync:
+def encoded_payment(
+    required: PaymentRequired, requirement: PaymentRequirements, payload: dict[str, Any], identifier: str | None
+) -> str:
+    """The header of a payment whose payload was signed, as the x402 client would put it together."""
+    from x402.http.utils import encode_payment_signature_header
+    from x402.schemas import PaymentPayload
+
+    only = _only(required, requirement, identifier)
+    return encode_payment_signature_header(
+        PaymentPayload(payload=payload, accepted=requirement, resource=only.resource, extensions=only.extensions)
+    )
+
+
+def _only(required: PaymentRequired, requirement: PaymentRequirements, identifier: str | None) -> PaymentRequired:
+    """The 402 with one way to pay, and our name for what is paid for in its extensions."""
+    from x402.extensions.payment_identifier import append_payment_identifier_to_extensions
+
+    only = required.model_copy(update={"accepts": [requirement]}, deep=True)
+    if identifier is not None and only.extensions:
+        append_payment_identifier_to_extensions(only.extensions, identifier)
+    return only
+
+
+def _x402_client(signer: Signer) -> x402ClientSync:
     # Imported at the first payment: it takes a second, and an agent may only look at its receipts.
     from x402 import x402ClientSync
     from x402.mechanisms.evm.exact.client import ExactEvmScheme
     from x402.mechanisms.evm.upto import UptoEvmClientScheme
 
     client = x402ClientSync()
-    client.register("eip155:*", ExactEvmScheme(_Signer(account)))
-    client.register("eip155:*", UptoEvmClientScheme(_Signer(account)))
+    client.register("eip155:*", ExactEvmScheme(signer))
+    client.register("eip155:*", UptoEvmClientScheme(signer))
     # Our policy has decided, with the quote in hand; the client's built-in cap and token list would only second-guess it.
     client.set_spend_controls(False)
     return client
