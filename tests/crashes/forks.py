@@ -25,8 +25,8 @@ from typing import Any, Self
 from contracts.anvil import end_with_parent
 from tests.crashes.steps import Step
 
-HURRIED = {"interval_s": 0.05, "watch_s": 0.2}
-"""What loops that an operation is about are made with, whatever the configuration says."""
+HURRIED = {"interval_s": 0.05, "watch_s": 0.2, "housekeeping_s": 0.1}
+"""What hurried loops are made with, whatever the configuration says."""
 
 
 class Forks:
@@ -62,8 +62,17 @@ class Forks:
         armed: Path,
         kill_at: Step | None,
         loops: Collection[str],
+        hurried: Collection[str],
+        pause: tuple[str, Path] | None,
     ) -> int:
-        """Fork a gateway; returns its process id, which vanishes when it ends. Its `loops` (see `steps`) hurry."""
+        """Fork a gateway; returns its process id, which vanishes when it ends.
+
+        Args:
+            environment: Its configuration.
+            log: What it says.
+            record: See `tests.crashes.steps`; likewise `armed`, `kill_at`, `loops` and `pause`.
+            hurried: The loops that look far more often than they do in earnest: nobody here has the time to wait for them.
+        """
         wanted = {
             "environment": dict(environment),
             "log": str(log),
@@ -71,6 +80,8 @@ class Forks:
             "armed": str(armed),
             "kill_at": None if kill_at is None else asdict(kill_at),
             "loops": sorted(loops),
+            "hurried": sorted(hurried),
+            "pause": None if pause is None else (pause[0], str(pause[1])),
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -119,7 +130,7 @@ def _main() -> None:
         try:
             if end_with_us is not None:
                 end_with_us()
-            _hurry([BY_THE_CLOCK[loop][0] for loop in wanted["loops"]])
+            _hurry([BY_THE_CLOCK[loop][0] for loop in wanted["hurried"]])
             _become_gateway(app, config, Steps, wanted)
             status = 0
         except BaseException:  # noqa: BLE001 - the log is all that is left to tell
@@ -129,7 +140,6 @@ def _main() -> None:
 
 
 def _hurry(owners: list[Any]) -> None:
-    """Let loops look far more often than they do in earnest: nobody here has the time to wait for them."""
     for owner in owners:
         original = owner.__init__
         names = HURRIED.keys() & inspect.signature(original).parameters.keys()
@@ -151,7 +161,8 @@ def _become_gateway(app: Any, config: Any, steps: Any, wanted: dict[str, Any]) -
         os.dup2(source, descriptor)
     os.environ.update(wanted["environment"])
     kill_at = None if wanted["kill_at"] is None else Step(**wanted["kill_at"])
-    steps(Path(wanted["record"]), Path(wanted["armed"]), kill_at, wanted["loops"]).install()
+    pause = None if wanted["pause"] is None else (wanted["pause"][0], Path(wanted["pause"][1]))
+    steps(Path(wanted["record"]), Path(wanted["armed"]), kill_at, wanted["loops"], pause).install()
     app.serve(config.load(None, wanted["environment"]))
 
 

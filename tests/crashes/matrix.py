@@ -41,13 +41,14 @@ def opened(world: World, directory: Path, operation: Operation) -> Iterator[Run]
 
 def live_through(run: Run, operation: Operation, kill_at: Step | None) -> list[Step]:
     """The first life, until it is killed or has nothing left to do. Returns the steps that it came to."""
-    run.gateway.live(kill_at)
+    run.gateway.live(kill_at, pause_at=operation.pause_at)
     operation.prepare(run)
     run.gateway.arm()
-    try:
-        operation.act(run)
-    except httpx.TransportError:
-        assert kill_at is not None
+    with _intervening(run, operation):
+        try:
+            operation.act(run)
+        except httpx.TransportError:
+            assert kill_at is not None
     deadline = time.monotonic() + PATIENCE_S
     while run.gateway.alive and not operation.done(run):
         assert time.monotonic() < deadline, "it does not come to its end"
@@ -57,6 +58,25 @@ def live_through(run: Run, operation: Operation, kill_at: Step | None) -> list[S
     # Polling is never twice the same, an operation's own writes are; a kill that does not happen tests nothing.
     assert kill_at is None or not is_own_write(kill_at) or kill_at in steps
     return steps
+
+
+@contextlib.contextmanager
+def _intervening(run: Run, operation: Operation) -> Iterator[None]:
+    if operation.pause_at is None:
+        yield
+        return
+
+    def intervene() -> None:
+        if run.gateway.wait_for_pause():
+            try:
+                operation.intervene(run)
+            finally:
+                run.gateway.go_on()
+
+    with ThreadPoolExecutor(1) as aside:
+        intervention = aside.submit(intervene)
+        yield
+    intervention.result()
 
 
 def live_on(run: Run, operation: Operation) -> None:

@@ -32,6 +32,8 @@ class Operation:
     """What it is about of that which gateways do by the clock, see `tests.crashes.steps`."""
     own_chain: ClassVar[bool] = False
     """Whether it does to the chain what other runs could not bear."""
+    pause_at: ClassVar[str | None] = None
+    """The step at which the gateway waits while something happens, see `intervene`."""
 
     def prepare(self, run: Run) -> None:
         """What comes before: no steps count yet."""
@@ -39,6 +41,9 @@ class Operation:
     def act(self, run: Run) -> None:
         """What the gateway dies in. Raises `httpx.TransportError` if it does so while the payer waits for it."""
         raise NotImplementedError
+
+    def intervene(self, run: Run) -> None:
+        """What happens while the gateway is at `pause_at`, in the first life and if it comes to there."""
 
     def done(self, run: Run) -> bool:
         """Whether all that `act` began has come to its end, in a life that nothing ended."""

@@ -13,6 +13,7 @@ import contextvars
 import functools
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -70,37 +71,53 @@ class Steps:
         armed: Steps count from when this file exists.
         kill_at: Where the process dies, as if its power were cut; None lets it live.
         loops: The loops of `BY_THE_CLOCK` whose steps count.
+        pause: The name of a step whose first occurrence waits, and the file that is made then and whose end is waited for.
     """
 
-    def __init__(self, record: Path, armed: Path, kill_at: Step | None, loops: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        record: Path,
+        armed: Path,
+        kill_at: Step | None,
+        loops: Collection[str] = (),
+        pause: tuple[str, Path] | None = None,
+    ) -> None:
         self._record = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._armed = armed
         self._kill_at = kill_at
         self._loops = frozenset(loops)
+        self._pause = pause
         self._seen: Counter[str] = Counter()
 
-    def happened(self, name: str) -> None:
-        """A step."""
+    def happened(self, name: str | None) -> None:
+        """A step; None is none."""
         loop = _LOOP.get()
-        if (loop and loop not in self._loops) or not self._armed.exists():
+        if name is None or (loop and loop not in self._loops) or not self._armed.exists():
             return
         if loop:
             name = f"{loop}: {name}"
         self._seen[name] += 1
         os.write(self._record, f"{name}\n".encode())
+        if self._pause is not None and (name, self._seen[name]) == (self._pause[0], 1):
+            self._wait(self._pause[1])
         if self._kill_at == Step(name, self._seen[name]):
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def _wait(self, paused: Path) -> None:
+        paused.touch()
+        while paused.exists():
+            time.sleep(0.002)
 
     def install(self) -> None:
         """Count what this process does from now on."""
         for name, (owner, function) in BY_THE_CLOCK.items():
             _name_loop(owner, function, name)
-        _around(Store, "write", self, None, _written)
+        _around(Store, "write", self, lambda *_: None, _written)
         # What several call at once travels together; each of them asks and is answered all the same.
         _name_loop(Rpc, "_fly", "flight")
-        _around(Rpc, "call", self, lambda _, *call: f"asking {_methods([call])}", _called)
+        _around(Rpc, "call", self, lambda _, *call: _asking([call]), _called)
         for function, answered in (("batch", _answered), ("ask_each", _all_answered)):
-            _around(Rpc, function, self, lambda _, requests: f"asking {_methods(requests)}", answered)
+            _around(Rpc, function, self, lambda _, requests: _asking(requests), answered)
         _around(Upstream, "send", self, lambda *_: "asking a provider", lambda *_: "a provider answers")
         _count_answers(self)
 
@@ -121,8 +138,7 @@ def _around(owner: type, name: str, steps: Steps, before: Callable[..., str] | N
 
     @functools.wraps(original)
     async def counted(*arguments: Any, **keywords: Any) -> Any:
-        if before is not None:
-            steps.happened(before(*arguments))
+        steps.happened(before(*arguments))
         result = await original(*arguments, **keywords)
         steps.happened(after(result, *arguments))
         return result
@@ -174,20 +190,26 @@ def _methods(requests: Any) -> str:
     return " ".join(sorted(methods - {"blockNumber", "feeHistory"} or methods))
 
 
-def _called(reply: Any, _: Rpc, method: str, *__: Any) -> str:
+def _asking(requests: Any) -> str | None:
+    return f"asking {_methods(requests)}" if requests else None
+
+
+def _called(reply: Any, _: Rpc, method: str, *__: Any) -> str | None:
     return _said([(method, reply)])
 
 
-def _answered(replies: Any, _: Rpc, requests: Any) -> str:
+def _answered(replies: Any, _: Rpc, requests: Any) -> str | None:
     return _said([(method, reply) for (method, _), reply in zip(requests, replies, strict=True)])
 
 
-def _all_answered(of_each_node: Any, rpc: Rpc, requests: Any) -> str:
+def _all_answered(of_each_node: Any, rpc: Rpc, requests: Any) -> str | None:
     return _answered(of_each_node[0], rpc, requests)
 
 
-def _said(answers: list[tuple[str, Any]]) -> str:
+def _said(answers: list[tuple[str, Any]]) -> str | None:
     """A receipt that is there is another step than one that is not, and so are logs."""
+    if not answers:
+        return None
     mined = any(method == "eth_getTransactionReceipt" and isinstance(reply, dict) for method, reply in answers)
     found = any(method == "eth_getLogs" and reply and isinstance(reply, list) for method, reply in answers)
     return f"answered {_methods(answers)}{', mined' if mined else ''}{', found' if found else ''}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +10,7 @@ import httpx
 
 from contracts.devnet import USDC
 from tests.crashes.operations import Operation, question
-from tests.crashes.world import MILLION_USD, SLOW, TERSE, UNAVAILABLE, Run
+from tests.crashes.world import MILLION_USD, TERSE, UNAVAILABLE, Run
 from tests.e2e.clients import UPTO, ask, ask_and_sign, sign_upto
 
 _PLEDGES = """
@@ -117,18 +115,13 @@ class FreeUpto(Upto):
 class OwedUpto(Upto):
     """A payer that empties its wallet while the answer is made: it owes the answer, and pays before it gets another one."""
 
-    changes: dict[str, Any] = field(default_factory=lambda: {"model": SLOW})
+    pause_at = "asking a provider"
     exact: int = 0
     """Atomic units that were paid otherwise in the end."""
 
-    def act(self, run: Run) -> None:
-        """Ask, and take the money away once the provider works on it."""
-        emptying = threading.Thread(target=self._empty, args=(run,))
-        emptying.start()
-        try:
-            assert self._ask(run).status_code == 200
-        finally:
-            emptying.join()
+    def intervene(self, run: Run) -> None:
+        """Take the money away."""
+        run.give(USDC, run.payer.address, 0)
 
     def resume(self, run: Run) -> None:
         """Ask again: after an answer that could not be paid that takes another payment first, which pays for both."""
@@ -161,15 +154,6 @@ class OwedUpto(Upto):
         paid = MILLION_USD - run.balance(USDC, run.payer.address)
         assert run.balance(USDC, run.treasury.address) == paid
         assert paid * 1000 == sum(charges.values()) + elsewhere + credit(run)
-
-    def _empty(self, run: Run) -> None:
-        deadline = time.monotonic() + 10
-        while not any(step.name == "asking a provider" for step in run.gateway.steps()):
-            if not run.gateway.alive:
-                return
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        run.give(USDC, run.payer.address, 0)
 
 
 def credit(run: Run) -> int:

@@ -94,7 +94,7 @@ class Gateway:
         world: Where it is.
         directory: Of its logs and records.
         environment: Its configuration.
-        loops: Whose steps count, see `tests.crashes.steps`.
+        loops: Whose steps count, see `tests.crashes.steps`; they hurry.
     """
 
     def __init__(self, world: World, directory: Path, environment: Mapping[str, str], loops: Collection[str]) -> None:
@@ -110,13 +110,26 @@ class Gateway:
             base_url=f"http://127.0.0.1:{self._port}", timeout=PATIENCE_S, trust_env=False, verify=_TLS
         )
 
-    def live(self, kill_at: Step | None = None, *, armed: bool = False) -> None:
-        """Begin a life of the gateway; with `armed`, the steps of its start count too, and it may not survive them."""
+    def live(self, kill_at: Step | None = None, *, armed: bool = False, pause_at: str | None = None) -> None:
+        """Begin a life of the gateway.
+
+        Args:
+            kill_at: Where it ends.
+            armed: The steps of its start count too, and it may not survive them.
+            pause_at: The step that waits for `go_on`.
+        """
         self._life = next(self._lives)
         if armed:
             self.arm()
         self._pid = self._forks.gateway(
-            self._environment, self.log, self._file("record"), self._file("armed"), kill_at, self._loops
+            self._environment,
+            self.log,
+            self._file("record"),
+            self._file("armed"),
+            kill_at,
+            self._loops,
+            self._loops,
+            None if pause_at is None else (pause_at, self._file("paused")),
         )
         deadline = time.monotonic() + PATIENCE_S
         while alive(self._pid):
@@ -129,6 +142,20 @@ class Gateway:
     def arm(self) -> None:
         """Steps count from now on."""
         self._file("armed").touch()
+
+    def wait_for_pause(self) -> bool:
+        """Wait until it has come to the step that it pauses at. False if it has died before."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.alive:
+            if self._file("paused").exists():
+                return True
+            assert time.monotonic() < deadline, "it does not come to where it was to wait"
+            time.sleep(0.002)
+        return False
+
+    def go_on(self) -> None:
+        """End its pause."""
+        self._file("paused").unlink(missing_ok=True)
 
     @property
     def alive(self) -> bool:
