@@ -132,7 +132,9 @@ def steps_of(record: Path) -> list[Step]:
     return found
 
 
-def _around(owner: type, name: str, steps: Steps, before: Callable[..., str] | None, after: Callable[..., str]) -> None:
+def _around(
+    owner: type, name: str, steps: Steps, before: Callable[..., str | None], after: Callable[..., str | None]
+) -> None:
     """Count a step before each call of a method, and one after it, which is told the result first."""
     original = getattr(owner, name)
 
