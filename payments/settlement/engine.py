@@ -34,10 +34,8 @@ from payments.store import Store, StoreBusy, Transaction
 
 log = logging.getLogger(__name__)
 
-LOOK_BACK_S = 900
-"""Older than this is no authorization that a payer signed for a quote of ours which is still good."""
-WITNESS_RETRY_S = 0.2
-"""Before a receipt that no second node confirms is asked for again."""
+LOOK_BACK_S = 900  # older is no authorization that a payer signed for a quote of ours which is still good
+WITNESS_RETRY_S = 0.2  # before a receipt that no second node confirms is asked for again
 
 
 class Settlements:
@@ -178,9 +176,9 @@ class Settlements:
         for entry in loaded.entries:
             if entry.state in states.OPEN:
                 self._entries[entry.id] = entry
-                if entry.state == "queued":
+                if entry.state == "queued" and entry.waits_for is None:
                     self._dispatcher.take(entry)
-            elif entry.block_number is not None and (entry.own or self._may_be_shallow(entry)):
+            elif entry.block_number is not None and (entry.own or self.courier.head - entry.block_number <= 64):
                 self.finality.watch(entry)
         for transaction in loaded.transactions:
             if transaction.signer is None:
@@ -265,8 +263,12 @@ class Settlements:
             raise KeyError(settlement_id)
         return SettlementOutcome.of(entry)
 
+    async def give_up(self, settlement_id: str, reason: str) -> None:
+        """End an order that waits for something which will not happen, unless it is carried by now."""
+        await self._judge.give_up(settlement_id, self._entries.get(settlement_id), reason)
+
     def take_queued(self, settlement_id: str) -> None:
-        """Take up an order that a unit has written with `outbox.enqueue`, now that it is durable."""
+        """Take up an order that a unit has written, or let go (`outbox.enqueue`, `release`), now that it is durable."""
         if self._running and settlement_id not in self._taking:
             task = self._taking[settlement_id] = self._spawn(self._take_queued(settlement_id))
             task.add_done_callback(lambda _: self._taking.pop(settlement_id))
@@ -328,9 +330,12 @@ class Settlements:
 
     async def _take_queued(self, settlement_id: str) -> None:
         entry = await self._store.read(lambda tx: outbox.find(tx, settlement_id))
-        if entry is not None and entry.state == "queued" and entry.id not in self._entries:
-            self._entries[entry.id] = entry
-            self._dispatcher.take(entry)
+        known = self._entries.get(settlement_id)
+        if entry is not None and entry.state == "queued" and (known is None or known.waits_for is not None):
+            known = self._entries.setdefault(entry.id, entry)
+            known.waits_for = entry.waits_for
+            if known.waits_for is None:
+                self._dispatcher.take(known)
 
     def _decided(self, entry: Entry) -> None:
         """The judge has made its decision durable."""
@@ -417,10 +422,6 @@ class Settlements:
             except Exception:
                 # Nothing that housekeeping meets may end it: without it stalled signers stay stalled.
                 log.exception("housekeeping of settlements failed")
-
-    def _may_be_shallow(self, entry: Entry) -> bool:
-        assert entry.block_number is not None
-        return self.courier.head - entry.block_number <= 64
 
     async def _ask_chain(self) -> None:
         accounts = list(self.accounts.values())
