@@ -10,7 +10,6 @@ import typer
 
 from gateway.commands import (
     ask,
-    channel,
     configuration,
     contracts,
     doctor,
@@ -21,7 +20,6 @@ from gateway.commands import (
     receipts,
     serving,
     settlements,
-    wallet,
     withdrawals,
 )
 from gateway.commands.shared import show_failure
@@ -67,8 +65,6 @@ app.command(
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
 )(ask.ask)
-app.add_typer(wallet.app, name="wallet", rich_help_panel=AGENTS)
-app.add_typer(channel.app, name="channel", rich_help_panel=AGENTS)
 app.command("dev", rich_help_panel=OPERATORS)(serving.dev)
 app.command("serve", rich_help_panel=OPERATORS)(serving.serve)
 app.command("facilitator", rich_help_panel=OPERATORS, epilog=facilitator.EXAMPLES)(facilitator.facilitator)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from payments.chain.rpc import Request, Rpc, RpcError
-from payments.settlement.orders import Evidence
 from payments.settlement.outbox import Entry
 
 
@@ -27,19 +25,11 @@ class Finality:
     Args:
         confirmations: Blocks on top of the evidence's own after which it is final.
         interval_s: At most one look per this time: a chain that mines at once would make hundreds of blocks to look at.
-        own_evidence: What a receipt of our own transaction proves for an entry, see `Judge`.
     """
 
-    def __init__(
-        self,
-        rpc: Rpc,
-        confirmations: int,
-        interval_s: float,
-        own_evidence: Callable[[Entry, dict[str, Any]], Evidence | None],
-    ) -> None:
+    def __init__(self, rpc: Rpc, confirmations: int, interval_s: float) -> None:
         self.watched: dict[str, Entry] = {}
         self._rpc = rpc
-        self._own_evidence = own_evidence
         self._confirmations = confirmations
         self._interval_s = interval_s
         self._looked_at = 0.0
@@ -97,14 +87,14 @@ class Finality:
         return verdicts
 
     async def _restore_block_hashes(self, entries: list[Entry]) -> None:
-        """After a restart only the number of an entry's block is known: read its receipt once more."""
+        """After a restart only the place of an entry's evidence is known: read its receipt once more. One that stands elsewhere
+        by now has no hash, is found vanished, and recorded anew: the books know a Transfer by its place."""
         requests: list[Request] = [("eth_getTransactionReceipt", (entry.transaction_hash,)) for entry in entries]
         for entry, receipt in zip(entries, await self._rpc.batch(requests), strict=True):
             if not isinstance(receipt, dict) or receipt["status"] != "0x1":
                 continue
-            evidence = self._own_evidence(entry, receipt) if entry.state == "mined" else None
-            if entry.state == "superseded" or evidence is not None:
-                entry.block_number = int(receipt["blockNumber"], 16)
+            places = {int(log["logIndex"], 16) for log in receipt["logs"]}
+            if int(receipt["blockNumber"], 16) == entry.block_number and entry.transfer_log_index in places:
                 entry.block_hash = receipt["blockHash"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from payments.settlement.orders import Evidence, Kind, NoEvidence, SettlementOrd
 from payments.settlement.outbox import Entry
 from payments.settlement.outgoing import Outgoing
 from payments.settlement.witnesses import Witnesses
-from payments.store import Store, Transaction
+from payments.store import Store, StoreBusy, Transaction
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +200,9 @@ class Judge:
         for entry, evidence in included.proven:
             self._spawn(self.record(entry, evidence))
         included.proven.clear()
-        await self._store.write_surely(partial(self._book_all, taken=[included]))
-        self._told(included)
+        with contextlib.suppress(StoreBusy):  # the background goes on, and tells
+            unit = partial(self._book_all, taken=[included])
+            await self._store.write_surely(unit, lambda _: self._told(included))
 
     def _book_all(self, tx: Transaction, taken: list[_Included]) -> None:
         for included in taken:
@@ -256,16 +258,10 @@ class Judge:
         entry.state, entry.own = state, state == "mined"
         entry.transaction_hash, entry.reason = evidence.transaction_hash, None
         entry.block_number, entry.block_hash = evidence.block_number, evidence.block_hash
+        entry.transfer_log_index = evidence.transfer_log_index
         self._closed(entry)
 
-    async def give_up(self, settlement_id: str, entry: Entry | None, reason: str) -> None:
-        """Record that what an order waits for will not happen, unless it waits no more; `entry` if it is known."""
-        entry = entry or await self._store.read(lambda tx: outbox.find(tx, settlement_id))
-        if entry is not None and entry.state == "queued" and entry.waits_for is not None:
-            await self._fail(entry, reason)
-
     async def _fail(self, entry: Entry, reason: str) -> None:
-
         def unit(tx: Transaction) -> None:
             if states.move(tx, entry.id, "failed", reason=reason):
                 self._kinds[entry.kind].on_failed(tx, entry.row() | {"state": "failed", "reason": reason})

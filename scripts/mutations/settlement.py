@@ -44,13 +44,6 @@ SETTLEMENTS = (
         MACHINE,
     ),
     Mutation(
-        "a reverted transaction counts as paid",
-        "payments/chain/batches.py",
-        '    if receipt["status"] != "0x1":\n        return None\n    logs: list[Log]',
-        "    logs: list[Log]",
-        EVIDENCE,
-    ),
-    Mutation(
         "an entry's place in its batch is ignored",
         "payments/chain/batches.py",
         "return results[position].logs if results[position].success else None",

@@ -72,8 +72,8 @@ class FakeChain:
         self.mempool: dict[tuple[str, int], Sent] = {}
         self.base_fee = GWEI
         """Wei; what offers less at most is not mined."""
-        self.batches: list[tuple[bytes, bool]] = []
-        """The calldata of every batch that was ever executed, in a block that stayed or not, and whether it reverted."""
+        self.executed: list[tuple[Sent, bool]] = []
+        """Every transaction that was ever executed, in a block that stayed or not, and whether it reverted as a whole."""
         self._clock = clock
         self._salt = itertools.count()
         for _ in range(EARLIER_BLOCKS):
@@ -144,8 +144,9 @@ class FakeChain:
             gas = sent.call.gas if isinstance(reverted, OutOfGas) else GAS_OF_CALL
         first = sum(len(receipt["logs"]) for receipt in block.receipts.values())
         place = {"blockNumber": hex(block.number), "blockHash": block.hash, "transactionHash": sent.hash}
-        if sent.call.to == self.batch_contract:
-            self.batches.append((sent.call.data, status == "0x0"))
+        self.executed.append((sent, status == "0x0"))
+        if status == "0x0" and sent.call.to != self.batch_contract:
+            self.contracts.failed_calls.add((sent.call.to, sent.call.data))
         block.sent.append(sent)
         block.receipts[sent.hash] = place | {
             "status": status,
@@ -184,6 +185,8 @@ class FakeChain:
                     return None
                 block = self.blocks[number]
                 return {"number": hex(number), "hash": block.hash, "timestamp": hex(block.timestamp)}
+            case "eth_getCode":
+                return "0x"
             case "eth_getLogs":
                 return self._logs(params[0])
             case "eth_call":

@@ -118,6 +118,8 @@ class Contracts:
         """So many of the next batches revert as a whole."""
         self.gas_eaters: set[str] = set()
         """Payers whose transfers use all gas that there is: a batch with one among others reverts as a whole."""
+        self.failed_calls: set[tuple[str, bytes]] = set()
+        """Calls that reverted by themselves, in a block that stayed or not: each can be called a failure."""
         self.blocked: set[str] = set()
         """Payers and recipients whose transfers the token refuses."""
         self._functions: dict[str, Callable[[Frame, bytes], Result]] = {
@@ -195,6 +197,7 @@ class Contracts:
                 if isinstance(reverted, OutOfGas) and len(calls) > 1:
                     raise
                 frame.state.restore(before)
+                self.failed_calls.add((to, call_data))
                 success = 0
             logs.append(_log(self.batch_contract, EXECUTED_TOPIC, f"0x{index:064x}", data=_word(success)))
         frame.calls = len(calls)

@@ -35,7 +35,7 @@ from tests.payments.fake_chain import FakeChain, FakeRpc
 T = TypeVar("T")
 
 STARTS_AT = 1_800_000_000.0
-WRITE_MS, READ_MS, NODE_MS = 4.0, 2.0, 30.0
+WRITE_MS, READ_MS, NODE_MS = 4.0, 2.0, 100.0
 """What the database and a node take on average."""
 TURN_S = 1e-6
 """What a turn of the event loop takes at least: whoever waits for a moment must find it past."""

@@ -7,9 +7,10 @@ Once the chain behaves again everything is decided within a bounded number of bl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from payments.chain.networks import Network, Token
 from payments.chain.rpc import RpcError, RpcUnavailable
+from payments.chain.signers import IN_FLIGHT_MAX, Signer
 from payments.chain.transactions import AUTHORIZATION_USED_TOPIC, Call, encode_transfer_with_authorization, word
 from payments.errors import SettlementUnavailable
 from payments.ledger import books, transfers
@@ -32,7 +34,7 @@ from payments.settlement.orders import Kind, SettlementOrder
 from payments.settlement.outbox import order_gas
 from payments.store import StoreBusy, Transaction
 from payments.x402.wire import Eip3009Authorization
-from tests.payments.fake_chain import GWEI, FakeChain
+from tests.payments.fake_chain import GWEI, FakeChain, Sent
 from tests.payments.fake_contracts import CANCEL, calls_of
 from tests.payments.simulation import Killed, Process, World, exploring
 
@@ -48,9 +50,11 @@ CUSTODY = account_id("custody", TOKEN.asset)
 CONFIRMATIONS = 2
 FUNDS = 10_000
 NANO_PER_ATOMIC = 1_000
-ROUNDS_MAX = 150
+ROUNDS_MAX = 120
 """Blocks after which everything is decided once nothing is in the way; a deadline and its margin are among them."""
-LONG_S, SHORT_S = 3_600, 40
+LONG_S, SHORT_S = 3_600, 12
+DEADLINE_ROUNDS = 20
+"""Seconds after a deadline by which it is decided."""
 TEMPLATE = Path(tempfile.mkdtemp(prefix="farebox-machine-")) / "farebox.db"
 
 # Few amounts: a payment must not take another one's Transfer of the same amount for its own.
@@ -98,6 +102,10 @@ class SettlementMachine(RuleBasedStateMachine):
         self.unknown: set[str] = set()
         """Nobody was told whether they were taken: the process was killed meanwhile."""
         self.stolen: set[str] = set()
+        self.overtaken: set[str] = set()
+        """Executed by a stranger before we gave them up: they are found without being asked for."""
+        self.final: set[str] = set()
+        self.waited = False
         self.open_process()
         self.submit_orders(wanted, enqueue=False)
 
@@ -119,6 +127,7 @@ class SettlementMachine(RuleBasedStateMachine):
                 self.process.run(self.engine.start())
             except (Killed, StoreBusy, RpcUnavailable, RpcError):
                 self.process.bury()
+                self.world.busy = 0  # whoever runs it tries again when the database is there
             else:
                 return
 
@@ -130,12 +139,26 @@ class SettlementMachine(RuleBasedStateMachine):
             self.process.bury()
             self.open_process()
             return None
+        finally:
+            self.check_finality()
 
     def read(self, query: str) -> list[Any]:
         found: list[Any] = self.process.store._database.read(lambda tx: tx.execute(query).fetchall())
         return found
 
     # --- what the operator and its callers do -------------------------------------------------------------------------
+
+    @rule(payer=payers, value=values)
+    def a_stranger_is_faster(self, payer: str, value: int) -> None:
+        """An order is written, and the process dies before it is taken up; meanwhile somebody executes it."""
+        order = self.order(payer, value, LONG_S)
+        self.orders[order.id] = order
+        self.unknown.add(order.id)
+        with contextlib.suppress(StoreBusy):
+            self.run(self.process.store.write(lambda tx: outbox.enqueue(tx, order)))
+        self.a_stranger_executes(order)
+        self.process.bury()
+        self.open_process()
 
     @rule(wanted=wanted_orders, enqueue=st.booleans())
     def submit_orders(self, wanted: list[tuple[str, int, int]], enqueue: bool) -> None:
@@ -181,12 +204,27 @@ class SettlementMachine(RuleBasedStateMachine):
             (times,) = self.read(f"SELECT COUNT(*) FROM ledger_transfer WHERE reference='{order_id}'")[0]
             assert times, "it is told as paid before it is booked"
 
-    @rule(seconds=st.integers(0, 6), blocks=st.booleans())
-    def time_passes(self, seconds: int, blocks: bool) -> None:
+    @rule(seconds=st.integers(0, 6), blocks=st.booleans(), busy=st.booleans())
+    def time_passes(self, seconds: int, blocks: bool, busy: bool) -> None:
+        self.world.busy = 1_000_000 if busy else 0
         for _ in range(seconds):
             self.run(asyncio.sleep(1))
             if blocks:
                 self.chain.mine()
+        self.world.busy = 0
+
+    @precondition(lambda self: not self.waited)
+    @rule()
+    def nothing_is_mined_until_deadlines_pass(self) -> None:
+        self.waited = True
+        fee, self.chain.base_fee = self.chain.base_fee, 10_000 * GWEI
+        for _ in range(SHORT_S + DEADLINE_ROUNDS):
+            self.run(asyncio.sleep(1))
+            self.chain.mine()
+        self.chain.base_fee = fee
+        late = self.world.time() - DEADLINE_ROUNDS
+        still_open = {row[0] for row in self.read("SELECT id FROM settlement WHERE state IN ('queued', 'submitted')")}
+        assert not [each for each in still_open if self.orders[each].valid_before < late], "past its deadline and open"
 
     @rule()
     def restart(self) -> None:
@@ -194,6 +232,12 @@ class SettlementMachine(RuleBasedStateMachine):
         self.process.store.close()
         self.process.bury()
         self.open_process()
+
+    @rule(after=st.integers(0, 12), pause_s=st.sampled_from((0.05, 1)))
+    def a_block_and_a_kill(self, after: int, pause_s: float) -> None:
+        self.chain.mine()
+        self.world.kill_in = after
+        self.run(asyncio.sleep(pause_s))
 
     @rule(after=st.integers(0, 40))
     def the_process_will_be_killed(self, after: int) -> None:
@@ -237,6 +281,16 @@ class SettlementMachine(RuleBasedStateMachine):
         self.chain.contracts.gas_eaters = {payer}
 
     @rule(which=st.integers(0, 1))
+    def our_key_was_used_elsewhere_and_that_is_forgotten(self, which: int) -> None:
+        """A node counts somebody's pending transaction when we start, and drops it later: a gap."""
+        signer = self.engine.signers[which].address
+        nonce = int(str(self.chain.answer("eth_getTransactionCount", (signer, "pending"))), 16)
+        self.chain.mempool[signer, nonce] = Sent("0x00", signer, nonce, 0, 0, Call(THIEF, b"", 21_000))
+        self.process.bury()
+        self.open_process()
+        self.chain.mempool.pop((signer, nonce), None)
+
+    @rule(which=st.integers(0, 1))
     def somebody_uses_a_nonce_of_our_signer(self, which: int) -> None:
         signer = self.engine.signers[which].address
         self.chain.act(signer, Call(THIEF, b"", 21_000))
@@ -247,8 +301,12 @@ class SettlementMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.orders)
     @rule(data=st.data())
     def a_stranger_submits_an_authorization(self, data: st.DataObject) -> None:
-        order = self.orders[data.draw(st.sampled_from(sorted(self.orders)))]
+        self.a_stranger_executes(self.orders[data.draw(st.sampled_from(sorted(self.orders)))])
+
+    def a_stranger_executes(self, order: SettlementOrder) -> None:
         self.chain.act(STRANGER, Call(order.call_to, order.call_data, 100_000))
+        if [(order.id,)] != self.read(f"SELECT id FROM settlement WHERE id='{order.id}' AND state='failed'"):
+            self.overtaken.add(order.id)
 
     @precondition(lambda self: self.orders)
     @rule(data=st.data())
@@ -298,9 +356,32 @@ class SettlementMachine(RuleBasedStateMachine):
         self.process.rpc.refuse = self.process.rpc.lose = self.chain.contracts.batches_out_of_gas = 0
         self.chain.mine()
         self.wait_until_decided()
+        for signer in self.engine.signers:
+            self.send_one_more(signer)
+        executed = self.executed()
+        for order_id, state in self.read("SELECT id, state FROM settlement"):
+            order = self.orders[order_id]
+            if order_id in self.overtaken and (order.payer, order.authorization_nonce) in executed:
+                assert state in states.PAID, f"{order_id} is {state}, and somebody else had executed it"
+            tried = (order.call_to, order.call_data) in self.chain.contracts.failed_calls
+            used = (order.payer, order.authorization_nonce) in self.chain.state.used
+            late = order.valid_before < self.world.time()
+            assert state != "failed" or tried or used or late, f"{order_id} has failed for no reason"
         failed_ids = [row[0] for row in self.read("SELECT id FROM settlement WHERE state='failed'")]
         for settlement_id in failed_ids:
             self.run(self.process.store.write(lambda tx, wished=settlement_id: stories.ask_again(tx, wished)))  # type: ignore[misc]
+        self.wait_until_decided()
+
+    def send_one_more(self, signer: Signer) -> None:
+        """What a reorganisation took of an account's transactions, with nobody waiting for them, shows with its next one."""
+        others = [each for each in self.engine.signers if each is not signer]
+        for other in others:
+            other.in_flight += IN_FLIGHT_MAX
+        order = self.order(PAYERS[0], 1, LONG_S)
+        self.orders[order.id] = order
+        self.submit([order], enqueue=False)
+        for other in others:
+            other.in_flight -= IN_FLIGHT_MAX
         self.wait_until_decided()
 
     def wait_until_decided(self) -> None:
@@ -331,7 +412,7 @@ class SettlementMachine(RuleBasedStateMachine):
         credits = dict(self.read("SELECT id, balance FROM ledger_account WHERE kind='payer' AND balance<>0"))
         assert credits == {payer_account(payer, TOKEN.asset): owed for payer, owed in expected.items()}
         self.check_transactions()
-        self.check_batches()
+        self.check_carriers()
         assert [error for error in self.world.errors if "StoreBusy" not in error] == []
 
     def executed(self) -> set[tuple[str, int]]:
@@ -359,17 +440,31 @@ class SettlementMachine(RuleBasedStateMachine):
         booked = self.read("SELECT COALESCE(SUM(balance), 0) FROM ledger_account WHERE kind='gas'")[0][0]
         assert booked == gas_gwei
 
-    def check_batches(self) -> None:
-        """Whoever was in a batch that reverted as a whole travels alone from then on."""
-        alone: dict[tuple[str, bytes], bytes] = {}
-        for data, reverted in self.chain.batches:
-            if len(calls := calls_of(data)) == 1:
+    def check_carriers(self) -> None:
+        """A call is carried once, and again only after what carried it reverted as a whole; from then on it goes alone."""
+        carriers: dict[tuple[str, bytes], set[bytes]] = defaultdict(set)
+        fell: dict[tuple[str, bytes], set[bytes]] = defaultdict(set)
+        for sent, reverted in self.chain.executed:
+            if sent.sender not in self.engine.accounts or sent.hash in self.stolen:
                 continue
+            batch = sent.call.to == BATCH
+            calls = calls_of(sent.call.data) if batch else [(sent.call.to, sent.call.data)]
             for call in calls:
-                assert alone.get(call, data) == data, "it went out among others again"
-                if reverted:
-                    alone[call] = data
+                if call[0] != TOKEN.address:
+                    continue
+                assert len(calls) == 1 or not fell[call] - {sent.call.data}, "it went out among others again"
+                carriers[call].add(sent.call.data)
+                if reverted and len(calls) > 1:
+                    fell[call].add(sent.call.data)
+        assert all(len(found) <= 1 + len(fell[call]) for call, found in carriers.items()), "it was carried twice"
+
+    def check_finality(self) -> None:
+        """What is final is as deep as it must be: asked whenever the process has done something and the chain nothing yet."""
+        rows = self.read("SELECT id, block_number FROM settlement WHERE state='final'")
+        head = self.chain.head.number
+        assert all(head - block >= CONFIRMATIONS for order_id, block in rows if order_id not in self.final)
+        self.final = {order_id for order_id, _ in rows}
 
 
 TestSettlementMachine = SettlementMachine.TestCase
-TestSettlementMachine.settings = exploring(60, 25)
+TestSettlementMachine.settings = exploring(60, 30)
