@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,7 @@ def running(
     simulator_port: int = 0,
     block_time_s: float | None = None,
     environment: Mapping[str, str] | None = None,
+    nodes: Callable[[str], Sequence[str]] | None = None,
 ) -> Iterator[tuple[Stack, GatewayProcess]]:
     """Start everything, and stop it at the end.
 
@@ -166,6 +167,7 @@ def running(
         port: The gateway's port; 0 takes a free one. Likewise `rpc_port` and `simulator_port`.
         block_time_s: Seconds between blocks; None mines each transaction at once.
         environment: Further `FAREBOX_*` variables for the gateway.
+        nodes: Given the chain's URL, by which URLs the gateway reaches it; by default that one.
 
     Yields:
         What runs, and the gateway's process.
@@ -192,6 +194,8 @@ def running(
             "batch_contract": batch_contract,
             "deposit_factory": deposit_factory,
         }
+        if nodes is not None:
+            network["rpc_urls"] = list(nodes(anvil.rpc_url))
         variables = _environment(data_dir, config_file, gateway_port, network, simulator.url, keys)
         url = f"http://127.0.0.1:{gateway_port}"
         gateway = GatewayProcess(url, config_file, {**variables, **(environment or {})}, data_dir / "gateway.log")

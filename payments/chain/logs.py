@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from payments.chain.rpc import Rpc
+from payments.chain.rpc import Rpc, RpcUnavailable
 from payments.chain.transactions import TRANSFER_TOPIC
 
 RANGE_MAX = 2_000
@@ -35,6 +35,24 @@ async def get_logs(
         query = {"address": address, "topics": list(topics), "fromBlock": hex(start), "toBlock": hex(end)}
         logs += await rpc.call("eth_getLogs", [query])
     return logs
+
+
+async def receipt_with(rpc: Rpc, log: Log) -> dict[str, Any]:
+    """The receipt of the transaction that left a log.
+
+    Raises:
+        RpcError: The node refused.
+        RpcUnavailable: No node answered, or the receipt does not have the log: one of the two answers is wrong, and which one
+            is not known.
+    """
+    receipt = await rpc.call("eth_getTransactionReceipt", [log["transactionHash"]])
+    index, topics = int(log["logIndex"], 16), log["topics"]
+    if receipt is None or not any(
+        int(own["logIndex"], 16) == index and own["topics"] == topics for own in receipt["logs"]
+    ):
+        raise RpcUnavailable(f"a node has a log of {log['transactionHash']}, and not in its receipt")
+    found: dict[str, Any] = receipt
+    return found
 
 
 def transferred(log: Log, token: str, sender: str, recipient: str) -> int | None:

@@ -18,6 +18,7 @@ BLOCK_MAX = 2**53
 UINT256_DIGITS = 66
 BUSY_CODES = frozenset({-32005, -32016, 429})
 """What nodes answer to one call of many when they limit their callers."""
+INTERNAL_ERROR = -32603
 
 
 class RpcError(Exception):
@@ -29,6 +30,12 @@ class RpcError(Exception):
         self.code = code
         self.message = message
         self.data = data
+
+    @property
+    def is_the_nodes_own(self) -> bool:
+        """Whether another node may well answer: this one limits its callers, or is broken inside. Some report a revert as an
+        internal error too, with what the contract returned."""
+        return self.code in BUSY_CODES or (self.code == INTERNAL_ERROR and self.data is None)
 
 
 Reply = Any | RpcError

@@ -16,7 +16,7 @@ import aiohttp
 import orjson
 
 from payments.chain.nodes import Node, Nodes
-from payments.chain.replies import BUSY_CODES, Reply, Request, RpcError, read_replies
+from payments.chain.replies import Reply, Request, RpcError, read_replies
 
 __all__ = ["BATCH_MAX", "Reply", "Request", "Rpc", "RpcError", "RpcUnavailable"]
 
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 BATCH_MAX = 100
 """Calls in one POST; public nodes refuse more."""
+ANSWER_BYTES_MAX = 32_000_000
+"""Of one POST: a node that sends more, meaning it or not, does not get to use up our memory."""
 PATIENCE_S = 3.0
 """How long a POST may take where another healthy node could answer it."""
 LOOK_INTERVAL_S = 5.0
@@ -187,8 +189,8 @@ class Rpc:
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 problems.append(f"{node.host}: {error or type(error).__name__}")
                 continue
-            if following is not None and any(isinstance(r, RpcError) and r.code in BUSY_CODES for r in replies):
-                problems.append(f"{node.host}: limits its callers")
+            if following is not None and any(isinstance(r, RpcError) and r.is_the_nodes_own for r in replies):
+                problems.append(f"{node.host}: limits its callers, or is broken inside")
                 node.failed(now, time.monotonic(), hung=False)
                 continue
             self.available = True
@@ -225,7 +227,12 @@ class Rpc:
         async with self._session.post(url, data=body, timeout=aiohttp.ClientTimeout(total=timeout_s)) as response:
             if response.status != 200:
                 raise ValueError(f"answered HTTP {response.status}")
-            return await response.read()
+            answer = bytearray()
+            async for piece in response.content.iter_any():
+                answer += piece
+                if len(answer) > ANSWER_BYTES_MAX:
+                    raise ValueError("answered without end")
+            return bytes(answer)
 
     # --- several nodes ------------------------------------------------------------------------------------------------
 

@@ -158,6 +158,7 @@ _UPTO_SETTLE_WITH_PERMIT = selector(
 _TRANSFER = selector("transfer(address,uint256)")
 _BALANCE_OF = selector("balanceOf(address)")
 _ALLOWANCE = selector("allowance(address,address)")
+_BASIS_POINTS_RATE = selector("basisPointsRate()")
 _AUTHORIZATION_STATE = selector("authorizationState(address,bytes32)")
 _NONCE_BITMAP = selector("nonceBitmap(address,uint256)")
 PERMIT_WORDS = 5
@@ -315,6 +316,11 @@ def encode_balance_of(owner: str) -> bytes:
 def encode_allowance(owner: str, spender: str) -> bytes:
     """Calldata of ERC-20 `allowance`."""
     return _ALLOWANCE + address_word(owner) + address_word(spender)
+
+
+def encode_basis_points_rate() -> bytes:
+    """Calldata of `basisPointsRate`: the fee that Tether's contracts take of a transfer, once its switch is on."""
+    return _BASIS_POINTS_RATE
 
 
 def encode_authorization_state(payer: str, nonce: int) -> bytes:

@@ -6,6 +6,7 @@ read from the chain, since the book marks the channel. So it makes no difference
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from payments.chain.channel_contract import (
@@ -19,8 +20,8 @@ from payments.chain.channel_contract import (
     decode_states,
     states_call,
 )
-from payments.chain.logs import Log, get_logs, transferred
-from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, PERMIT2_ADDRESS, Network
+from payments.chain.logs import Log, get_logs, receipt_with, transferred
+from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, PERMIT2_ADDRESS, Network, Token
 from payments.chain.rpc import Rpc
 from payments.chain.transactions import (
     WORD,
@@ -30,6 +31,8 @@ from payments.chain.transactions import (
     nonce_is_set,
 )
 from payments.channels import book
+from payments.ledger import transfers
+from payments.ledger.accounts import account_id
 from payments.money import atomic_to_nano_down
 from payments.settlement.orders import Evidence, Kind, NoEvidence, SettlementOrder
 from payments.store import Store, Transaction
@@ -82,12 +85,16 @@ class ClaimProof:
     def of_call(self, order: SettlementOrder, receipt: dict[str, Any], logs: list[Log]) -> Evidence | None:
         """See `payments.settlement.orders.Proof`."""
         topics = [SETTLED_TOPIC, address_topic(order.pay_to), address_topic(order.token)]
-        if not any(log["address"].lower() == BATCH_SETTLEMENT_ADDRESS and log["topics"][:3] == topics for log in logs):
+        settled = [
+            log for log in logs if log["address"].lower() == BATCH_SETTLEMENT_ADDRESS and log["topics"][:3] == topics
+        ]
+        if not settled:
             return None
+        sent = int(settled[0]["data"][2 : 2 + 2 * WORD], 16)
         for log in logs:
             value = transferred(log, order.token, BATCH_SETTLEMENT_ADDRESS, order.pay_to)
             if value:
-                return _evidence(receipt, log, value)
+                return replace(_evidence(receipt, log, value), withheld_value=max(sent - value, 0))
         return None
 
     async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
@@ -99,8 +106,8 @@ class ClaimProof:
             return NoEvidence(nonce_consumed=False)
         topics = [SETTLED_TOPIC, address_topic(order.pay_to), address_topic(order.token)]
         for log in reversed(await get_logs(rpc, BATCH_SETTLEMENT_ADDRESS, topics, from_block, head)):
-            receipt = await rpc.call("eth_getTransactionReceipt", [log["transactionHash"]])
-            evidence = None if receipt is None else self.of_call(order, receipt, receipt["logs"])
+            receipt = await receipt_with(rpc, log)
+            evidence = self.of_call(order, receipt, receipt["logs"])
             if evidence is not None:
                 return evidence
         return NoEvidence(nonce_consumed=True)
@@ -150,6 +157,15 @@ class _Books:
             if total_nano_usd > channel.claimed_nano_usd:
                 book.book_claimed(tx, channel_id, total_nano_usd, token)
             self._end_claim(tx, channel, row, claim_from_ms=0)
+        self._withheld(tx, row, token)
+
+    def _withheld(self, tx: Transaction, row: dict[str, Any], token: Token) -> None:
+        """What was claimed and did not arrive, because the token took a fee, is the operator's loss."""
+        amount = atomic_to_nano_down(int(row.get("withheld_value") or 0), token.decimals)
+        if amount:
+            variance, custody = account_id("variance", token.asset), account_id("custody", token.asset)
+            name = f"withheld:{row['id']}"
+            transfers.post(tx, id=name, debit=variance, credit=custody, amount=amount, reference=row["id"])
 
     def claim_failed(self, tx: Transaction, row: dict[str, Any]) -> None:
         for channel_id, _ in tx.execute(_CLAIMS, (row["id"],)).fetchall():
@@ -203,8 +219,7 @@ def _evidence(receipt: dict[str, Any], log: Log, value: int) -> Evidence:
 
 async def _search(rpc: Rpc, event: str, order: SettlementOrder, from_block: int, head: int) -> Evidence | None:
     for log in await get_logs(rpc, BATCH_SETTLEMENT_ADDRESS, [event, order.reference], from_block, head):
-        receipt = await rpc.call("eth_getTransactionReceipt", [log["transactionHash"]])
-        evidence = None if receipt is None else _pick(receipt, [log], event, order)
+        evidence = _pick(await receipt_with(rpc, log), [log], event, order)
         if evidence is not None:
             return evidence
     return None

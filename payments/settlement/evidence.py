@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from payments.chain.logs import Log, get_logs, transferred
+from payments.chain.logs import Log, get_logs, receipt_with, transferred
 from payments.chain.networks import PERMIT2_ADDRESS
-from payments.chain.rpc import Rpc, RpcError
+from payments.chain.rpc import Rpc, RpcError, RpcUnavailable
 from payments.chain.transactions import (
     AUTHORIZATION_USED_TOPIC,
     TRANSFER_TOPIC,
@@ -145,8 +145,7 @@ async def _find_eip3009(rpc: Rpc, order: SettlementOrder, from_block: int, to_bl
     nonce = f"0x{order.authorization_nonce:064x}"
     topics = [AUTHORIZATION_USED_TOPIC, address_topic(order.payer), nonce]
     for log in await get_logs(rpc, order.token, topics, from_block, to_block):
-        receipt = await rpc.call("eth_getTransactionReceipt", [log["transactionHash"]])
-        evidence = None if receipt is None else of_foreign_transaction(receipt, order)
+        evidence = of_foreign_transaction(await receipt_with(rpc, log), order)
         if evidence is not None:
             return evidence
     return None
@@ -163,11 +162,11 @@ async def _find_permit2(rpc: Rpc, order: SettlementOrder, from_block: int, to_bl
     terms = proxy_terms(ours)
     topics = [TRANSFER_TOPIC, address_topic(order.payer), address_topic(order.pay_to)]
     logs = await get_logs(rpc, order.token, topics, from_block, to_block)
-    for transaction_hash in list(dict.fromkeys(log["transactionHash"] for log in logs))[-CANDIDATES_MAX:]:
+    for transaction_hash, log in list({log["transactionHash"]: log for log in logs}.items())[-CANDIDATES_MAX:]:
         transaction = await rpc.call("eth_getTransactionByHash", [transaction_hash])
-        receipt = await rpc.call("eth_getTransactionReceipt", [transaction_hash])
-        if transaction is None or receipt is None or receipt["status"] != "0x1":
-            continue
+        receipt = await receipt_with(rpc, log)
+        if transaction is None:
+            raise RpcUnavailable(f"a node has a log of {transaction_hash}, and does not have it")
         theirs = proxy_terms(bytes.fromhex(transaction["input"][2:]))
         if (transaction.get("to") or "").lower() == proxy and theirs is not None:
             # A direct call says what it settles; the signature behind the terms may be spelled otherwise than ours.

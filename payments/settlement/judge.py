@@ -251,7 +251,8 @@ class Judge:
         }
         state = "mined" if own else "superseded"
         if states.move(tx, entry.id, state, **columns):
-            self._kinds[entry.kind].on_paid(tx, entry.row() | columns | {"state": state})
+            told = {"state": state, "withheld_value": str(evidence.withheld_value)}
+            self._kinds[entry.kind].on_paid(tx, entry.row() | columns | told)
         return state
 
     def _paid(self, entry: Entry, evidence: Evidence, state: str) -> None:

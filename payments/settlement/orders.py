@@ -56,6 +56,8 @@ class Evidence:
     transfer_log_index: int
     received_value: int
     """Atomic units; less than what was sent if the token takes a fee."""
+    withheld_value: int = 0
+    """Atomic units that the token's fee took of a transfer by a contract that says how much it sent."""
 
 
 @dataclass(frozen=True, slots=True)

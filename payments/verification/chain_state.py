@@ -16,12 +16,14 @@ from typing import Any
 from payments.chain.networks import MULTICALL3_ADDRESS, PERMIT2_ADDRESS, Network, Token
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
 from payments.chain.transactions import (
+    WORD,
     decode_aggregate3,
     decode_revert,
     encode_aggregate3,
     encode_allowance,
     encode_authorization_state,
     encode_balance_of,
+    encode_basis_points_rate,
     encode_nonce_bitmap,
     nonce_is_set,
     settle_call,
@@ -73,6 +75,7 @@ class _Check:
         if isinstance(authorization, Permit2Authorization):
             calls.append((PERMIT2_ADDRESS, encode_nonce_bitmap(payer, nonce)))
             calls.append((token, encode_allowance(payer, PERMIT2_ADDRESS)))
+            calls.append((token, encode_basis_points_rate()))
         else:
             calls.append((token, encode_authorization_state(payer, nonce)))
         if self.unproven is None and not self.apart:
@@ -146,7 +149,7 @@ class ChainStates:
 
         Raises:
             PaymentError: `unproven`.
-            PaymentRefused: ``authorization_used``, ``insufficient_funds`` or ``transfer_would_fail``.
+            PaymentRefused: ``authorization_used``, ``insufficient_funds``, ``token_takes_fee`` or ``transfer_would_fail``.
             AllowanceRequired: Permit2 may not move the token yet.
             SettlementUnavailable: The chain cannot be asked.
         """
@@ -264,12 +267,23 @@ def _judge(check: _Check, results: Sequence[CallResult], in_use: InUse) -> Payme
     funds, needed = check.funds(results), check.needed
     if funds.balance - in_use.balance < needed.balance:
         return insufficient_funds(funds.balance - in_use.balance, needed.balance, token)
+    if permit2 and _takes_a_fee(results[3]):
+        return PaymentRefused(
+            "token_takes_fee",
+            f"{token.symbol} takes a fee of every transfer now, so that less than is paid would arrive: pay in another token",
+        )
     if not funds.allow(needed, in_use):
         return lacks_allowance(needed, in_use, token)
     if check.unproven is not None or check.apart:
         return None  # simulated by itself
     succeeded, returned = results[-1]
     return None if succeeded else _would_fail(decode_revert(returned))
+
+
+def _takes_a_fee(result: CallResult) -> bool:
+    """By Tether's own word; other tokens do not know the question. What is not mined yet may meet a fee all the same."""
+    succeeded, returned = result
+    return succeeded and len(returned) == WORD and any(returned)
 
 
 def insufficient_funds(free: int, needed: int, token: Token) -> PaymentRefused:

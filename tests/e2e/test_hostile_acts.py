@@ -41,8 +41,10 @@ Act = tuple[str, str]
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    limits = {"PAYMENTS__PAYER_EXPOSURE_USD": EXPOSURE_USD, "PAYMENTS__UPTO_EXPOSURE_USD": EXPOSURE_USD}
-    with new_ground(tmp_path_factory.mktemp("acts"), **limits) as made:
+    directory = tmp_path_factory.mktemp("acts")
+    with new_ground(
+        directory, PAYMENTS__PAYER_EXPOSURE_USD=EXPOSURE_USD, PAYMENTS__UPTO_EXPOSURE_USD=EXPOSURE_USD
+    ) as made:
         yield made
 
 

@@ -176,9 +176,10 @@ async def test_nonsense_is_no_answer_and_the_next_node_gives_one(method: str, pa
             await rpc.call(method, params)
 
 
-async def test_a_node_that_limits_its_callers_is_passed_over_but_its_answer_stands_where_it_is_alone() -> None:
+@pytest.mark.parametrize("code", [-32005, -32603], ids=["limits its callers", "internal error"])
+async def test_a_node_that_answers_no_call_is_passed_over_but_its_answer_stands_where_it_is_alone(code: int) -> None:
     busy, good = ScriptedNode(), ScriptedNode()
-    busy.errors["eth_gasPrice"] = -32005
+    busy.errors["eth_gasPrice"] = code
     good.results["eth_gasPrice"] = "0x1"
     async with serving(busy, good) as rpc:
         assert await rpc.call("eth_gasPrice") == "0x1"
