@@ -4,6 +4,7 @@ The wallet's key comes from the environment only: arguments are seen by every pr
 
 Example:
     $ FAREBOX_WALLET_KEY=0x… farebox ask "Why is the sky blue?" --max-usd 0.05
+    $ FAREBOX_WALLET_KEY=0x… farebox ask "And the sea?" --scheme batch-settlement
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import httpx
 import typer
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from agents_sdk.agent import Agent
 from agents_sdk.errors import FareboxError
-from agents_sdk.policy import SpendingPolicy
+from agents_sdk.policy import Scheme, SpendingPolicy
 from agents_sdk.receipts import Receipt
 
 KEY_VARIABLE = "FAREBOX_WALLET_KEY"
@@ -35,6 +36,10 @@ def ask_command(
     strategy: Annotated[
         str | None, typer.Option(help="balanced, cost-first, latency-first or availability-first.")
     ] = None,
+    scheme: Annotated[
+        str, typer.Option(help="How to pay: exact, upto or batch-settlement (a channel); exact where that cannot be.")
+    ] = "exact",
+    deposit_usd: Annotated[str, typer.Option(help="The most that lies unspent in a channel.")] = "1.00",
     token: Annotated[str | None, typer.Option(help="Pay in this token only: a symbol or an address.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     gateway: Annotated[str, typer.Option(envvar=GATEWAY_VARIABLE, help="The gateway's URL.")] = "http://127.0.0.1:8402",
@@ -49,7 +54,13 @@ def ask_command(
         console.print(f"Set {KEY_VARIABLE} to the private key of the wallet that pays.", style="red")
         raise typer.Exit(2)
     try:
-        policy = SpendingPolicy(max_per_request=max_usd, max_per_day=None, tokens=None if token is None else [token])
+        policy = SpendingPolicy(
+            max_per_request=max_usd,
+            max_per_day=None,
+            tokens=None if token is None else [token],
+            schemes=cast("tuple[Scheme, ...]", tuple(dict.fromkeys((scheme, "exact")))),
+            channel_deposit=deposit_usd,
+        )
         agent = Agent(key, gateway, policy=policy, rpc_url=rpc_url)
     except ValueError as error:
         console.print(str(error), style="red", markup=False)
@@ -122,6 +133,9 @@ def _line(receipt: Receipt) -> str:
     parts = [receipt.model or "unknown model", f"cost {usd(receipt.charged_usd)}"]
     if receipt.paid_with == "credit":
         parts.append("paid from credit")
+    elif receipt.paid_with == "batch-settlement":
+        parts.append("paid through a channel")
+        parts += [f"deposit {receipt.transaction}"] if receipt.transaction else []
     else:
         parts.append(f"credited {usd(receipt.credited_usd)}")
         parts.append(f"transaction {receipt.transaction or 'unknown'}")

@@ -10,6 +10,7 @@ import typer
 
 from gateway.commands import (
     ask,
+    channel,
     configuration,
     contracts,
     doctor,
@@ -20,6 +21,7 @@ from gateway.commands import (
     receipts,
     serving,
     settlements,
+    wallet,
     withdrawals,
 )
 from gateway.commands.shared import show_failure
@@ -65,6 +67,8 @@ app.command(
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
 )(ask.ask)
+app.add_typer(wallet.app, name="wallet", rich_help_panel=AGENTS)
+app.add_typer(channel.app, name="channel", rich_help_panel=AGENTS)
 app.command("dev", rich_help_panel=OPERATORS)(serving.dev)
 app.command("serve", rich_help_panel=OPERATORS)(serving.serve)
 app.command("facilitator", rich_help_panel=OPERATORS, epilog=facilitator.EXAMPLES)(facilitator.facilitator)

@@ -17,12 +17,12 @@ from gateway.api.errors import ApiError
 from gateway.api.http import Call
 from payments.sign_in import use_nonce
 from payments.store import Store
-from payments.x402.extensions import bazaar, eip2612, identifier, offer_receipt, sign_in_with_x
+from payments.x402.extensions import bazaar, eip2612, erc20_approval, identifier, offer_receipt, sign_in_with_x
 from payments.x402.extensions.offer_receipt import OfferSigner
 from payments.x402.extensions.sign_in_with_x import SignInWithX
 from payments.x402.requirements import Requirement
 
-NAMES = (identifier.NAME, sign_in_with_x.NAME, offer_receipt.NAME, bazaar.NAME, eip2612.NAME)
+NAMES = (identifier.NAME, sign_in_with_x.NAME, offer_receipt.NAME, bazaar.NAME, eip2612.NAME, erc20_approval.NAME)
 
 
 class Extensions:
@@ -36,6 +36,7 @@ class Extensions:
             request's: a proxy in between could have its own name signed.
         default: Declared to whoever asks for none.
         example_model: Named in the example of a request; None if nothing can be called.
+        sponsored: The networks, in CAIP-2 form, on which approvals are brought to the chain for their payers.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Extensions:
         origin: str,
         default: Sequence[str],
         example_model: str | None,
+        sponsored: frozenset[str] = frozenset(),
     ) -> None:
         self.signer = signer
         self.example_model = example_model
@@ -53,6 +55,7 @@ class Extensions:
         self._store = store
         self._sign_in = sign_in
         self._default = tuple(default)
+        self._sponsored = sponsored
 
     def asked(self, accept_payment: str | None) -> list[str]:
         """The extensions that a caller asks for by name, in its order."""
@@ -76,7 +79,12 @@ class Extensions:
                 declared[name] = bazaar.declaration(self.example_model)
             elif name == eip2612.NAME and any(map(eip2612.helps, requirements)):
                 declared[name] = eip2612.DECLARATION
+            elif name == erc20_approval.NAME and any(map(self._sponsors, requirements)):
+                declared[name] = erc20_approval.DECLARATION
         return declared
+
+    def _sponsors(self, requirement: Requirement) -> bool:
+        return requirement.network in self._sponsored and erc20_approval.helps(requirement)
 
     async def signed_in(self, call: Call) -> WalletCaller | None:
         """The wallet that answered a challenge with this request; its nonce is used up. None if there is no answer.

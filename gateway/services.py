@@ -49,6 +49,8 @@ from payments.settlement.engine import Settlements
 from payments.settlement.refunds import Refunds
 from payments.settlement.withdrawer import Withdrawer
 from payments.sign_in import SignIn
+from payments.sponsoring.records import Budget
+from payments.sponsoring.sponsor import Sponsor
 from payments.store import Store, StoreBusy
 from payments.tenders.exact_scheme import ExactScheme
 from payments.tenders.exact_services import ExactServices
@@ -78,6 +80,7 @@ class Chain:
     refunds: Refunds
     withdrawer: Withdrawer
     deposits: Deposits | None
+    sponsor: Sponsor
     alarms: Alarms
     refunder: Refunder | None
 
@@ -153,6 +156,7 @@ class Services:
                 _origin(settings),
                 settings.payments.extensions,
                 settings.models[0].id if settings.models else None,
+                frozenset(chain.network.caip2 for chain in chains if chain.sponsor.active),
             )
             offers = Offers(
                 payable,
@@ -228,6 +232,9 @@ async def _open_chain(
     withdrawer = Withdrawer(store, settlements, network.tokens, pay_to)
     await settlements.start()
     cleanup.push_async_callback(settlements.stop)
+    sponsor = Sponsor(store, settlements, _budget(own))
+    await sponsor.start()
+    cleanup.push_async_callback(sponsor.stop)
     deposits = None
     if own.deposit_factory is not None:
         deposits = await _open_deposits(settings, network, own, settlements, store, leases, cleanup)
@@ -251,6 +258,7 @@ async def _open_chain(
         payer_exposure_nano_usd=usd_to_nano(settings.payments.payer_exposure_usd),
         settlement_wait_s=settings.payments.settlement_wait_s,
         credited=refunds.consider if sends_back else None,
+        sponsor=sponsor,
     )
     schemes: list[Scheme] = [ExactScheme(network, pay_to, services, own.wallet_factories)]
     if upto_works:
@@ -271,7 +279,7 @@ async def _open_chain(
     if settlements.signers and await has_channels(rpc):
         channels, refunder = await open_channels(settings, settlements, services, pay_to, leases, cleanup)
         schemes.append(channels)
-    chain = Chain(network, rpc, settlements, refunds, withdrawer, deposits, alarms, refunder)
+    chain = Chain(network, rpc, settlements, refunds, withdrawer, deposits, sponsor, alarms, refunder)
     return chain, NetworkPayments(network, tuple(schemes))
 
 
@@ -307,6 +315,11 @@ async def _open_deposits(
     await sweeping.start()
     cleanup.push_async_callback(sweeping.stop)
     return deposits
+
+
+def _budget(own: NetworkSettings) -> Budget:
+    hourly, payer = own.sponsor_hourly_native, own.sponsor_payer_native
+    return Budget(*(nano_to_atomic_down(usd_to_nano(text), WEI_DECIMALS) for text in (hourly, payer)))
 
 
 def _withdrawal_limits(settings: WalletSettings) -> Limits:

@@ -32,7 +32,14 @@ TokenizerFamily = Literal[
     "o200k_base", "cl100k_base", "llama3", "deepseek", "qwen", "mistral", "gemini", "claude", "other"
 ]
 Scheme = Literal["exact", "upto", "batch-settlement"]
-Extension = Literal["payment-identifier", "sign-in-with-x", "offer-receipt", "bazaar", "eip2612GasSponsoring"]
+Extension = Literal[
+    "payment-identifier",
+    "sign-in-with-x",
+    "offer-receipt",
+    "bazaar",
+    "eip2612GasSponsoring",
+    "erc20ApprovalGasSponsoring",
+]
 StrategyName = Literal["balanced", "cost-first", "latency-first", "availability-first"]
 
 
@@ -84,6 +91,11 @@ class NetworkSettings(Section):
     """What is offered at most for a unit of gas; above it settlements wait. Known for known chains, else 500."""
     max_priority_fee_gwei: int | None = Field(default=None, gt=0, lt=10**9)
     """The part of it for the block's builder, at most; known for known chains, else 50."""
+    sponsor_hourly_native: Usd = "0"
+    """What payers without the chain's coin are given at most within an hour, in all, to approve Permit2 (the extension
+    erc20ApprovalGasSponsoring); 0 offers that to nobody."""
+    sponsor_payer_native: Usd = "0.0001"
+    """Of that, to one payer, once per token: gas limit times maxFeePerGas of the approval that it signed."""
 
     def resolve(self) -> Network:
         """The network that this describes: what is known about the chain and its tokens, with what is said here on top.

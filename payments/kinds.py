@@ -13,6 +13,7 @@ from payments.facilitator import kinds as facilitated
 from payments.settlement import refunds, sweeps, withdrawer
 from payments.settlement.engine import Settlements
 from payments.settlement.orders import Kind
+from payments.sponsoring import funding
 from payments.store import Store
 from payments.tenders import upto_settlement
 from payments.tenders.exact import PAYMENT
@@ -31,6 +32,7 @@ def every_kind(store: Store, network: Network, *, batches: bool) -> dict[str, Ki
         "refund": refunds.kind(network.tokens),
         "withdrawal": withdrawer.kind(network.tokens),
         "sweep": sweeps.kind(),
+        funding.KIND: funding.kind(),
         **facilitated.kinds(batches=batches),
         **channels.kinds(store, network),
     }

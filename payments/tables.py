@@ -12,6 +12,7 @@ from sqlmodel import Field, SQLModel
 
 from payments.columns import big as _big
 from payments.facilitator.tables import DiscoveredResource, FacilitatedPayment, FacilitatorFailure
+from payments.sponsoring.tables import SponsoredApproval
 from payments.wallet_tables import DepositAddress, DepositCursor, ForwarderMovement, WalletAccount, Withdrawal
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "FacilitatedPayment",
     "FacilitatorFailure",
     "ForwarderMovement",
+    "SponsoredApproval",
     "WalletAccount",
     "Withdrawal",
 ]
@@ -217,6 +219,8 @@ class Settlement(SQLModel, table=True):
     updated_ms: int = Field(sa_column=_big())
     look_again_ms: int | None = Field(default=None, sa_column=_big(nullable=True))
     """When somebody asked the engine to look at it again; None once it has."""
+    waits_for: str | None = None
+    """What has to happen before it is carried, such as ``approval:…``; None once it has."""
 
 
 class ChainTransaction(SQLModel, table=True):

@@ -20,7 +20,13 @@ MAY_IMPORT = {
     "contracts": {"contracts"},
     "agents_sdk": {"agents_sdk"},
 }
-MAY_IMPORT_FOR_DEVELOPMENT = {"gateway/dev": {"contracts"}, "gateway/commands/ask.py": {"agents_sdk"}}
+MAY_IMPORT_FOR_DEVELOPMENT = {
+    "gateway/dev": {"contracts"},
+    "gateway/commands/agents.py": {"agents_sdk"},
+    "gateway/commands/ask.py": {"agents_sdk"},
+    "gateway/commands/channel.py": {"agents_sdk"},
+    "gateway/commands/wallet.py": {"agents_sdk"},
+}
 LINES_MAX = 450
 MODULES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

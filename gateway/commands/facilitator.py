@@ -54,13 +54,24 @@ def facilitator(
 def _options(settings: Settings, anybody: bool) -> Options:
     from payments.facilitator.opening import NetworkOptions, Options
     from payments.money import nano_to_atomic_down, usd_to_nano
+    from payments.sponsoring.records import Budget
 
     wanted = settings.facilitator
     networks = zip(settings.networks, settings.resolved_networks(), strict=True)
     return Options(
         database=settings.database,
         networks=tuple(
-            NetworkOptions(network, own.rpc_urls, own.confirmations, own.batch_contract, tuple(own.wallet_factories))
+            NetworkOptions(
+                network,
+                own.rpc_urls,
+                own.confirmations,
+                own.batch_contract,
+                tuple(own.wallet_factories),
+                Budget(
+                    nano_to_atomic_down(usd_to_nano(own.sponsor_hourly_native), WEI_DECIMALS),
+                    nano_to_atomic_down(usd_to_nano(own.sponsor_payer_native), WEI_DECIMALS),
+                ),
+            )
             for own, network in networks
         ),
         signer_keys=tuple(settings.signer_keys),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from payments.chain.networks import Network
@@ -11,6 +12,7 @@ from payments.facilitator import kinds
 from payments.facilitator.access import Client
 from payments.facilitator.transfers import Transfer, token_of
 from payments.facilitator.wire import FacilitatorCall
+from payments.sponsoring.sponsor import Sponsor
 from payments.verification import checks
 from payments.verification.chain_state import ChainStates
 from payments.verification.wallet_signatures import check_factory
@@ -24,13 +26,21 @@ class ExactFacilitation:
         network: Where it is.
         chain_states: Judges payments by the chain.
         wallet_factories: Deploy contract wallets that pay before they exist (ERC-6492), in any letter case.
+        sponsor: Brings payers' approvals of Permit2 to the chain, if anybody does.
     """
 
     name = "exact"
 
-    def __init__(self, network: Network, chain_states: ChainStates, wallet_factories: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        network: Network,
+        chain_states: ChainStates,
+        wallet_factories: Sequence[str] = (),
+        sponsor: Sponsor | None = None,
+    ) -> None:
         self.network = network
         self._chain_states = chain_states
+        self._sponsor = sponsor
         self._wallet_factories = frozenset(address.lower() for address in wallet_factories)
 
     def kinds(self) -> list[dict[str, Any]]:
@@ -42,7 +52,7 @@ class ExactFacilitation:
 
     def settles(self, call: FacilitatorCall, client: Client, now: int) -> Transfer:
         """See `payments.facilitator.schemes.FacilitatedScheme`."""
-        return self.verifies(call, now)
+        return replace(self.verifies(call, now), client=client.name)
 
     def verifies(self, call: FacilitatorCall, now: int) -> Transfer:
         """See `payments.facilitator.schemes.FacilitatedScheme`."""
@@ -72,4 +82,5 @@ class ExactFacilitation:
             refusal=refusal,
             unproven=unproven,
             chain_states=self._chain_states,
+            sponsor=self._sponsor,
         )

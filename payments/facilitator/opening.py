@@ -23,9 +23,11 @@ from payments.facilitator.upto import UptoFacilitation
 from payments.migrate import upgrade
 from payments.settlement.alarms import Alarms
 from payments.settlement.engine import Settlements
+from payments.sponsoring.records import Budget
+from payments.sponsoring.sponsor import Sponsor
 from payments.store import Store
 from payments.verification.chain_state import ChainStates
-from payments.x402.extensions import eip2612
+from payments.x402.extensions import eip2612, erc20_approval
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ class NetworkOptions:
     confirmations: int = 2
     batch_contract: str | None = None
     wallet_factories: tuple[str, ...] = ()
+    sponsoring: Budget | None = None
+    """What payers without coin may be given to approve Permit2; None for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ async def opened(options: Options) -> AsyncIterator[Services]:
         cleanup.callback(store.close)
         store.own()
         engines: list[Settlements] = []
+        sponsors: list[Sponsor] = []
         schemes: list[FacilitatedScheme] = []
         for entry in options.networks:
             rpc = Rpc(entry.rpc_urls, chain_id=entry.network.chain_id, lag_blocks_max=entry.network.lag_blocks_max)
@@ -109,12 +114,18 @@ async def opened(options: Options) -> AsyncIterator[Services]:
             # Gateways may work on this database too: whoever holds the key settles everybody's.
             kinds.register(engine, store)
             engines.append(engine)
-            schemes += await _schemes(entry, engine)
+            sponsor = Sponsor(store, engine, entry.sponsoring or Budget(0, 0))
+            sponsors.append(sponsor)
+            schemes += await _schemes(entry, engine, sponsor)
         facilitator = Facilitator(
             store,
             {engine.network.chain_id: engine for engine in engines},
             schemes,
-            extensions=[BAZAAR, eip2612.NAME],
+            extensions=[
+                BAZAAR,
+                eip2612.NAME,
+                *([erc20_approval.NAME] if any(sponsor.active for sponsor in sponsors) else []),
+            ],
             pay_to=options.pay_to,
             minimum_nano_usd=options.minimum_nano_usd,
             settlement_wait_s=options.settlement_wait_s,
@@ -133,20 +144,23 @@ async def opened(options: Options) -> AsyncIterator[Services]:
             await watcher.start()
             cleanup.push_async_callback(watcher.stop)
             watchers.append(watcher)
+        for sponsor in sponsors:
+            await sponsor.start()
+            cleanup.push_async_callback(sponsor.stop)
         clients = Clients(store, require_key=options.require_key, calls_per_minute=options.calls_per_minute)
         metrics = FacilitatorMetrics(lambda: _gauges(engines, watchers))
         yield Services(store, facilitator, clients, metrics, watchers)
 
 
-async def _schemes(entry: NetworkOptions, engine: Settlements) -> list[FacilitatedScheme]:
+async def _schemes(entry: NetworkOptions, engine: Settlements, sponsor: Sponsor) -> list[FacilitatedScheme]:
     """What can be settled on a network as it is now."""
     network, rpc = entry.network, engine.rpc
     chain_states = ChainStates(rpc, network)
-    schemes: list[FacilitatedScheme] = [ExactFacilitation(network, chain_states, entry.wallet_factories)]
+    schemes: list[FacilitatedScheme] = [ExactFacilitation(network, chain_states, entry.wallet_factories, sponsor)]
     if entry.batch_contract is not None:
         missing = await missing_for_upto(rpc, entry.batch_contract, [signer.address for signer in engine.signers])
         if missing is None:
-            schemes.append(UptoFacilitation(network, chain_states, entry.batch_contract))
+            schemes.append(UptoFacilitation(network, chain_states, entry.batch_contract, sponsor))
         else:
             log.warning("upto is not settled on %s: %s", network.caip2, missing)
     return schemes

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from payments.promises import Cover
 from payments.settlement import outbox, states
 from payments.settlement.orders import SettlementOrder
+from payments.sponsoring.sponsor import Approving
 from payments.store import Transaction
 from payments.tenders import authorizations
 
@@ -97,6 +98,8 @@ class Beginning:
     """What the payer had when the chain was asked; None if nothing is taken from its balance."""
     instead_of: str | None = None
     """The settlement that this one follows, which is decided; None for the first."""
+    approval: Approving | None = None
+    """What the order waits for."""
 
 
 def settlement_id(identity: str) -> str:
@@ -154,7 +157,12 @@ def _reserve(tx: Transaction, wanted: Beginning) -> bool:
     name = settlement_id(wanted.identity) if order is None else order.id
     granted = (wanted.call_name, now) if order is None else (None, None)
     row = tx.execute(_INSERT, (wanted.identity, name, wanted.client, asked_until_ms, *granted, now)).fetchone()
-    return row is not None and (order is None or outbox.enqueue(tx, order))
+    if row is None or order is None:
+        return row is not None
+    if wanted.approval is not None:
+        wanted.approval.begin(tx, order)
+        return True
+    return outbox.enqueue(tx, order)
 
 
 def ask(tx: Transaction, identity: str, wait_ms: int) -> None:

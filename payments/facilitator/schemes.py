@@ -16,6 +16,7 @@ from payments.facilitator.records import Record
 from payments.facilitator.wire import FacilitatorCall
 from payments.promises import Cover, Earlier
 from payments.settlement.orders import SettlementOrder
+from payments.sponsoring.sponsor import Approving
 
 NEVER: frozenset[str] = frozenset()
 
@@ -30,6 +31,8 @@ class Checked:
     """What the payer has and it needs; None if nothing is taken from its balance."""
     extra: dict[str, Any] | None = None
     """What `/verify` says besides."""
+    approval: Approving | None = None
+    """What has to be brought to the chain before it."""
 
 
 class Facilitated(Protocol):
@@ -76,7 +79,8 @@ class Facilitated(Protocol):
         """The states of an earlier settlement under its name after which another one may begin."""
 
     async def check_chain(self, earlier: Earlier) -> Checked:
-        """Ask the chain whether it would be settled now, in one round trip (a second one for contract wallets).
+        """Ask the chain whether it would be settled now, in one round trip (a second one for contract wallets, and where an
+        approval has to go first).
 
         Args:
             earlier: What its payer has under way already.

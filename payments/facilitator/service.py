@@ -234,10 +234,13 @@ class Facilitator:
                 wait_ms=self._wait_ms,
                 cover=checked.cover,
                 instead_of=None if before is None else before.settlement_id,
+                approval=checked.approval,
             )
             begun = await self._store.write(lambda tx, wanted=wanted: records.begin(tx, wanted))  # type: ignore[misc]
             if begun == "begun" and order is not None:
                 self._settlements[order.chain_id].take_queued(order.id)
+            if begun == "begun" and checked.approval is not None:
+                checked.approval.sponsor.begun()
             if begun != "short":
                 return begun == "begun"
         raise PaymentRefused(

@@ -7,12 +7,13 @@ from typing import Any
 
 from payments.chain.networks import Network, Token
 from payments.chain.transactions import settle_call
-from payments.errors import PaymentRefused
+from payments.errors import AllowanceRequired, PaymentRefused
 from payments.facilitator import records
 from payments.facilitator.records import Record
 from payments.facilitator.schemes import NEVER, Checked
 from payments.promises import Earlier
 from payments.settlement.orders import SettlementOrder
+from payments.sponsoring.sponsor import Approving, Sponsor
 from payments.verification.chain_state import ChainStates
 from payments.x402.requirements import Requirement
 from payments.x402.wire import Payment
@@ -32,6 +33,10 @@ class Transfer:
     unproven: PaymentRefused | None
     """Why the signature is bad unless the payer is a contract that takes it."""
     chain_states: ChainStates
+    sponsor: Sponsor | None = None
+    """Brings the approval to the chain that may have come along."""
+    client: str = ""
+    """Who wants it settled."""
 
     @property
     def identity(self) -> str:
@@ -72,6 +77,19 @@ class Transfer:
 
     async def check_chain(self, earlier: Earlier) -> Checked:
         """See `payments.facilitator.schemes.Facilitated`."""
+        try:
+            return await self._look(earlier)
+        except AllowanceRequired as required:
+            if self.sponsor is None or not self.value:
+                raise
+            order = self._order(has_code=False)
+            facilitator = getattr(self.payment.authorization, "facilitator", None)
+            wanted = await self.sponsor.consider(
+                self.payment.approval, required, self.token, order, facilitator, self.client
+            )
+            return Checked(order, None, approval=Approving(self.sponsor, wanted))
+
+    async def _look(self, earlier: Earlier) -> Checked:
         if not self.value and self.unproven is None:
             return Checked(None, None)
         authorization = self.payment.authorization
@@ -80,8 +98,12 @@ class Transfer:
         )
         if not self.value:
             return Checked(None, None)
-        call_to, call_data = settle_call(self.payment, self.token, deploy=not seen.has_code, amount=self.value)
-        order = SettlementOrder(
+        return Checked(self._order(has_code=seen.has_code), seen.cover)
+
+    def _order(self, *, has_code: bool) -> SettlementOrder:
+        authorization = self.payment.authorization
+        call_to, call_data = settle_call(self.payment, self.token, deploy=not has_code, amount=self.value)
+        return SettlementOrder(
             id=self.settlement_id,
             kind=self.kind,
             reference=self.identity,
@@ -95,7 +117,6 @@ class Transfer:
             call_data=call_data,
             valid_before=authorization.expires_at,
         )
-        return Checked(order, seen.cover)
 
     async def told(self, record: Record) -> dict[str, Any] | None:
         """See `payments.facilitator.schemes.Facilitated`."""

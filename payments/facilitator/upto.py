@@ -17,6 +17,7 @@ from payments.facilitator import kinds
 from payments.facilitator.access import Client
 from payments.facilitator.transfers import Transfer, token_of
 from payments.facilitator.wire import FacilitatorCall
+from payments.sponsoring.sponsor import Sponsor
 from payments.verification import checks
 from payments.verification.chain_state import ChainStates
 from payments.verification.wallet_signatures import unwrap
@@ -31,13 +32,17 @@ class UptoFacilitation:
         network: Where it is.
         chain_states: Judges payments by the chain.
         facilitator: The operator's batch contract, in any letter case.
+        sponsor: Brings payers' approvals of Permit2 to the chain, if anybody does.
     """
 
     name = "upto"
 
-    def __init__(self, network: Network, chain_states: ChainStates, facilitator: str) -> None:
+    def __init__(
+        self, network: Network, chain_states: ChainStates, facilitator: str, sponsor: Sponsor | None = None
+    ) -> None:
         self.network = network
         self._chain_states = chain_states
+        self._sponsor = sponsor
         self._facilitator = facilitator.lower()
 
     def kinds(self) -> list[dict[str, Any]]:
@@ -58,7 +63,7 @@ class UptoFacilitation:
         transfer = self._read(call, replace(call.requirement, amount=maximum), now)
         if taken > maximum:
             raise PaymentRefused("exceeds_maximum", f"the payer authorised {maximum} atomic units at most")
-        return replace(transfer, value=taken)
+        return replace(transfer, value=taken, client=client.name)
 
     def _read(self, call: FacilitatorCall, requirement: Requirement, now: int) -> Transfer:
         payment, requirement = call.payment, _plain(requirement)
@@ -92,6 +97,7 @@ class UptoFacilitation:
             refusal=refusal,
             unproven=unproven,
             chain_states=self._chain_states,
+            sponsor=self._sponsor,
         )
 
 

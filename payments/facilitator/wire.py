@@ -133,7 +133,7 @@ def reason_for(code: str, payment: PaymentHeader | None) -> str:
     """The protocol's word for an error of ours; ``invalid_payload`` where it has none."""
     method = payment.transfer_method if isinstance(payment, Payment) else "eip3009"
     own = _BY_METHOD[method].get(code) if payment is not None else None
-    if code.startswith("eip2612_"):
+    if code.startswith(("eip2612_", "erc20_approval_")):
         return code
     return own or _ANY_METHOD.get(code, "invalid_payload")
 

@@ -262,7 +262,14 @@ class Judge:
         entry.transfer_log_index = evidence.transfer_log_index
         self._closed(entry)
 
+    async def give_up(self, settlement_id: str, entry: Entry | None, reason: str) -> None:
+        """Record that what an order waits for will not happen, unless it waits no more; `entry` if it is known."""
+        entry = entry or await self._store.read(lambda tx: outbox.find(tx, settlement_id))
+        if entry is not None and entry.state == "queued" and entry.waits_for is not None:
+            await self._fail(entry, reason)
+
     async def _fail(self, entry: Entry, reason: str) -> None:
+
         def unit(tx: Transaction) -> None:
             if states.move(tx, entry.id, "failed", reason=reason):
                 self._kinds[entry.kind].on_failed(tx, entry.row() | {"state": "failed", "reason": reason})

@@ -19,7 +19,7 @@ LedgerCallback = Callable[[Transaction, dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class SettlementOrder:
-    """A transfer of `value` atomic units of `token` from `payer` to `pay_to`.
+    """A transfer of `value` atomic units of `token` from `payer` to `pay_to`; of the token `NOBODY`, of wei.
 
     Addresses are lower-case hex. The same `id` submitted again is the same settlement, not a second one.
     """

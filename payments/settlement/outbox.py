@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from payments.chain.networks import NOBODY
 from payments.chain.transactions import Call, has_permit, has_wallet_signature, last_call
 from payments.settlement import states
 from payments.settlement.orders import SettlementOrder
@@ -29,11 +30,11 @@ _ORDER_COLUMNS = (
 )
 _ENTRY_COLUMNS = (
     f"{_ORDER_COLUMNS}, state, from_block, transaction_id, position, attempts, transaction_hash, block_number, reason,"
-    " transfer_log_index"
+    " waits_for, transfer_log_index"
 )
 _INSERT = (
     f"INSERT INTO settlement ({_ORDER_COLUMNS}, state, from_block, transaction_id, position, attempts, created_ms,"  # noqa: S608
-    f" updated_ms) VALUES ({','.join('?' * 19)}) ON CONFLICT (id) DO NOTHING"
+    f" updated_ms, waits_for) VALUES ({','.join('?' * 20)}) ON CONFLICT (id) DO NOTHING"
 )
 
 
@@ -77,6 +78,8 @@ class Entry:
     burnt: bool = False
     """Whether our own call for it moved nothing, so that its gas was paid for nothing."""
     burnt_in_block: int | None = None
+    waits_for: str | None = None
+    """What has to happen before it is carried, see `release`."""
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
@@ -115,13 +118,27 @@ class Entry:
         }
 
 
-def enqueue(tx: Transaction, order: SettlementOrder) -> bool:
+def enqueue(tx: Transaction, order: SettlementOrder, waits_for: str | None = None) -> bool:
     """Write an order without a transaction, inside the unit that it belongs to; the engine takes it up.
+
+    Args:
+        tx: The unit's transaction.
+        order: What is to happen.
+        waits_for: The name of what has to happen first: until its `release` nothing carries the order.
 
     Returns:
         False if it was written before.
     """
-    return _insert(tx, order, "queued", 0, None, 0)
+    return _insert(tx, order, "queued", 0, None, 0, waits_for)
+
+
+def release(tx: Transaction, settlement_id: str) -> bool:
+    """What an order waited for has happened. False, with nothing changed, if it does not wait, or was decided meanwhile."""
+    row = tx.execute(
+        "UPDATE settlement SET waits_for = NULL WHERE id = ? AND state = 'queued' AND waits_for IS NOT NULL RETURNING id",
+        (settlement_id,),
+    ).fetchone()
+    return row is not None
 
 
 def submit(tx: Transaction, order: SettlementOrder, transaction_id: str, position: int, head: int) -> Entry | None:
@@ -170,8 +187,8 @@ def requeue(tx: Transaction, entries: Sequence[Entry]) -> list[Entry]:
 
 
 def call_for(order: SettlementOrder, gas: int) -> Call:
-    """The order's call as a transaction of its own makes it."""
-    return Call(order.call_to, order.call_data, gas)
+    """The order's call as a transaction of its own makes it; of the chain's own coin the call is the transfer."""
+    return Call(order.call_to, order.call_data, gas, order.value if order.token == NOBODY else 0)
 
 
 def load(tx: Transaction, chain_id: int, wanted: Sequence[str]) -> list[Entry]:
@@ -239,7 +256,13 @@ def find(tx: Transaction, settlement_id: str) -> Entry | None:
 
 
 def _insert(
-    tx: Transaction, order: SettlementOrder, state: str, from_block: int, transaction_id: str | None, position: int
+    tx: Transaction,
+    order: SettlementOrder,
+    state: str,
+    from_block: int,
+    transaction_id: str | None,
+    position: int,
+    waits_for: str | None = None,
 ) -> bool:
     now = states.now_ms()
     nonce = order.authorization_nonce
@@ -265,6 +288,7 @@ def _insert(
             0,
             now,
             now,
+            waits_for,
         ),
     )
     return rows.rowcount == 1
@@ -296,5 +320,6 @@ def _entry(row: Sequence[Any]) -> Entry:
         block_number=row[18],
         reason=row[19],
         own=row[12] != "superseded",
-        transfer_log_index=row[20],
+        waits_for=row[20],
+        transfer_log_index=row[21],
     )

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from payments.chain.channel_contract import encode_deposit
@@ -198,17 +199,30 @@ class ChannelTender:
         if known:
             return None
         self._services.settlements.admit(payment.payer)
+        number, config = payment.voucher.channel_id, payment.config
+        check = partial(
+            self._services.check_deposit, number, marks, config, payment.deposit, self._token, payment.permit
+        )
         try:
-            return await self._services.check_deposit(
-                payment.voucher.channel_id, marks, payment.config, payment.deposit, self._token, payment.permit
-            )
-        except (PaymentRefused, AllowanceRequired):
+            return await check()
+        except (PaymentRefused, AllowanceRequired) as refused:
             # Another request may have come with the same deposit and been quicker; whoever saw it on its way may have made it
             # before us. Either way the channel has it, and it is not made again.
             known, _ = await self._services.store.read(self._known)
             if known or await self._services.settlements.book_executed(self._deposit_order()):
                 return None
-            raise
+            if not isinstance(refused, AllowanceRequired):
+                raise
+            await self._approve(refused)
+        return await check()
+
+    async def _approve(self, required: AllowanceRequired) -> None:
+        """Bring the approval to the chain that came along with the deposit."""
+        payers = self._services.payers
+        if payers.sponsor is None:
+            raise required
+        wanted = await payers.sponsor.consider(self._payment.approval, required, self._token, self._deposit_order())
+        await payers.sponsor.approve(wanted, payers.settlement_wait_s)
 
     def _known(self, tx: Transaction) -> tuple[bool, int]:
         channel = book.find(tx, self._channel_id)

@@ -3,12 +3,13 @@ database."""
 
 from __future__ import annotations
 
-from payments.chain.networks import NOBODY, PERMIT2_DEPOSIT_COLLECTOR_ADDRESS, Token
+from payments.chain.networks import NOBODY, PERMIT2_DEPOSIT_COLLECTOR_ADDRESS, Network, Token
 from payments.channels import requests
 from payments.channels.services import ChannelServices
 from payments.errors import PaymentError, PaymentRefused
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.channel import ChannelTender, use_digest
+from payments.verification.approvals import check_approval
 from payments.verification.checks import SETTLEMENT_MARGIN_S, TOO_LATE, check_accepted
 from payments.verification.permits import check_permit
 from payments.verification.signatures import recover
@@ -58,7 +59,7 @@ class ChannelScheme:
         self.check(payment, token, requirement)
         if payment.deposit is not None:
             try:
-                _check_deposit(payment, payment.deposit, token, now)
+                _check_deposit(payment, payment.deposit, token, self.network, now)
             except PaymentRefused as error:
                 if error.code not in (wire.DEPOSIT_EXPIRED, *TOO_LATE):
                     raise
@@ -112,7 +113,7 @@ def _check_config(config: ChannelConfig, token: Token, services: ChannelServices
         raise PaymentRefused(wire.DEPOSIT_PAYLOAD, "channelConfig.payer must be an account")
 
 
-def _check_deposit(payment: ChannelPayment, deposit: Deposit, token: Token, now: int) -> None:
+def _check_deposit(payment: ChannelPayment, deposit: Deposit, token: Token, network: Network, now: int) -> None:
     config, channel = payment.config, payment.voucher.channel_id
     if isinstance(deposit, Permit2Deposit) != (token.transfer_method == "permit2"):
         raise PaymentRefused(wire.DEPOSIT_PAYLOAD, f"deposits of {token.symbol} are made by {token.transfer_method}")
@@ -127,6 +128,8 @@ def _check_deposit(payment: ChannelPayment, deposit: Deposit, token: Token, now:
             raise PaymentRefused(wire.PERMIT2_SPENDER, f"spender must be {PERMIT2_DEPOSIT_COLLECTOR_ADDRESS}")
         if payment.permit is not None:
             check_permit(payment.permit, config.payer, deposit.amount, token, now=now, valid_s=SETTLEMENT_MARGIN_S)
+        if payment.approval is not None:
+            check_approval(payment.approval, config.payer, deposit.amount, token, network)
         code, digest = wire.PERMIT2_SIGNATURE, permit2_deposit_digest(deposit, token.chain_id)
     else:
         if deposit.valid_after > now:

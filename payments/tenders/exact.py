@@ -15,13 +15,14 @@ from typing import Any
 
 from payments.chain.networks import Network, Token
 from payments.chain.transactions import settle_call
-from payments.errors import PaymentRefused, SettlementPending, SettlementUnavailable
+from payments.errors import AllowanceRequired, PaymentRefused, SettlementPending, SettlementUnavailable
 from payments.money import atomic_to_nano_down
 from payments.promises import Earlier
 from payments.quotes import Quote
 from payments.settlement.evidence import PaymentProof
 from payments.settlement.orders import Kind, SettlementOrder
 from payments.settlement.outbox import order_gas
+from payments.sponsoring.sponsor import Sponsor
 from payments.store import StoreBusy, Transaction
 from payments.tenders import authorizations, closing
 from payments.tenders.authorizations import AlreadyUsed, Reservation
@@ -157,6 +158,11 @@ class ExactTender:
                 seen = await services.chain_states.check(
                     self._payment, self._token, self._pay_to, earlier, self._unproven
                 )
+            except AllowanceRequired as required:
+                if services.sponsor is None:
+                    raise
+                await self._settle_after_approval(hold, services.sponsor, required)
+                return
             except PaymentRefused as refused:
                 # Whose signature nobody has proven could be anybody who read the chain.
                 if refused.code != "authorization_used" or self._unproven is not None:
@@ -177,6 +183,14 @@ class ExactTender:
             unwritten = not submitting or isinstance(error, SettlementUnavailable | StoreBusy)
             await hold.give_up(authorizations.forget if unwritten else authorizations.interrupt)
             raise
+
+    async def _settle_after_approval(self, hold: ExactHold, sponsor: Sponsor, required: AllowanceRequired) -> None:
+        """The approval that came along goes first. Its order and the payment's are one commit: whoever hangs up has paid."""
+        order = self._order(hold.receipt_id, deploy=False)
+        wanted = await sponsor.consider(self._payment.approval, required, self._token, order)
+        await hold.settle_first()
+        funding_id = await self._services.store.write(lambda tx: sponsor.begin(tx, wanted, order))
+        sponsor.begun(funding_id, order.id)
 
     def _order(self, receipt_id: str, *, deploy: bool) -> SettlementOrder:
         authorization = self._payment.authorization

@@ -12,6 +12,7 @@ from payments.chain.networks import Token
 from payments.errors import PaymentError
 from payments.promises import Earlier
 from payments.settlement.orders import SettlementOrder
+from payments.sponsoring.sponsor import Sponsor
 from payments.store import Store
 from payments.verification.chain_state import Seen
 from payments.x402.wire import Payment
@@ -86,6 +87,7 @@ class ExactServices:
             arrived.
         settlement_wait_s: How long a request waits for its transfer, in seconds.
         credited: Told the payer and the asset whose credit may have grown.
+        sponsor: Brings payers' approvals of Permit2 to the chain, if anybody does.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class ExactServices:
         payer_exposure_nano_usd: int,
         settlement_wait_s: float,
         credited: Callable[[str, str], None] | None = None,
+        sponsor: Sponsor | None = None,
     ) -> None:
         self.store = store
         self.settlements = settlements
@@ -104,6 +107,7 @@ class ExactServices:
         self.settlement_wait_s = settlement_wait_s
         self.credited = credited
         self.payer_exposure_nano_usd = payer_exposure_nano_usd
+        self.sponsor = sponsor
         self._under_way: dict[str, asyncio.Event] = {}
 
     async def use_ended(self, receipt_id: str, timeout_s: float) -> bool:

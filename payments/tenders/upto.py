@@ -13,7 +13,7 @@ from typing import Any
 
 from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS, Token
 from payments.chain.transactions import encode_upto_settle
-from payments.errors import PaymentRefused, SchemeRefused
+from payments.errors import AllowanceRequired, PaymentRefused, SchemeRefused
 from payments.money import atomic_to_nano_down, nano_to_atomic_up
 from payments.promises import Earlier
 from payments.quotes import Quote
@@ -65,7 +65,7 @@ class UptoTender:
             PaymentConflict: ``authorization_reused``: it is bound to another request or payload.
             SchemeRefused: This payer cannot pay by `upto` now; it says why and how else.
             PaymentRefused: The chain says that it could not be settled, or too many payments failed on it lately.
-            AllowanceRequired: Permit2 is not approved yet.
+            AllowanceRequired: Permit2 is not approved, and no approval came along that is brought to the chain.
             SettlementUnavailable: The chain cannot be asked now; nothing was taken.
         """
         store = self._services.store
@@ -97,6 +97,24 @@ class UptoTender:
         )
 
     async def _check(self, pledge: pledges.Pledge) -> None:
+        try:
+            await self._check_chain(pledge)
+        except AllowanceRequired as required:
+            await self._approve(pledge, required)
+            await self._check_chain(pledge)
+
+    async def _approve(self, pledge: pledges.Pledge, required: AllowanceRequired) -> None:
+        """Bring the approval to the chain that came along."""
+        sponsor, payment = self._services.sponsor, self._payment
+        if sponsor is None:
+            raise required
+        assert isinstance(payment.authorization, UptoAuthorization)
+        order = order_for(payment, self._token, pledge.use.receipt_id, payment.authorization.amount)
+        facilitator = payment.authorization.facilitator
+        wanted = await sponsor.consider(payment.approval, required, self._token, order, facilitator)
+        await sponsor.approve(wanted, self._services.settlement_wait_s)
+
+    async def _check_chain(self, pledge: pledges.Pledge) -> None:
         services, payment = self._services, self._payment
         earlier = Earlier(services.store, payment.payer, self._token, pledge.earlier)
         recipient = payment.authorization.recipient
@@ -175,7 +193,8 @@ class UptoHold:
     def _capture(self, tx: Transaction, amount_nano_usd: int, outcome: Outcome, also: Also | None) -> pledges.Taken:
         taken = pledges.capture(tx, self._use, self.payer, self.maximum_nano_usd, amount_nano_usd, outcome)
         if taken.first and taken.charge.charged_nano_usd:
-            outbox.enqueue(tx, self._order(self._atomic(taken.charge.charged_nano_usd)))
+            value = self._atomic(taken.charge.charged_nano_usd)
+            outbox.enqueue(tx, order_for(self._payment, self._token, self.receipt_id, value))
         if also is not None:
             also(tx)
         return taken
@@ -191,23 +210,25 @@ class UptoHold:
     def _atomic(self, amount_nano_usd: int) -> int:
         return nano_to_atomic_up(amount_nano_usd, self._token.decimals)
 
-    def _order(self, value: int) -> SettlementOrder:
-        authorization = self._payment.authorization
-        assert isinstance(authorization, UptoAuthorization)
-        return SettlementOrder(
-            id=settlement_id(self.receipt_id),
-            kind=KIND,
-            reference=self.receipt_id,
-            chain_id=self._token.chain_id,
-            token=self._token.address,
-            payer=authorization.payer,
-            pay_to=authorization.recipient,
-            value=value,
-            authorization_nonce=authorization.nonce,
-            call_to=UPTO_PERMIT2_PROXY_ADDRESS,
-            call_data=encode_upto_settle(authorization, self._payment.signature, value, self._payment.permit),
-            valid_before=authorization.expires_at,
-        )
+
+def order_for(payment: Payment, token: Token, receipt_id: str, value: int) -> SettlementOrder:
+    """What settles `value` atomic units of a pledge."""
+    authorization = payment.authorization
+    assert isinstance(authorization, UptoAuthorization)
+    return SettlementOrder(
+        id=settlement_id(receipt_id),
+        kind=KIND,
+        reference=receipt_id,
+        chain_id=token.chain_id,
+        token=token.address,
+        payer=authorization.payer,
+        pay_to=authorization.recipient,
+        value=value,
+        authorization_nonce=authorization.nonce,
+        call_to=UPTO_PERMIT2_PROXY_ADDRESS,
+        call_data=encode_upto_settle(authorization, payment.signature, value, payment.permit),
+        valid_before=authorization.expires_at,
+    )
 
 
 def _abandon(tx: Transaction, found: pledges.Pledge | AlreadyUsed) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, UPTO_PERMIT2_PROXY_ADDRESS, Network, Token
 from payments.errors import PaymentRefused
+from payments.verification.approvals import check_approval
 from payments.verification.eip712 import eip3009_digest, permit2_exact_digest, permit2_upto_digest
 from payments.verification.permits import DEADLINE_EXPIRED, check_permit
 from payments.verification.signatures import recover
@@ -50,7 +51,8 @@ def check_offline(
     Raises:
         PaymentRefused: With one of the codes ``wrong_scheme``, ``wrong_network``, ``wrong_token``, ``wrong_amount``,
             ``wrong_recipient``, ``wrong_timeout``, ``wrong_extra``, ``wrong_transfer_method``, ``wrong_spender``,
-            ``wrong_facilitator``, ``not_yet_valid``, ``expired``, or those of `check_permit`.
+            ``wrong_facilitator``, ``not_yet_valid``, ``expired``, or those of `check_permit`
+            and `check_approval`.
         SignatureUnproven: ``bad_signature``: all the rest is right, and if the payer has code the chain may be asked about it.
         PaymentMalformed: ``malformed_signature``, if the signature is shorter than any can be.
     """
@@ -64,6 +66,8 @@ def check_offline(
     _check_times(payment, now, valid_s)
     if payment.permit is not None and isinstance(payment.authorization, Permit2Authorization):
         check_permit(payment.permit, payment.payer, payment.authorization.value, token, now=now, valid_s=valid_s)
+    if payment.approval is not None and isinstance(payment.authorization, Permit2Authorization):
+        check_approval(payment.approval, payment.payer, payment.authorization.value, token, network)
     check_signature(payment_digest(payment, token), payment.signature, payment.payer)
     return payment.payer
 

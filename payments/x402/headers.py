@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from payments.x402.extensions.eip2612 import Eip2612Permit
+from payments.x402.extensions.erc20_approval import Erc20Approval
 from payments.x402.requirements import Requirement
 
 
@@ -29,6 +30,8 @@ class PaymentHeader:
     """Whether the payer was offered a signed receipt and echoed that."""
     permit: Eip2612Permit | None = field(default=None, kw_only=True)
     """Gives Permit2 its allowance in the very call that takes the money: checked with the payment, where that uses Permit2."""
+    approval: Erc20Approval | None = field(default=None, kw_only=True)
+    """Gives it by a transaction of the payer's own, which we bring to the chain first: checked likewise."""
 
     @property
     def token_address(self) -> str | None:

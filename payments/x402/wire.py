@@ -20,7 +20,7 @@ from payments.chain.networks import PERMIT2_ADDRESS, Token, TransferMethod
 from payments.errors import PaymentMalformed
 from payments.x402.answers import QUOTE_EXTENSION, PaymentRequiredAnswer, payment_required, payment_response
 from payments.x402.channels import decode_channel_payment
-from payments.x402.extensions import eip2612, identifier
+from payments.x402.extensions import eip2612, erc20_approval, identifier
 from payments.x402.fields import (
     is_deeper_than,
     read_address,
@@ -228,6 +228,7 @@ def read_payment(document: dict[str, Any], version: int) -> PaymentHeader:
         identifier=identifier.read(extensions),
         wants_receipt=OFFER_RECEIPT in extensions,
         permit=eip2612.read(extensions),
+        approval=erc20_approval.read(extensions),
     )
 
 

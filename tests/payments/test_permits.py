@@ -191,7 +191,7 @@ async def test_somebody_elses_permit_is_refused(chain: Devnet, desk: Desk, make:
     assert await refused(desk, dataclasses.replace(payment, permit=forged)) == "eip2612_invalid_signature"
 
 
-@pytest.mark.parametrize(("first", "second"), [(exact, exact), (exact, upto), (upto, upto)])
+@pytest.mark.parametrize(("first", "second"), [(exact, exact), (exact, upto), (upto, upto), (upto, exact)])
 async def test_two_permits_of_one_nonce_are_not_relied_on_at_once(
     chain: Devnet, desk: Desk, first: Any, second: Any
 ) -> None:

@@ -1,0 +1,105 @@
+"""`farebox channel`: the payment channels of the wallet in FAREBOX_WALLET_KEY, by the agent's own log."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gateway.commands.agents import GATEWAY_DEFAULT, AssetOption, GatewayOption, RpcOption, agent_at
+from gateway.commands.shared import Failed, JsonOption, out, print_json, reporting, table
+
+if TYPE_CHECKING:
+    from agents_sdk import Channel
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Payment channels: one deposit on chain, then a signature a request; what is left comes back.",
+    epilog=(
+        "[bold]Examples:[/bold]\n\n"
+        "[cyan]farebox channel open 2[/cyan]   [cyan]farebox ask 'Why is the sky blue?' --scheme batch-settlement[/cyan]   "
+        "[cyan]farebox channel refund[/cyan]"
+    ),
+)
+FIRST_QUESTION = {"model": "auto", "messages": [{"role": "user", "content": "Say ok."}], "max_tokens": 8}
+"""A deposit travels with a request: this is the smallest."""
+COLUMNS = ("deposited, USD", "charged, USD", "under way, USD", "left, USD", "claimable, USD")
+
+
+@app.command("list", epilog="Example: [cyan]farebox channel list --json[/cyan]")
+@reporting
+def list_(gateway: GatewayOption = GATEWAY_DEFAULT, as_json: JsonOption = False) -> None:
+    """The wallet's channels with the gateway: what lies in them, and what the gateway could claim. Nothing is asked."""
+    with agent_at(gateway) as agent:
+        _show(agent.wallet.channels(), as_json=as_json)
+
+
+@app.command("open", epilog="Example: [cyan]farebox channel open 2 --asset USDC[/cyan]")
+@reporting
+def open_(
+    usd: Annotated[
+        str, typer.Argument(help="How much to deposit, in dollars: the most that then lies in the channel.")
+    ],
+    asset: AssetOption = None,
+    rpc_url: RpcOption = None,
+    gateway: GatewayOption = GATEWAY_DEFAULT,
+    as_json: JsonOption = False,
+) -> None:
+    """Open a channel before it is needed. A deposit travels with a request, so this asks a tiny question, which is charged."""
+    tokens = None if asset is None else [asset.rpartition("/")[2]]
+    networks = None if asset is None or "/" not in asset else [asset.rpartition("/")[0]]
+    limits = {"max_per_request": usd, "max_per_day": None, "channel_deposit": usd}
+    with agent_at(
+        gateway, rpc_url=rpc_url, schemes=["batch-settlement"], tokens=tokens, networks=networks, **limits
+    ) as agent:
+        before = {each.id: each.deposited_usd for each in agent.wallet.channels()}
+        with agent.http_client() as http:
+            answer = http.post("/v1/chat/completions", json=FIRST_QUESTION)
+        if answer.status_code != 200:
+            raise Failed(f"the gateway opened no channel: HTTP {answer.status_code} {answer.text[:300]}", "As it says")
+        channels = agent.wallet.channels()
+    if not as_json and before == {each.id: each.deposited_usd for each in channels}:
+        out.print("There is enough in the channel already; it is filled up by itself when it runs low.", markup=False)
+    _show(channels, as_json=as_json)
+
+
+@app.command(epilog="Example: [cyan]farebox channel refund --usd 0.50[/cyan]")
+@reporting
+def refund(
+    channel: Annotated[
+        str | None,
+        typer.Argument(help="As `farebox channel list` shows it; may be left out if only one holds something."),
+    ] = None,
+    usd: Annotated[str | None, typer.Option(help="How much; by default all that is left.")] = None,
+    gateway: GatewayOption = GATEWAY_DEFAULT,
+    as_json: JsonOption = False,
+) -> None:
+    """Get back what a channel holds beyond what was charged. The gateway pays the gas."""
+    with agent_at(gateway) as agent:
+        made = agent.wallet.refund_channel(channel, usd)
+    if as_json:
+        print_json({"ok": True, **asdict(made)})
+    else:
+        out.print(f"{made.refunded_usd} USD in {made.asset}, transaction {made.transaction}", markup=False)
+
+
+def _show(channels: list[Channel], *, as_json: bool) -> None:
+    if as_json:
+        print_json({"ok": True, "channels": [asdict(each) for each in channels]})
+        return
+    if not channels:
+        out.print("There are none: `farebox channel open 1` opens one, and so does paying through one.", markup=False)
+        return
+    shown = table("channel", "asset", *COLUMNS, right=COLUMNS)
+    for each in channels:
+        shown.add_row(
+            each.id,
+            each.asset,
+            each.deposited_usd,
+            each.charged_usd,
+            each.under_way_usd,
+            each.unspent_usd,
+            each.claimable_usd,
+        )
+    out.print(shown)
