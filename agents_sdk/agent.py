@@ -175,9 +175,10 @@ class Agent:
         return nano_to_usd(self._shared.journal.used(self.address, hours * HOUR_S))
 
     def remaining(self) -> str | None:
-        """What the policy still lets be paid now, in dollars; None if it sets no limit over time."""
+        """What the policy still lets leave the wallet now, in dollars; None if it sets no limit over time."""
+        journal, payer = self._shared.journal, self.address
         rooms = [
-            window.limit_nano_usd - self._shared.journal.used(self.address, window.seconds)
+            window.limit_nano_usd - max(journal.used(payer, window.seconds), journal.left(payer, window.seconds))
             for window in self.policy.windows()
         ]
         return nano_to_usd(max(0, min(rooms))) if rooms else None
