@@ -277,7 +277,7 @@ class FacilitatorSettings(Section):
     pay_to: list[Address] = Field(default_factory=list)
     """Whom payments are settled for; empty: anybody."""
     minimum_usd: Usd = "0"
-    """The least that a payment must be worth."""
+    """The least that a payment must be worth (of upto, its maximum), and a claim, settle or refund of channels."""
     settlement_wait_s: int = Field(default=30, gt=0)
     """How long /settle waits for the transfer before it answers settlement_pending; at most `limits.drain_s` counts."""
     calls_per_minute: int = Field(default=6_000, gt=0)

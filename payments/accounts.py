@@ -20,7 +20,7 @@ POOL_ASSET = "USD"
 GRANTS_ACCOUNT = f"grants@{POOL_ASSET}"
 WALLET_KEYS_MAX = 100
 """Working keys of one wallet: anybody can be a wallet, and rows are not free."""
-_COLUMNS = "id, name, pool, wallet, prefix, admin, created_ms, revoked_ms"
+_COLUMNS = "id, name, pool, wallet, prefix, admin, created_ms, revoked_ms, pay_to"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class ApiKeyView:
     admin: bool
     created_ms: int
     revoked_ms: int | None
+    pay_to: str | None = None
+    """The one recipient (lower-case hex) that a facilitator settles for at this key's request; None for any."""
 
     def as_json(self) -> dict[str, Any]:
         """All fields, for programs."""
@@ -61,14 +63,16 @@ def hash_key(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def create_key(tx: Transaction, name: str, pool: str, admin: bool = False) -> tuple[ApiKeyView, str]:
-    """Make a key that draws on `pool`.
+def create_key(
+    tx: Transaction, name: str, pool: str, admin: bool = False, pay_to: str | None = None
+) -> tuple[ApiKeyView, str]:
+    """Make a key that draws on `pool`, and at a facilitator speaks for the recipient `pay_to` (lower-case hex), if given.
 
     Returns:
         What may be shown of it, and the key itself, which is not stored and cannot be shown again.
     """
     transfers.ensure_account(tx, pool_account(pool))
-    return _make_key(tx, name, pool, None, admin)
+    return _make_key(tx, name, pool, None, admin, pay_to)
 
 
 def create_wallet_key(tx: Transaction, name: str, wallet: str) -> tuple[ApiKeyView, str]:
@@ -91,7 +95,9 @@ def create_wallet_key(tx: Transaction, name: str, wallet: str) -> tuple[ApiKeyVi
     return _make_key(tx, name, None, wallet, False)
 
 
-def _make_key(tx: Transaction, name: str, pool: str | None, wallet: str | None, admin: bool) -> tuple[ApiKeyView, str]:
+def _make_key(
+    tx: Transaction, name: str, pool: str | None, wallet: str | None, admin: bool, pay_to: str | None = None
+) -> tuple[ApiKeyView, str]:
     secret = (ADMIN_PREFIX if admin else KEY_PREFIX) + secrets.token_urlsafe(32)
     view = ApiKeyView(
         id=f"key_{secrets.token_hex(8)}",
@@ -102,9 +108,11 @@ def _make_key(tx: Transaction, name: str, pool: str | None, wallet: str | None, 
         admin=admin,
         created_ms=time.time_ns() // 1_000_000,
         revoked_ms=None,
+        pay_to=pay_to,
     )
     tx.execute(
-        "INSERT INTO api_key (id, name, pool, wallet, key_hash, prefix, admin, created_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO api_key (id, name, pool, wallet, key_hash, prefix, admin, created_ms, pay_to)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             view.id,
             view.name,
@@ -114,6 +122,7 @@ def _make_key(tx: Transaction, name: str, pool: str | None, wallet: str | None, 
             view.prefix,
             view.admin,
             view.created_ms,
+            view.pay_to,
         ),
     )
     return view, secret
@@ -174,4 +183,4 @@ def fund_pool(tx: Transaction, pool: str, amount_nano_usd: int, reference: str) 
 
 
 def _view(row: tuple[Any, ...]) -> ApiKeyView:
-    return ApiKeyView(row[0], row[1], row[2], row[3], row[4], bool(row[5]), row[6], row[7])
+    return ApiKeyView(row[0], row[1], row[2], row[3], row[4], bool(row[5]), row[6], row[7], row[8])

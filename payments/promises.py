@@ -36,6 +36,7 @@ _UNDER_WAY = """
             WHERE request.deposit_id = settlement.id), 0
     FROM settlement
     WHERE settlement.payer = ? AND settlement.state IN ('queued', 'submitted') AND settlement.kind NOT IN ('payment', 'upto')
+    AND settlement.kind NOT IN ('facilitated_claim', 'facilitated_settle', 'facilitated_refund')
 """
 
 

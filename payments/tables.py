@@ -282,6 +282,8 @@ class ApiKey(SQLModel, table=True):
     pool: str | None = None
     wallet: str | None = Field(default=None, index=True)
     """The wallet (lower-case hex) that made it and whose balance it spends."""
+    pay_to: str | None = None
+    """The one recipient that a facilitator settles for at its request."""
     key_hash: str = Field(unique=True)
     """SHA-256 of the whole key, which has 256 random bits (so a slow hash would protect nothing)."""
     prefix: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +37,14 @@ def create(
     pool: Annotated[str, typer.Option(help="The money that it draws on; made if it is not there.")] = "default",
     admin: Annotated[bool, typer.Option("--admin", help="A key that may administer the gateway.")] = False,
     fund_usd: Usd = "0",
+    pay_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="The recipient that `farebox facilitator` settles for at this key's request, and whose channels' claims and"
+            " refunds it signs for this key alone.",
+        ),
+    ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -44,9 +53,11 @@ def create(
 
     amount = _nano(fund_usd)
     _check_pool(pool)
+    if pay_to is not None and not re.fullmatch(r"0x[0-9a-fA-F]{40}", pay_to):
+        raise Failed(f"{pay_to} is no address", "An address is 0x and 40 hexadecimal digits")
 
     def unit(tx: Transaction) -> tuple[ApiKeyView, str]:
-        made = accounts.create_key(tx, name, pool, admin)
+        made = accounts.create_key(tx, name, pool, admin, None if pay_to is None else pay_to.lower())
         if amount:
             accounts.fund_pool(tx, pool, amount, made[0].id)
         return made

@@ -24,6 +24,7 @@ from payments.chain.transactions import (
     topic,
     word,
 )
+from payments.x402.channel_actions import Claim
 from payments.x402.channels import ChannelConfig, Deposit, Permit2Deposit
 from payments.x402.extensions.eip2612 import Eip2612Permit
 
@@ -36,6 +37,7 @@ _MULTICALL = selector("multicall(bytes[])")
 _CHANNELS = selector("channels(bytes32)")
 _PENDING_WITHDRAWALS = selector("pendingWithdrawals(bytes32)")
 _REFUND_NONCE = selector("refundNonce(bytes32)")
+_RECEIVERS = selector("receivers(address,address)")
 _GET_BLOCK_NUMBER = selector("getBlockNumber()")
 
 DEPOSITED_TOPIC = topic("Deposited(bytes32,address,uint128,uint128)")
@@ -58,6 +60,7 @@ GAS_REFUND = 180_000
 GAS_CLAIM_BASE = 160_000
 """`claimWithSignature` and `settle` in one call, besides the channels."""
 GAS_CLAIM_EACH = 60_000
+GAS_SETTLE = 150_000
 
 CONFIG_WORDS = 7
 STATE_CALLS = 3
@@ -73,17 +76,6 @@ class ChannelState:
     withdraw_at: int
     """Unix seconds at which the payer announced its withdrawal; 0 if it has not."""
     refund_nonce: int
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """One channel's entry in a claim."""
-
-    config: ChannelConfig
-    voucher_amount: int
-    signature: bytes
-    total: int
-    """What is claimed in all after this, at most `voucher_amount`."""
 
 
 def encode_deposit(config: ChannelConfig, deposit: Deposit, permit: Eip2612Permit | None = None) -> bytes:
@@ -130,6 +122,30 @@ def encode_claim(claims: Sequence[Claim], authorizer_signature: bytes) -> bytes:
     return b"".join(
         (_CLAIM_WITH_SIGNATURE, word(2 * WORD), word(2 * WORD + len(array)), array, _tail(authorizer_signature))
     )
+
+
+def collector_of(call_data: bytes) -> str:
+    """Which collector a `deposit` that `encode_deposit` made takes the money through, lower-case hex."""
+    return f"0x{_word_at(call_data, 4 + (CONFIG_WORDS + 1) * WORD):040x}"
+
+
+def decode_claims(call_data: bytes) -> list[tuple[ChannelConfig, int]]:
+    """The channels of a `claimWithSignature` that `encode_claim` made, and what is claimed of each in all after it."""
+    array = 4 + _word_at(call_data, 4)
+    heads = array + WORD
+    found = []
+    for number in range(_word_at(call_data, array)):
+        entry = heads + _word_at(call_data, heads + number * WORD)
+        words = [_word_at(call_data, entry + place * WORD) for place in range(CONFIG_WORDS + 3)]
+        payer, payer_authorizer, receiver, authorizer, token = (f"0x{value:040x}" for value in words[:5])
+        config = ChannelConfig(payer, payer_authorizer, receiver, authorizer, token, words[5], words[6])
+        found.append((config, words[-1]))
+    return found
+
+
+def receiver_call(receiver: str, token: str) -> tuple[str, bytes]:
+    """The call that tells what was claimed for a receiver, and what of it was sent: two words."""
+    return BATCH_SETTLEMENT_ADDRESS, _RECEIVERS + address_word(receiver) + address_word(token)
 
 
 def encode_settle(receiver: str, token: str) -> bytes:
@@ -214,6 +230,10 @@ def encode_config(config: ChannelConfig) -> bytes:
             word(config.salt),
         )
     )
+
+
+def _word_at(data: bytes, at: int) -> int:
+    return int.from_bytes(data[at : at + WORD], "big")
 
 
 def _tail(data: bytes) -> bytes:

@@ -12,11 +12,7 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from payments.chain.channel_contract import (
-    CHANNEL_TOPICS,
-    Claim,
-    encode_claim_and_settle,
-)
+from payments.chain.channel_contract import CHANNEL_TOPICS, encode_claim_and_settle
 from payments.chain.logs import get_logs
 from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, Token
 from payments.chain.rpc import Rpc, RpcError, RpcUnavailable
@@ -32,12 +28,11 @@ from payments.settlement.engine import Settlements
 from payments.settlement.orders import SettlementOrder
 from payments.store import StoreBusy, Transaction
 from payments.verification.vouchers import claim_batch_digest, sign_digest
+from payments.x402.channel_actions import CLAIMS_MAX, Claim
 
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
-CLAIMS_MAX = 100
-"""Channels in one claim: about 5 million gas."""
 DUE_MAX = 1_000
 """Channels looked at in one round."""
 REORGANISED_BLOCKS = 64

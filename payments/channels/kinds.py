@@ -17,11 +17,18 @@ from payments.chain.channel_contract import (
     GAS_REFUND,
     REFUNDED_TOPIC,
     SETTLED_TOPIC,
+    collector_of,
     decode_states,
     states_call,
 )
 from payments.chain.logs import Log, get_logs, receipt_with, transferred
-from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, PERMIT2_ADDRESS, Network, Token
+from payments.chain.networks import (
+    BATCH_SETTLEMENT_ADDRESS,
+    PERMIT2_ADDRESS,
+    PERMIT2_DEPOSIT_COLLECTOR_ADDRESS,
+    Network,
+    Token,
+)
 from payments.chain.rpc import Rpc
 from payments.chain.transactions import (
     WORD,
@@ -94,7 +101,7 @@ class ClaimProof:
         for log in logs:
             value = transferred(log, order.token, BATCH_SETTLEMENT_ADDRESS, order.pay_to)
             if value:
-                return replace(_evidence(receipt, log, value), withheld_value=max(sent - value, 0))
+                return replace(evidence_of(receipt, log, value), withheld_value=max(sent - value, 0))
         return None
 
     async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
@@ -203,11 +210,12 @@ def _pick(receipt: dict[str, Any], logs: list[Log], event: str, order: Settlemen
             continue
         value = int(log["data"][2 : 2 + 2 * WORD], 16)
         if 0 < value <= order.value:
-            return _evidence(receipt, log, value)
+            return evidence_of(receipt, log, value)
     return None
 
 
-def _evidence(receipt: dict[str, Any], log: Log, value: int) -> Evidence:
+def evidence_of(receipt: dict[str, Any], log: Log, value: int) -> Evidence:
+    """A log of a receipt as evidence that `value` was moved."""
     return Evidence(
         transaction_hash=receipt["transactionHash"],
         block_number=int(receipt["blockNumber"], 16),
@@ -228,7 +236,7 @@ async def _search(rpc: Rpc, event: str, order: SettlementOrder, from_block: int,
 async def _nonce_is_used(rpc: Rpc, order: SettlementOrder, head: int) -> bool:
     nonce = order.authorization_nonce
     assert nonce is not None
-    if ":permit2:" in order.id:
+    if collector_of(order.call_data) == PERMIT2_DEPOSIT_COLLECTOR_ADDRESS:
         to, data = PERMIT2_ADDRESS, encode_nonce_bitmap(order.payer, nonce)
     else:
         to, data = order.token, encode_authorization_state(order.payer, nonce)

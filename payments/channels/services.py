@@ -8,19 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from payments import promises
-from payments.chain.channel_contract import decode_states, encode_deposit, states_call
-from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, MULTICALL3_ADDRESS, PERMIT2_ADDRESS, Network, Token
+from payments.chain.channel_contract import decode_states, states_call
+from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, MULTICALL3_ADDRESS, Network, Token
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
 from payments.chain.signers import Signer
-from payments.chain.transactions import decode_revert, encode_allowance, encode_balance_of
 from payments.channels import book
 from payments.channels.book import Channel, Seen
-from payments.errors import PaymentError, PaymentRefused, SettlementUnavailable
-from payments.promises import Cover, Funds, InUse, Needed
+from payments.channels.looks import check_deposit, unavailable
+from payments.promises import Cover
 from payments.store import Store
 from payments.tenders.exact_services import ExactServices, Settling
-from payments.verification.chain_state import LOOK_AGAIN_S, LOOKS_MAX, insufficient_funds, lacks_allowance
-from payments.x402.channels import DEPOSIT_SIMULATION, ChannelConfig, Deposit, Permit2Deposit
+from payments.x402.channels import ChannelConfig, Deposit
 from payments.x402.extensions.eip2612 import Eip2612Permit
 
 LOOKS_AT_ONCE = 50
@@ -95,7 +93,7 @@ class ChannelServices:
                 (answer,) = await self._rpc.ask([states_call([number for number, _ in some])])
                 block, found, _ = decode_states(answer, len(some))
             except (RpcUnavailable, RpcError, ValueError) as error:
-                raise _unavailable() from error
+                raise unavailable() from error
             seen += [Seen(state, block, marks) for state, (_, marks) in zip(found, some, strict=True)]
         return seen
 
@@ -135,35 +133,8 @@ class ChannelServices:
             SettlementUnavailable: The chain cannot be asked.
         """
         earlier = await promises.before(self.store, config.payer, token)
-        permitted = isinstance(deposit, Permit2Deposit)
-        needed = Needed(deposit.amount, deposit.amount if permitted else 0, permit is not None)
-        call = encode_deposit(config, deposit, permit)
-        for look in range(1, LOOKS_MAX + 1):
-            seen, funds, simulated = await self._look_at_deposit(channel, marks, config, call, token)
-            problem = _judge(needed, token, funds, earlier.in_use, simulated)
-            if problem is None:
-                return DepositCheck(seen, Cover(funds, needed, earlier))
-            if look == LOOKS_MAX or _judge(needed, token, funds, InUse(), simulated) is not None:
-                raise problem
-            # Perhaps what is promised has just left the balance, and only we do not know yet.
-            await asyncio.sleep(LOOK_AGAIN_S)
-            earlier = await earlier.again()
-        raise AssertionError
-
-    async def _look_at_deposit(
-        self, channel: int, marks: int, config: ChannelConfig, call: bytes, token: Token
-    ) -> tuple[Seen, Funds, tuple[bool, bytes]]:
-        more = [
-            (token.address, encode_balance_of(config.payer)),
-            (token.address, encode_allowance(config.payer, PERMIT2_ADDRESS)),
-            (BATCH_SETTLEMENT_ADDRESS, call),
-        ]
-        try:
-            (answer,) = await self._rpc.ask([states_call([channel], more)])
-            block, (state,), (balance, allowance, simulated) = decode_states(answer, 1, len(more))
-        except (RpcUnavailable, RpcError, ValueError) as error:
-            raise _unavailable() from error
-        return Seen(state, block, marks), Funds(_number(balance), _number(allowance)), simulated
+        found = await check_deposit(self._rpc, channel, config, deposit, token, earlier, permit)
+        return DepositCheck(Seen(found.state, found.block, marks), found.cover)
 
     # --- waiting ------------------------------------------------------------------------------------------------------
 
@@ -185,25 +156,3 @@ class ChannelServices:
         token = self.network.token_at(address)
         assert token is not None
         return token
-
-
-def _judge(
-    needed: Needed, token: Token, funds: Funds, promised: InUse, simulated: tuple[bool, bytes]
-) -> PaymentError | None:
-    succeeded, returned = simulated
-    if succeeded and funds.cover(needed, promised):
-        return None
-    if funds.balance - promised.balance < needed.balance:
-        return insufficient_funds(funds.balance - promised.balance, needed.balance, token)
-    if not funds.allow(needed, promised):
-        return lacks_allowance(needed, promised, token)
-    return PaymentRefused(DEPOSIT_SIMULATION, f"the contract refuses the deposit: {decode_revert(returned)}")
-
-
-def _number(result: tuple[bool, bytes]) -> int:
-    succeeded, returned = result
-    return int.from_bytes(returned[:32], "big") if succeeded else 0
-
-
-def _unavailable() -> SettlementUnavailable:
-    return SettlementUnavailable("chain_unavailable", "the chain cannot be asked; send the same payment again")

@@ -18,9 +18,12 @@ CACHE_MAX = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Who asks: ``key:<id>`` or ``address:<ip>``."""
+    """Who asks."""
 
     name: str
+    """``key:<id>`` or ``address:<ip>``."""
+    pay_to: str | None = None
+    """The one recipient that its key is bound to, lower-case hex, if it is."""
 
 
 class Denied(Exception):
@@ -70,7 +73,7 @@ class Clients:
             # A wallet makes keys as it pleases; the gas spent here is the operator's.
             if view is None or view.revoked_ms is not None or view.wallet is not None:
                 raise Denied(401, "invalid_api_key", "this API key is unknown or revoked; see `farebox keys`")
-            return Client(f"key:{view.id}")
+            return Client(f"key:{view.id}", view.pay_to)
         if self._require_key:
             raise Denied(401, "api_key_required", "send an API key as a bearer token: Authorization: Bearer fbk_…")
         return Client(f"address:{address}")

@@ -28,7 +28,8 @@ from payments.store import StoreBusy
 
 log = logging.getLogger(__name__)
 
-BODY_BYTES_MAX = 65_536
+BODY_BYTES_MAX = 262_144
+"""A hundred claims, as many as a server sends at once, are about 90,000."""
 BODY_TIMEOUT_S = 10.0
 IDEMPOTENCY_KEY_CHARACTERS_MAX = 128
 

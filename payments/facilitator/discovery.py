@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -21,7 +21,7 @@ import orjson
 
 from payments.facilitator.wire import FacilitatorCall
 from payments.store import Transaction
-from payments.x402.requirements import describe_requirement
+from payments.x402.requirements import Requirement, describe_requirement
 
 BAZAAR = "bazaar"
 PAGE_MAX = 100
@@ -112,7 +112,7 @@ def entry_for(call: FacilitatorCall) -> Entry:
         "resource": url,
         "type": kind,
         "x402Version": call.payment.version,
-        "accepts": [describe_requirement(call.requirement)],
+        "accepts": [describe_requirement(_offered(call))],
         "lastUpdated": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **_service(resource),
         "extensions": {BAZAAR: {"info": info}},
@@ -123,6 +123,13 @@ def entry_for(call: FacilitatorCall) -> Entry:
     requirement = call.requirement
     identity = url if tool is None else f"{url}#{tool}"
     return Entry(identity, kind, requirement.pay_to, requirement.scheme, requirement.network, document)
+
+
+def _offered(call: FacilitatorCall) -> Requirement:
+    """What was asked for before anybody knew how much would be used."""
+    accepted = call.payment.accepted
+    upto = accepted is not None and call.requirement.scheme == "upto"
+    return replace(call.requirement, amount=accepted.amount) if upto and accepted else call.requirement
 
 
 def enter(tx: Transaction, entry: Entry) -> bool:

@@ -52,9 +52,9 @@ class ExactFacilitation:
 
     def settles(self, call: FacilitatorCall, client: Client, now: int) -> Transfer:
         """See `payments.facilitator.schemes.FacilitatedScheme`."""
-        return replace(self.verifies(call, now), client=client.name)
+        return replace(self.verifies(call, client, now), client=client.name)
 
-    def verifies(self, call: FacilitatorCall, now: int) -> Transfer:
+    def verifies(self, call: FacilitatorCall, client: Client, now: int) -> Transfer:
         """See `payments.facilitator.schemes.FacilitatedScheme`."""
         payment, requirement = call.payment, call.requirement
         if not isinstance(payment, Payment) or payment.scheme != requirement.scheme:

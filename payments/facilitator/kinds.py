@@ -5,14 +5,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from payments.chain.channel_contract import (
+    GAS_CLAIM_BASE,
+    GAS_CLAIM_EACH,
+    GAS_DEPOSIT,
+    GAS_REFUND,
+    GAS_SETTLE,
+)
+from payments.chain.transactions import WORD
+from payments.channels.kinds import DepositProof, RefundProof, gas_of_claim
 from payments.facilitator import records
+from payments.facilitator.channel_proofs import ClaimedProof, SettledProof
 from payments.settlement import outbox
 from payments.settlement.evidence import PaymentProof
-from payments.settlement.orders import Kind
+from payments.settlement.orders import Kind, Proof, SettlementOrder
 from payments.store import Transaction
 
 EXACT = "facilitated"
 UPTO = "facilitated_upto"
+DEPOSIT = "facilitated_deposit"
+CLAIM = "facilitated_claim"
+SETTLE = "facilitated_settle"
+REFUND = "facilitated_refund"
 
 
 def kinds(*, batches: bool) -> dict[str, Kind]:
@@ -21,13 +35,26 @@ def kinds(*, batches: bool) -> dict[str, Kind]:
     Args:
         batches: Whether the operator has a batch contract on the network: nobody else can settle `upto`.
     """
+    channels: dict[str, tuple[Proof, Any]] = {
+        DEPOSIT: (DepositProof(), lambda _: GAS_DEPOSIT),
+        CLAIM: (ClaimedProof(), gas_of_claim),
+        SETTLE: (SettledProof(), lambda _: GAS_SETTLE),
+        REFUND: (RefundProof(), gas_of_refund),
+    }
     found = {EXACT: Kind(PaymentProof(), _paid, records.blame, outbox.order_gas, batchable=True)}
+    found |= {name: Kind(proof, _paid, records.blame, gas, batchable=True) for name, (proof, gas) in channels.items()}
     if batches:
         found[UPTO] = Kind(PaymentProof(), _paid, records.blame, outbox.order_gas, batchable=True, through_batch=True)
     return found
 
 
+def gas_of_refund(order: SettlementOrder) -> int:
+    """The most gas that a refund uses, with the claims that may precede it in the same call: each is at least 16 words."""
+    claims = len(order.call_data) // (16 * WORD)
+    return GAS_REFUND + (GAS_CLAIM_BASE + GAS_CLAIM_EACH * claims if claims else 0)
+
+
 def _paid(tx: Transaction, row: dict[str, Any]) -> None:
-    # Whoever executes an authorization before us makes our transaction revert, and us pay for it.
+    # Whoever does before us what we were asked to makes our transaction do nothing, and us pay for it.
     if row["state"] == "superseded":
         records.blame(tx, row)

@@ -12,8 +12,11 @@ from payments import anchors, kinds
 from payments.chain.batches import missing_for_upto
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
+from payments.channels.services import has_channels
 from payments.doctor import verify_tokens
 from payments.facilitator.access import Clients
+from payments.facilitator.channel_chain import ChannelChain
+from payments.facilitator.channels import ChannelFacilitation
 from payments.facilitator.discovery import BAZAAR
 from payments.facilitator.exact import ExactFacilitation
 from payments.facilitator.metrics import FacilitatorMetrics
@@ -116,7 +119,7 @@ async def opened(options: Options) -> AsyncIterator[Services]:
             engines.append(engine)
             sponsor = Sponsor(store, engine, entry.sponsoring or Budget(0, 0))
             sponsors.append(sponsor)
-            schemes += await _schemes(entry, engine, sponsor)
+            schemes += await _schemes(entry, engine, sponsor, signs=options.require_key)
         facilitator = Facilitator(
             store,
             {engine.network.chain_id: engine for engine in engines},
@@ -152,8 +155,10 @@ async def opened(options: Options) -> AsyncIterator[Services]:
         yield Services(store, facilitator, clients, metrics, watchers)
 
 
-async def _schemes(entry: NetworkOptions, engine: Settlements, sponsor: Sponsor) -> list[FacilitatedScheme]:
-    """What can be settled on a network as it is now."""
+async def _schemes(
+    entry: NetworkOptions, engine: Settlements, sponsor: Sponsor, *, signs: bool
+) -> list[FacilitatedScheme]:
+    """What can be settled on a network as it is now; `signs` says whether claims and refunds are signed for servers."""
     network, rpc = entry.network, engine.rpc
     chain_states = ChainStates(rpc, network)
     schemes: list[FacilitatedScheme] = [ExactFacilitation(network, chain_states, entry.wallet_factories, sponsor)]
@@ -163,6 +168,9 @@ async def _schemes(entry: NetworkOptions, engine: Settlements, sponsor: Sponsor)
             schemes.append(UptoFacilitation(network, chain_states, entry.batch_contract, sponsor))
         else:
             log.warning("upto is not settled on %s: %s", network.caip2, missing)
+    if engine.signers and await has_channels(rpc):
+        authorizer = engine.signers[0] if signs else None
+        schemes.append(ChannelFacilitation(network, ChannelChain(rpc, authorizer)))
     return schemes
 
 

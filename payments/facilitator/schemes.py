@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from payments.chain.networks import Network, Token
-from payments.errors import PaymentRefused
+from payments.errors import PaymentError, PaymentRefused
 from payments.facilitator.access import Client
 from payments.facilitator.records import Record
 from payments.facilitator.wire import FacilitatorCall
 from payments.promises import Cover, Earlier
 from payments.settlement.orders import SettlementOrder
+from payments.settlement.outcomes import SettlementOutcome
 from payments.sponsoring.sponsor import Approving
 
 NEVER: frozenset[str] = frozenset()
@@ -35,16 +36,25 @@ class Checked:
     """What has to be brought to the chain before it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What is said of something that is carried out."""
+
+    amount: int
+    """Atomic units."""
+    extra: dict[str, Any] | None = None
+
+
+class AlreadyDone(PaymentError):
+    """Nothing is left to do: it is as it was asked for."""
+
+
 class Facilitated(Protocol):
     """One settlement that does for its requirement, as far as that can be told without the chain and the database."""
 
     @property
     def identity(self) -> str:
         """The canonical name under which it can be settled once, see `Payment.identity`."""
-
-    @property
-    def settlement_id(self) -> str:
-        """Of the first settlement under that name."""
 
     @property
     def payer(self) -> str:
@@ -87,11 +97,12 @@ class Facilitated(Protocol):
 
         Raises:
             PaymentRefused, AllowanceRequired: It would not.
+            AlreadyDone: There is nothing to do.
             SettlementUnavailable: The chain cannot be asked.
         """
 
-    async def told(self, record: Record) -> dict[str, Any] | None:
-        """What the answer of `/settle` says besides, once it is carried out.
+    async def told(self, record: Record, outcome: SettlementOutcome | None) -> Told:
+        """What the answer of `/settle` says once it is carried out; no outcome if nothing had to be.
 
         Raises:
             SettlementUnavailable: The chain cannot be asked.
@@ -116,8 +127,8 @@ class FacilitatedScheme(Protocol):
     def kinds(self) -> list[dict[str, Any]]:
         """Its members of `kinds` in the answer of `/supported`."""
 
-    def verifies(self, call: FacilitatorCall, now: int) -> Facilitated | Promise:
-        """Check offline what `/verify` is asked about; `now` in Unix seconds.
+    def verifies(self, call: FacilitatorCall, client: Client, now: int) -> Facilitated | Promise:
+        """Check offline what `/verify` is asked about by `client`; `now` in Unix seconds.
 
         Raises:
             PaymentRefused: It does not pay for the requirement.
@@ -125,4 +136,4 @@ class FacilitatedScheme(Protocol):
         """
 
     def settles(self, call: FacilitatorCall, client: Client, now: int) -> Facilitated:
-        """Check offline what `/settle` is asked to do for `client`; otherwise as `verifies`."""
+        """Check offline what `/settle` is asked to do; otherwise as `verifies`."""

@@ -22,7 +22,7 @@ from payments.errors import PaymentError, PaymentRefused, SettlementUnavailable
 from payments.facilitator import records, wire
 from payments.facilitator.access import Client
 from payments.facilitator.records import Beginning, Record
-from payments.facilitator.schemes import Checked, Facilitated, FacilitatedScheme, Promise
+from payments.facilitator.schemes import AlreadyDone, Checked, Facilitated, FacilitatedScheme, Promise
 from payments.facilitator.wire import FacilitatorCall
 from payments.money import atomic_to_nano_down
 from payments.promises import Earlier
@@ -116,6 +116,8 @@ class Facilitator:
         """
         try:
             return await self._settle(call, client, idempotency_key)
+        except AlreadyDone:
+            return wire.settled(None, call.network_name, call.payer, 0)
         except SettlementUnavailable as error:
             return self._not_settled(call, "unexpected_settle_error", error.message)
         except PaymentError as error:
@@ -124,7 +126,7 @@ class Facilitator:
     # --- verify -------------------------------------------------------------------------------------------------------
 
     async def _verify(self, call: FacilitatorCall, client: Client) -> dict[str, Any] | None:
-        payment = self._scheme(call).verifies(call, int(time.time()))
+        payment = self._scheme(call, client).verifies(call, client, int(time.time()))
         if isinstance(payment, Promise):
             return await payment.look()
         self._check_worth(payment, payment.worth)
@@ -142,7 +144,7 @@ class Facilitator:
             raise PaymentRefused(wire.PENDING, "this payment is being settled by another call right now")
         return None
 
-    def _scheme(self, call: FacilitatorCall) -> FacilitatedScheme:
+    def _scheme(self, call: FacilitatorCall, client: Client) -> FacilitatedScheme:
         requirement = call.requirement
         scheme = self._schemes.get((requirement.network, requirement.scheme))
         if scheme is None:
@@ -151,6 +153,8 @@ class Facilitator:
             raise PaymentRefused(code, "this scheme is not settled here on that network; see /supported")
         if self._pay_to and requirement.pay_to not in self._pay_to:
             raise PaymentRefused("not_accepted_here", "payments to this address are not settled here")
+        if client.pay_to not in (None, requirement.pay_to):
+            raise PaymentRefused("not_accepted_here", f"this API key is bound to the recipient {client.pay_to}")
         return scheme
 
     def _check_worth(self, payment: Facilitated, value: int | None) -> None:
@@ -183,7 +187,7 @@ class Facilitator:
     # --- settle -------------------------------------------------------------------------------------------------------
 
     async def _settle(self, call: FacilitatorCall, client: Client, idempotency_key: str | None) -> dict[str, Any]:
-        payment = self._scheme(call).settles(call, client, int(time.time()))
+        payment = self._scheme(call, client).settles(call, client, int(time.time()))
         self._check_worth(payment, payment.worth)
         call_name = f"{client.name} {idempotency_key}" if idempotency_key else secrets.token_hex(16)
         record = await self._find(payment)
@@ -203,7 +207,11 @@ class Facilitator:
             # Another process may have settled it since, which makes the chain refuse it.
             refusal = error
         record = await self._find(payment)
-        if record is None or (before is not None and record.settlement_id == before.settlement_id):
+        if record is None:
+            raise refusal
+        # What succeeded before and was told to nobody (whoever asked for it, or we, died) is told now.
+        untold = record.paid and record.granted_to is None
+        if before is not None and record.settlement_id == before.settlement_id and not untold:
             raise refusal
         return record
 
@@ -250,31 +258,27 @@ class Facilitator:
     async def _conclude(
         self, call: FacilitatorCall, payment: Facilitated, record: Record, call_name: str
     ) -> dict[str, Any]:
+        outcome: SettlementOutcome | None = None
+        transaction = None
         if record.state != "burnt":
             outcome = await self._outcome(payment.token.chain_id, record.settlement_id)
             transaction = outcome.transaction_hash
             if outcome.open:
-                message = (
-                    "the transfer is on its way and not mined yet; settle the same payment again to learn its outcome"
-                )
+                message = "it is on its way and not mined yet; settle the same again to learn its outcome"
                 return self._not_settled(call, wire.PENDING, message, transaction)
             if not outcome.paid:
-                message = f"the payment's transfer failed ({outcome.reason or 'no reason is known'}); nothing was taken"
+                message = f"the transaction failed ({outcome.reason or 'no reason is known'}); nothing was moved"
                 return self._not_settled(call, wire.reason_for("settlement_failed", call.payment), message)
-        else:
-            transaction = None
-        found = record
-        if payment.value is None:
-            found = (await self._find(payment)) or record
+        # What was moved is known where it was asked for; else the evidence says it.
+        found = record if payment.once else await self._find(payment) or record
         try:
-            extra = await payment.told(found)
+            told = await payment.told(found, outcome)
         except SettlementUnavailable as error:
-            return self._not_settled(call, wire.PENDING, f"it is done; {error.message}", transaction)
+            return self._not_settled(call, wire.PENDING, f"it is done, but {error.message}", transaction)
         if not await self._grant(payment, call_name):
             message = "this payment has been settled already, and its success was told to another call"
             return self._not_settled(call, wire.DUPLICATE, message, transaction)
-        amount = found.received if payment.value is None else payment.value
-        return wire.settled(transaction, call.network_name, call.payer, amount, extra)
+        return wire.settled(transaction, call.network_name, call.payer, told.amount, told.extra)
 
     async def _grant(self, payment: Facilitated, call_name: str) -> bool:
         granted = await self._store.write(

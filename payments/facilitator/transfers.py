@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from payments.chain.networks import Network, Token
 from payments.chain.transactions import settle_call
 from payments.errors import AllowanceRequired, PaymentRefused
 from payments.facilitator import records
 from payments.facilitator.records import Record
-from payments.facilitator.schemes import NEVER, Checked
+from payments.facilitator.schemes import NEVER, Checked, Told
 from payments.promises import Earlier
 from payments.settlement.orders import SettlementOrder
+from payments.settlement.outcomes import SettlementOutcome
 from payments.sponsoring.sponsor import Approving, Sponsor
 from payments.verification.chain_state import ChainStates
 from payments.x402.requirements import Requirement
@@ -38,15 +38,13 @@ class Transfer:
     client: str = ""
     """Who wants it settled."""
 
+    once = True
+    repeats = NEVER
+
     @property
     def identity(self) -> str:
         """See `payments.facilitator.schemes.Facilitated`."""
         return self.payment.identity(self.token.chain_id, self.token)
-
-    @property
-    def settlement_id(self) -> str:
-        """See `payments.facilitator.schemes.Facilitated`."""
-        return records.settlement_id(self.identity)
 
     @property
     def payer(self) -> str:
@@ -64,16 +62,6 @@ class Transfer:
         return tuple(
             settle_call(self.payment, self.token, deploy=deploy, amount=self.value) for deploy in (False, True)
         )
-
-    @property
-    def once(self) -> bool:
-        """See `payments.facilitator.schemes.Facilitated`."""
-        return True
-
-    @property
-    def repeats(self) -> frozenset[str]:
-        """See `payments.facilitator.schemes.Facilitated`."""
-        return NEVER
 
     async def check_chain(self, earlier: Earlier) -> Checked:
         """See `payments.facilitator.schemes.Facilitated`."""
@@ -104,7 +92,7 @@ class Transfer:
         authorization = self.payment.authorization
         call_to, call_data = settle_call(self.payment, self.token, deploy=not has_code, amount=self.value)
         return SettlementOrder(
-            id=self.settlement_id,
+            id=records.settlement_id(self.identity),
             kind=self.kind,
             reference=self.identity,
             chain_id=self.token.chain_id,
@@ -118,9 +106,9 @@ class Transfer:
             valid_before=authorization.expires_at,
         )
 
-    async def told(self, record: Record) -> dict[str, Any] | None:
+    async def told(self, record: Record, outcome: SettlementOutcome | None) -> Told:
         """See `payments.facilitator.schemes.Facilitated`."""
-        return None
+        return Told(self.value)
 
 
 def token_of(requirement: Requirement, network: Network, method: str) -> Token:

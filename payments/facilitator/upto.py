@@ -50,7 +50,7 @@ class UptoFacilitation:
         extra = {"facilitatorAddress": self._facilitator}
         return [{"x402Version": 2, "scheme": self.name, "network": self.network.caip2, "extra": extra}]
 
-    def verifies(self, call: FacilitatorCall, now: int) -> Transfer:
+    def verifies(self, call: FacilitatorCall, client: Client, now: int) -> Transfer:
         """See `payments.facilitator.schemes.FacilitatedScheme`. The requirement's amount is the maximum."""
         if call.requirement.amount == 0:
             raise PaymentRefused("invalid_requirements", "the amount must be more than 0")

@@ -14,6 +14,9 @@ from typing import Any
 
 from payments.chain.networks import Network
 from payments.errors import PaymentMalformed
+from payments.x402 import channels
+from payments.x402.channel_actions import ClaimAction, RefundAction, SettleAction, decode_channel_call
+from payments.x402.channels import ChannelPayment
 from payments.x402.fields import (
     is_deeper_than,
     malformed,
@@ -24,7 +27,7 @@ from payments.x402.fields import (
     read_uint256,
 )
 from payments.x402.requirements import Requirement
-from payments.x402.wire import JSON_DEPTH_MAX, Payment, PaymentHeader, read_payment, read_requirement
+from payments.x402.wire import JSON_DEPTH_MAX, SCHEMES, Payment, PaymentHeader, read_payment, read_requirement
 
 PENDING = "settlement_pending"
 """Broadcast or about to be, and not known to be mined: official servers ask once more when a transaction comes with it."""
@@ -43,6 +46,7 @@ _ANY_METHOD = {
     "wrong_timeout": "invalid_payment_requirements",
     "wrong_extra": "invalid_payment_requirements",
     "permit2_allowance_required": "permit2_allowance_required",
+    "permit_in_use": "permit2_allowance_required",
     "transfer_would_fail": "invalid_exact_evm_transaction_simulation_failed",
     "settlement_failed": "transaction_failed",
     "payments_reverted": "payer_suspended",
@@ -78,6 +82,18 @@ _BY_METHOD = {
         "exceeds_maximum": "invalid_upto_evm_payload_settlement_exceeds_amount",
     },
 }
+_OF_CHANNELS = {
+    "insufficient_funds": channels.INSUFFICIENT_BALANCE,
+    "permit2_allowance_required": channels.ALLOWANCE,
+    "authorization_used": channels.DEPOSIT_SIMULATION,
+    "malformed_signature": channels.VOUCHER_SIGNATURE,
+}
+_FAILED: dict[type[PaymentHeader], str] = {
+    ClaimAction: channels.CLAIM_FAILED,
+    SettleAction: channels.SETTLE_FAILED,
+    RefundAction: channels.REFUND_FAILED,
+}
+_DECODERS = {**SCHEMES, channels.SCHEME: decode_channel_call}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +113,7 @@ class FacilitatorCall:
     @property
     def payer(self) -> str | None:
         """Who claims to pay, lower-case hex."""
-        return self.payment.payer if isinstance(self.payment, Payment) else None
+        return self.payment.payer if isinstance(self.payment, Payment | ChannelPayment | RefundAction) else None
 
 
 def read_call(body: dict[str, Any], networks: Sequence[Network]) -> FacilitatorCall:
@@ -121,7 +137,7 @@ def read_call(body: dict[str, Any], networks: Sequence[Network]) -> FacilitatorC
     described = document.get("resource") if version == 2 else {"url": requirements.get("resource")}
     url = described.get("url") if isinstance(described, dict) else None
     return FacilitatorCall(
-        payment=read_payment(document, version),
+        payment=read_payment(document, version, _DECODERS),
         requirement=requirement,
         network_name=str(requirements["network"]),
         resource=url if isinstance(url, str) else None,
@@ -131,11 +147,14 @@ def read_call(body: dict[str, Any], networks: Sequence[Network]) -> FacilitatorC
 
 def reason_for(code: str, payment: PaymentHeader | None) -> str:
     """The protocol's word for an error of ours; ``invalid_payload`` where it has none."""
-    method = payment.transfer_method if isinstance(payment, Payment) else "eip3009"
-    own = _BY_METHOD[method].get(code) if payment is not None else None
-    if code.startswith(("eip2612_", "erc20_approval_")):
+    if code.startswith(("eip2612_", "erc20_approval_", channels.CODE)):
         return code
-    return own or _ANY_METHOD.get(code, "invalid_payload")
+    own: dict[str, str] = {}
+    if isinstance(payment, Payment):
+        own = _BY_METHOD[payment.transfer_method]
+    elif payment is not None and payment.scheme == channels.SCHEME:
+        own = _OF_CHANNELS | {"settlement_failed": _FAILED.get(type(payment), channels.DEPOSIT_FAILED)}
+    return own.get(code) or _ANY_METHOD.get(code, "invalid_payload")
 
 
 def verified(payer: str | None, extra: dict[str, Any] | None = None) -> dict[str, Any]:

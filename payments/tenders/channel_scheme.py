@@ -3,19 +3,17 @@ database."""
 
 from __future__ import annotations
 
-from payments.chain.networks import NOBODY, PERMIT2_DEPOSIT_COLLECTOR_ADDRESS, Network, Token
+from payments.chain.networks import NOBODY, Token
 from payments.channels import requests
 from payments.channels.services import ChannelServices
-from payments.errors import PaymentError, PaymentRefused
+from payments.errors import PaymentRefused
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.channel import ChannelTender, use_digest
-from payments.verification.approvals import check_approval
-from payments.verification.checks import SETTLEMENT_MARGIN_S, TOO_LATE, check_accepted
-from payments.verification.permits import check_permit
-from payments.verification.signatures import recover
-from payments.verification.vouchers import channel_id, erc3009_deposit_digest, permit2_deposit_digest, verify_voucher
+from payments.verification.channel_deposits import check_deposit
+from payments.verification.checks import TOO_LATE, check_accepted
+from payments.verification.vouchers import channel_id, verify_voucher
 from payments.x402 import channels as wire
-from payments.x402.channels import ChannelConfig, ChannelPayment, Deposit, Permit2Deposit, channel_requirement
+from payments.x402.channels import ChannelConfig, ChannelPayment, channel_requirement
 from payments.x402.headers import PaymentHeader
 from payments.x402.requirements import Requirement
 
@@ -59,7 +57,7 @@ class ChannelScheme:
         self.check(payment, token, requirement)
         if payment.deposit is not None:
             try:
-                _check_deposit(payment, payment.deposit, token, self.network, now)
+                check_deposit(payment, payment.deposit, token, self.network, now)
             except PaymentRefused as error:
                 if error.code not in (wire.DEPOSIT_EXPIRED, *TOO_LATE):
                     raise
@@ -111,37 +109,3 @@ def _check_config(config: ChannelConfig, token: Token, services: ChannelServices
             raise PaymentRefused(code, f"channelConfig.{field} must be {ours}")
     if config.payer == NOBODY:
         raise PaymentRefused(wire.DEPOSIT_PAYLOAD, "channelConfig.payer must be an account")
-
-
-def _check_deposit(payment: ChannelPayment, deposit: Deposit, token: Token, network: Network, now: int) -> None:
-    config, channel = payment.config, payment.voucher.channel_id
-    if isinstance(deposit, Permit2Deposit) != (token.transfer_method == "permit2"):
-        raise PaymentRefused(wire.DEPOSIT_PAYLOAD, f"deposits of {token.symbol} are made by {token.transfer_method}")
-    if isinstance(deposit, Permit2Deposit):
-        if deposit.payer != config.payer or deposit.channel_id != channel:
-            raise PaymentRefused(wire.DEPOSIT_PAYLOAD, "the deposit must be the payer's, for the voucher's channel")
-        if deposit.token != token.address:
-            raise PaymentRefused(wire.TOKEN_MISMATCH, f"permitted.token must be {token.address}")
-        if deposit.permitted != deposit.amount:
-            raise PaymentRefused(wire.PERMIT2_AMOUNT, "permitted.amount must be the deposit's amount")
-        if deposit.spender != PERMIT2_DEPOSIT_COLLECTOR_ADDRESS:
-            raise PaymentRefused(wire.PERMIT2_SPENDER, f"spender must be {PERMIT2_DEPOSIT_COLLECTOR_ADDRESS}")
-        if payment.permit is not None:
-            check_permit(payment.permit, config.payer, deposit.amount, token, now=now, valid_s=SETTLEMENT_MARGIN_S)
-        if payment.approval is not None:
-            check_approval(payment.approval, config.payer, deposit.amount, token, network)
-        code, digest = wire.PERMIT2_SIGNATURE, permit2_deposit_digest(deposit, token.chain_id)
-    else:
-        if deposit.valid_after > now:
-            raise PaymentRefused(wire.DEPOSIT_NOT_YET_VALID, f"the deposit must be valid now ({now}) already")
-        code, digest = wire.DEPOSIT_SIGNATURE, erc3009_deposit_digest(deposit, config, channel, token)
-    try:
-        signer = recover(digest, deposit.signature)
-    except PaymentError as error:
-        raise PaymentRefused(code, error.message) from None
-    if signer != config.payer:
-        raise PaymentRefused(code, "the deposit is not signed by the channel's payer")
-    if deposit.expires_at < now + SETTLEMENT_MARGIN_S:
-        raise PaymentRefused(
-            wire.DEPOSIT_EXPIRED, f"the deposit must hold for {SETTLEMENT_MARGIN_S} s from now ({now}) on"
-        )

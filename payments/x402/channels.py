@@ -29,34 +29,52 @@ from payments.x402.requirements import Requirement, signing_domain
 
 SCHEME = "batch-settlement"
 UINT128_MAX = 2**128 - 1
+WITHDRAW_DELAY_S_MIN, WITHDRAW_DELAY_S_MAX = 900, 2_592_000
+"""What the contract allows."""
 MIN_DEPOSIT_FACTOR = 10
 """What a first deposit should cover, in requests like this one: fewer would not be worth the transactions."""
 
-_CODE = "invalid_batch_settlement_evm_"
-CUMULATIVE_MISMATCH = f"{_CODE}cumulative_amount_mismatch"
+CODE = "invalid_batch_settlement_evm_"
+"""What every word of the scheme for an error begins with."""
+CUMULATIVE_MISMATCH = f"{CODE}cumulative_amount_mismatch"
 """The one word for which official clients take the channel's state from a 402 and sign again."""
-EXCEEDS_BALANCE = f"{_CODE}cumulative_exceeds_balance"
-CHANNEL_NOT_FOUND = f"{_CODE}channel_not_found"
-CHANNEL_ID_MISMATCH = f"{_CODE}channel_id_mismatch"
-RECEIVER_MISMATCH = f"{_CODE}receiver_mismatch"
-RECEIVER_AUTHORIZER_MISMATCH = f"{_CODE}receiver_authorizer_mismatch"
-TOKEN_MISMATCH = f"{_CODE}token_mismatch"
-WITHDRAW_DELAY_MISMATCH = f"{_CODE}withdraw_delay_mismatch"
-VOUCHER_SIGNATURE = f"{_CODE}voucher_signature"
-PAYLOAD_TYPE = f"{_CODE}payload_type"
-DEPOSIT_PAYLOAD = f"{_CODE}deposit_payload"
-DEPOSIT_SIGNATURE = f"{_CODE}receive_authorization_signature"
-PERMIT2_SIGNATURE = f"{_CODE}permit2_invalid_signature"
-PERMIT2_SPENDER = f"{_CODE}permit2_invalid_spender"
-PERMIT2_AMOUNT = f"{_CODE}permit2_amount_mismatch"
-DEPOSIT_NOT_YET_VALID = f"{_CODE}payload_authorization_valid_after"
-DEPOSIT_EXPIRED = f"{_CODE}payload_authorization_valid_before"
-DEPOSIT_SIMULATION = f"{_CODE}deposit_simulation_failed"
-DEPOSIT_FAILED = f"{_CODE}deposit_transaction_failed"
-REFUND_FAILED = f"{_CODE}refund_transaction_failed"
-REFUND_NO_BALANCE = f"{_CODE}refund_no_balance"
-REFUND_AMOUNT = f"{_CODE}refund_amount_invalid"
-CHANNEL_BUSY = f"{_CODE}channel_busy"
+EXCEEDS_BALANCE = f"{CODE}cumulative_exceeds_balance"
+CHANNEL_NOT_FOUND = f"{CODE}channel_not_found"
+CHANNEL_ID_MISMATCH = f"{CODE}channel_id_mismatch"
+RECEIVER_MISMATCH = f"{CODE}receiver_mismatch"
+RECEIVER_AUTHORIZER_MISMATCH = f"{CODE}receiver_authorizer_mismatch"
+TOKEN_MISMATCH = f"{CODE}token_mismatch"
+WITHDRAW_DELAY_MISMATCH = f"{CODE}withdraw_delay_mismatch"
+VOUCHER_SIGNATURE = f"{CODE}voucher_signature"
+PAYLOAD_TYPE = f"{CODE}payload_type"
+DEPOSIT_PAYLOAD = f"{CODE}deposit_payload"
+DEPOSIT_SIGNATURE = f"{CODE}receive_authorization_signature"
+PERMIT2_SIGNATURE = f"{CODE}permit2_invalid_signature"
+PERMIT2_SPENDER = f"{CODE}permit2_invalid_spender"
+PERMIT2_AMOUNT = f"{CODE}permit2_amount_mismatch"
+DEPOSIT_NOT_YET_VALID = f"{CODE}payload_authorization_valid_after"
+DEPOSIT_EXPIRED = f"{CODE}payload_authorization_valid_before"
+DEPOSIT_SIMULATION = f"{CODE}deposit_simulation_failed"
+DEPOSIT_FAILED = f"{CODE}deposit_transaction_failed"
+CLAIM_PAYLOAD = f"{CODE}claim_payload"
+CLAIM_SIMULATION = f"{CODE}claim_simulation_failed"
+CLAIM_FAILED = f"{CODE}claim_transaction_failed"
+SETTLE_PAYLOAD = f"{CODE}settle_payload"
+SETTLE_SIMULATION = f"{CODE}settle_simulation_failed"
+SETTLE_FAILED = f"{CODE}settle_transaction_failed"
+NOTHING_TO_SETTLE = f"{CODE}nothing_to_settle"
+BELOW_CLAIMED = f"{CODE}cumulative_below_claimed"
+INSUFFICIENT_BALANCE = f"{CODE}insufficient_balance"
+ALLOWANCE = f"{CODE}permit2_allowance_required"
+WITHDRAW_DELAY_RANGE = f"{CODE}withdraw_delay_out_of_range"
+AUTHORIZER_MISMATCH = f"{CODE}authorizer_address_mismatch"
+AUTHORIZER_NOT_CONFIGURED = f"{CODE}authorizer_not_configured"
+REFUND_PAYLOAD = f"{CODE}refund_payload"
+REFUND_SIMULATION = f"{CODE}refund_simulation_failed"
+REFUND_FAILED = f"{CODE}refund_transaction_failed"
+REFUND_NO_BALANCE = f"{CODE}refund_no_balance"
+REFUND_AMOUNT = f"{CODE}refund_amount_invalid"
+CHANNEL_BUSY = f"{CODE}channel_busy"
 
 _CONFIG_MEMBERS = frozenset(
     {"payer", "payerAuthorizer", "receiver", "receiverAuthorizer", "token", "withdrawDelay", "salt"}
@@ -171,7 +189,7 @@ def decode_channel_payment(header: PaymentHeader, payload: dict[str, Any]) -> Ch
         members = {"type", "channelConfig", "voucher"} | ({"amount"} & payload.keys())
         payload = read_members(payload, "payload", frozenset(members))
         if "amount" in payload:
-            refund_amount = _uint128(payload["amount"], "payload.amount")
+            refund_amount = read_uint128(payload["amount"], "payload.amount")
     elif kind in tuple(_PAYLOADS):  # a tuple asks for no hash: it may be anything
         payload = read_members(payload, "payload", _PAYLOADS[kind])
         if kind == "deposit":
@@ -186,8 +204,8 @@ def decode_channel_payment(header: PaymentHeader, payload: dict[str, Any]) -> Ch
         quote_token=header.quote_token,
         digest=header.digest,
         type=kind,
-        config=_read_config(payload["channelConfig"], "payload.channelConfig"),
-        voucher=_read_voucher(payload["voucher"], "payload.voucher"),
+        config=read_config(payload["channelConfig"], "payload.channelConfig"),
+        voucher=read_voucher(payload["voucher"], "payload.voucher"),
         deposit=deposit,
         refund_amount=refund_amount,
     )
@@ -277,7 +295,8 @@ def hex32(value: int) -> str:
     return f"0x{value:064x}"
 
 
-def _read_config(value: object, field: str) -> ChannelConfig:
+def read_config(value: object, field: str) -> ChannelConfig:
+    """What a channel is; errors as for `decode_channel_payment`."""
     members = read_members(value, field, _CONFIG_MEMBERS)
     return ChannelConfig(
         payer=read_address(members["payer"], f"{field}.payer"),
@@ -290,18 +309,19 @@ def _read_config(value: object, field: str) -> ChannelConfig:
     )
 
 
-def _read_voucher(value: object, field: str) -> Voucher:
+def read_voucher(value: object, field: str) -> Voucher:
+    """A voucher; errors as for `decode_channel_payment`."""
     members = read_members(value, field, _VOUCHER_MEMBERS)
     return Voucher(
         channel_id=read_bytes32(members["channelId"], f"{field}.channelId"),
-        amount=_uint128(members["maxClaimableAmount"], f"{field}.maxClaimableAmount"),
+        amount=read_uint128(members["maxClaimableAmount"], f"{field}.maxClaimableAmount"),
         signature=read_signature(members["signature"], f"{field}.signature"),
     )
 
 
 def _read_deposit(value: object, field: str) -> Deposit:
     members = read_members(value, field, _DEPOSIT_MEMBERS)
-    amount = _uint128(members["amount"], f"{field}.amount")
+    amount = read_uint128(members["amount"], f"{field}.amount")
     if amount == 0:
         malformed(f"{field}.amount", "more than 0")
     field = f"{field}.authorization"
@@ -341,7 +361,8 @@ def _read_permit2(amount: int, value: object, field: str) -> Permit2Deposit:
     )
 
 
-def _uint128(value: object, field: str) -> int:
+def read_uint128(value: object, field: str) -> int:
+    """A uint128 as a decimal string; errors as for `decode_channel_payment`."""
     number = read_uint256(value, field)
     if number > UINT128_MAX:
         malformed(field, "at most 2^128 - 1")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import binascii
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -194,12 +194,13 @@ def decode_payment(header: str, header_name: HeaderName) -> PaymentHeader:
     return read_payment(document, version)
 
 
-def read_payment(document: dict[str, Any], version: int) -> PaymentHeader:
+def read_payment(document: dict[str, Any], version: int, decoders: Mapping[str, Decode] | None = None) -> PaymentHeader:
     """Read a payment that is JSON already, as in a call of a facilitator.
 
     Args:
         document: The payment, nested no deeper than `JSON_DEPTH_MAX`.
         version: Which x402 it is in, 1 or 2.
+        decoders: What reads each scheme's part; `SCHEMES` unless given.
 
     Raises:
         PaymentMalformed: As for `decode_payment`.
@@ -207,9 +208,10 @@ def read_payment(document: dict[str, Any], version: int) -> PaymentHeader:
     accepted = None if version == 1 else read_requirement(document.get("accepted"), "accepted")
     scheme = read_text(document.get("scheme"), "scheme") if accepted is None else accepted.scheme
     network = read_text(document.get("network"), "network") if accepted is None else accepted.network
-    decode = SCHEMES.get(scheme)
+    decoders = SCHEMES if decoders is None else decoders
+    decode = decoders.get(scheme)
     if decode is None or (version == 1 and scheme != "exact"):
-        known = sorted(SCHEMES) if version == 2 else ["exact"]
+        known = sorted(decoders) if version == 2 else ["exact"]
         raise PaymentMalformed("unsupported_scheme", f"the scheme must be one of: {', '.join(known)}")
     envelope = PaymentHeader(
         version=version,

@@ -1,7 +1,9 @@
 """A shop that knows nothing of Farebox, and `farebox facilitator` as a process beside it.
 
-The shop is the official FastAPI middleware around one route, run as ``python -m tests.e2e.facilitated`` with JSON on standard
-input (facilitator, pay_to, network, port, price), or in TypeScript by `typescript/shop.mjs`.
+The shop is the official FastAPI middleware, run as ``python -m tests.e2e.facilitated`` with JSON on standard input
+(facilitator, pay_to, network, port, price, and for more than `exact`: schemes, authorizer, key), or in TypeScript by
+`typescript/shop.mjs`. It sells ``/thing`` by `exact`, ``/metered`` by `upto` (``?used=`` says how much is taken, in atomic
+units) and ``/channel`` by `batch-settlement`, whose claims ``POST /claims`` makes.
 """
 
 from __future__ import annotations
@@ -62,9 +64,20 @@ def process(
 
 
 @contextlib.contextmanager
-def facilitator(chain: Devnet, directory: Path, port: int, **more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`farebox facilitator` for anybody; its signer is the chain's first wallet."""
+def facilitator(
+    chain: Devnet, directory: Path, port: int, *, batch_contract: str | None = None, anybody: bool = True, **more: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`farebox facilitator`, for anybody or for those who have a key; its signer is the chain's first wallet."""
     directory.mkdir(exist_ok=True)
+    environment = settings(chain, directory, batch_contract) | more
+    command = [sys.executable, "-m", "gateway.cli", "facilitator", "--port", str(port), *(["--open"] * anybody)]
+    url = f"http://127.0.0.1:{port}"
+    with process(command, f"{url}/healthz", directory / "facilitator.log", **environment) as running:
+        yield running
+
+
+def settings(chain: Devnet, directory: Path, batch_contract: str | None = None) -> dict[str, str]:
+    """What every command of this facilitator's operator is configured with."""
     tokens = [
         {
             "symbol": token.symbol,
@@ -76,25 +89,22 @@ def facilitator(chain: Devnet, directory: Path, port: int, **more: str) -> Itera
         }
         for token in (chain.usdc, chain.usdt)
     ]
-    network = {"chain_id": chain.chain_id, "rpc_urls": [chain.rpc_url], "tokens": tokens}
-    environment = {
+    network: dict[str, Any] = {"chain_id": chain.chain_id, "rpc_urls": [chain.rpc_url], "tokens": tokens}
+    if batch_contract is not None:
+        network["batch_contract"] = batch_contract
+    return {
         "FAREBOX_DATA_DIR": str(directory),
         "FAREBOX_PAY_TO": chain.wallets[0].address,
         "FAREBOX_SIGNER_KEYS": json.dumps([chain.wallets[0].private_key]),
         "FAREBOX_NETWORKS": json.dumps([network]),
-        **more,
     }
-    command = [sys.executable, "-m", "gateway.cli", "facilitator", "--open", "--port", str(port)]
-    url = f"http://127.0.0.1:{port}"
-    with process(command, f"{url}/healthz", directory / "facilitator.log", **environment) as running:
-        yield running
 
 
 @contextlib.contextmanager
-def shop(facilitator_url: str, network: str, log: Path, *, language: str = "python") -> Iterator[str]:
-    """The URL of what is sold."""
+def shop(facilitator_url: str, network: str, log: Path, *, language: str = "python", **more: Any) -> Iterator[str]:
+    """The URL of what is sold by `exact`; `more` are parts of the Python shop."""
     port = free_port()
-    parts = {"facilitator": facilitator_url, "pay_to": SHOP, "network": network, "port": port, "price": PRICE}
+    parts = {"facilitator": facilitator_url, "pay_to": SHOP, "network": network, "port": port, "price": PRICE, **more}
     if language == "python":
         command = [sys.executable, "-m", "tests.e2e.facilitated"]
     else:
@@ -107,28 +117,69 @@ def shop(facilitator_url: str, network: str, log: Path, *, language: str = "pyth
 
 def _sell(parts: dict[str, Any]) -> None:
     import uvicorn
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Response
     from x402 import x402ResourceServer
     from x402.extensions.bazaar import bazaar_resource_server_extension, declare_discovery_extension
-    from x402.http import FacilitatorConfig, HTTPFacilitatorClient
-    from x402.http.middleware.fastapi import PaymentMiddlewareASGI
+    from x402.http import HTTPFacilitatorClient
+    from x402.http.middleware.fastapi import PaymentMiddlewareASGI, set_settlement_overrides
     from x402.http.types import PaymentOption, RouteConfig
+    from x402.mechanisms.evm.batch_settlement.authorizer_signer import LocalAuthorizerSigner
+    from x402.mechanisms.evm.batch_settlement.server import (
+        BatchSettlementEvmScheme,
+        BatchSettlementEvmSchemeServerConfig,
+    )
     from x402.mechanisms.evm.exact import register_exact_evm_server
+    from x402.mechanisms.evm.upto.server import UptoEvmScheme
 
-    app = FastAPI()
-    client = HTTPFacilitatorClient(FacilitatorConfig(url=parts["facilitator"]))
-    server = register_exact_evm_server(x402ResourceServer(client), networks=parts["network"])
+    network, wanted = parts["network"], parts.get("schemes", ["exact"])
+    key = parts.get("key")
+    bearer = {"authorization": f"Bearer {key}"} if key else {}
+    headers = {"verify": bearer, "settle": bearer, "supported": bearer}
+    client = HTTPFacilitatorClient({"url": parts["facilitator"], "create_headers": lambda: headers})
+    server = register_exact_evm_server(x402ResourceServer(client), networks=network)
     server.register_extension(bazaar_resource_server_extension)  # type: ignore[arg-type]
-    option = PaymentOption("exact", parts["pay_to"], parts["price"], parts["network"], max_timeout_seconds=300)
-    route = RouteConfig(accepts=option, mime_type="application/json", extensions=declare_discovery_extension(input={}))
-    app.add_middleware(PaymentMiddlewareASGI, routes={"GET /thing": route}, server=server)
+    authorizer = None if parts.get("authorizer") is None else LocalAuthorizerSigner(parts["authorizer"])
+    channels = BatchSettlementEvmScheme(
+        parts["pay_to"], BatchSettlementEvmSchemeServerConfig(receiver_authorizer_signer=authorizer)
+    )
+    if "upto" in wanted:
+        server.register(network, UptoEvmScheme())  # type: ignore[arg-type, no-untyped-call]
+    if "batch-settlement" in wanted:
+        server.register(network, channels)  # type: ignore[arg-type]
+
+    def route(scheme: str, **more: Any) -> RouteConfig:
+        option = PaymentOption(scheme, parts["pay_to"], parts["price"], network, max_timeout_seconds=300)
+        return RouteConfig(accepts=option, mime_type="application/json", **more)
+
+    routes = {
+        "GET /thing": route("exact", extensions=declare_discovery_extension(input={})),
+        "/metered": route("upto"),
+        "/channel": route("batch-settlement"),
+    }
+    app = FastAPI()
+    offered = {path: config for path, config in routes.items() if config.accepts.scheme in wanted}  # type: ignore[union-attr]
+    app.add_middleware(PaymentMiddlewareASGI, routes=offered, server=server)
     sold = 0
 
     @app.get("/thing")
+    @app.api_route("/channel", methods=["GET", "POST"])
     async def thing() -> dict[str, int]:
         nonlocal sold
         sold += 1
         return {"sold": sold}
+
+    @app.api_route("/metered", methods=["GET", "POST"])
+    async def metered(response: Response, used: str) -> dict[str, str]:
+        set_settlement_overrides(response, {"amount": used})
+        return {"used": used}
+
+    @app.post("/claims")
+    async def claims() -> dict[str, Any]:
+        done = await channels.create_channel_manager(client, network).claim_and_settle()
+        return {
+            "claims": [claim.transaction for claim in done["claims"]],
+            "settle": done["settle"] and done["settle"].transaction,
+        }
 
     @app.get("/open")
     async def free() -> dict[str, int]:

@@ -48,13 +48,19 @@ class Running:
 
 
 def options(
-    chain: Devnet, network: Network, database: Path | str, *, batch_contract: str | None = None, **wanted: Any
+    chain: Devnet,
+    network: Network,
+    database: Path | str,
+    *,
+    batch_contract: str | None = None,
+    signer: int = 0,
+    **wanted: Any,
 ) -> Options:
-    """Options of a facilitator that anybody may use; its signer is the first wallet."""
+    """Options of a facilitator that anybody may use; its signer is the first wallet unless another is named."""
     return Options(
         database=database,
         networks=(NetworkOptions(network, [chain.rpc_url], batch_contract=batch_contract),),
-        signer_keys=(chain.wallets[0].private_key,),
+        signer_keys=(chain.wallets[signer].private_key,),
         **{"require_key": False, "settlement_wait_s": 20, **wanted},
     )
 

@@ -69,8 +69,14 @@ async def test_two_payments_that_one_balance_covers_do_not_both_burn_gas(
 ) -> None:
     funds = balance_of(chain.rpc_url, chain.usdc, chain.wallets[4].address)
     calls = [body(chain.wallets[4], network.tokens[0], network, value=funds) for _ in range(4)]
+    rpc(chain.rpc_url, "evm_setAutomine", False)
     async with two(chain, network, postgres_database) as both:
-        answers = await asyncio.gather(*(both[number % 2].settle(call) for number, call in enumerate(calls)))
+        settling = [asyncio.create_task(both[number % 2].settle(call)) for number, call in enumerate(calls)]
+        done: set[asyncio.Task[dict[str, Any]]] = set()
+        while len(done) < len(calls) - 1:
+            done, _ = await asyncio.wait(settling, return_when=asyncio.FIRST_COMPLETED, timeout=0.1)
+        rpc(chain.rpc_url, "evm_mine")
+        answers = await asyncio.gather(*settling)
         assert [answer["success"] for answer in answers].count(True) == 1
         refused = {answer["errorReason"] for answer in answers if not answer["success"]}
         assert refused == {"invalid_exact_evm_insufficient_balance"}

@@ -24,12 +24,12 @@ from x402.mechanisms.evm.signers import EthAccountSigner
 from x402.schemas import PaymentRequirements
 
 from payments.chain import channel_contract
-from payments.chain.channel_contract import Claim
 from payments.chain.networks import KNOWN_NETWORKS, NOBODY
 from payments.chain.signers import Signer
 from payments.errors import PaymentRefused
 from payments.verification import vouchers
 from payments.verification.signatures import recover
+from payments.x402.channel_actions import Claim
 from payments.x402.channels import (
     ChannelPayment,
     Erc3009Deposit,

@@ -1,0 +1,168 @@
+"""An official resource server that sells by `upto` and through channels, with `farebox facilitator` behind it and official
+clients, Python and TypeScript, before it: nothing of theirs knows Farebox."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+from x402 import x402Client
+from x402.http.clients import x402_httpx_transport
+from x402.mechanisms.evm.batch_settlement.client import BatchSettlementEvmScheme
+from x402.mechanisms.evm.signers import EthAccountSigner, EthAccountSignerWithRPC
+from x402.mechanisms.evm.upto import UptoEvmClientScheme
+
+from contracts.anvil import free_port
+from contracts.devnet import Devnet, approve_permit2, balance_of, place_operator_contracts
+from tests.e2e import facilitated
+from tests.e2e.clients import decoded
+from tests.e2e.facilitated import SHOP, VALUE
+
+SCHEMES = ["exact", "upto", "batch-settlement"]
+TYPESCRIPT = Path(__file__).parent / "typescript"
+
+
+@dataclass(frozen=True, slots=True)
+class Market:
+    """A shop that relies on a facilitator. `signed_here` says that the facilitator signs its claims and refunds."""
+
+    url: str
+    signed_here: bool
+
+
+@pytest.fixture(scope="module", params=["the shop signs", "the facilitator signs"])
+def market(
+    request: pytest.FixtureRequest, devnet: Devnet, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Market]:
+    directory = tmp_path_factory.mktemp("market")
+    signer = devnet.wallets[0].address
+    contract, _ = place_operator_contracts(devnet.rpc_url, signer, signer, [signer])
+    port, signed_here = free_port(), request.param == "the facilitator signs"
+    more: dict[str, Any] = {"authorizer": devnet.wallets[8].private_key}
+    if signed_here:
+        (directory / "facilitator").mkdir()
+        made = subprocess.run(
+            [sys.executable, "-m", "gateway.cli", "keys", "create", "shop", "--pay-to", SHOP, "--json"],
+            env=os.environ | facilitated.settings(devnet, directory / "facilitator", contract),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        more = {"key": json.loads(made.stdout)["key"]}
+    with (
+        facilitated.facilitator(
+            devnet, directory / "facilitator", port, batch_contract=contract, anybody=not signed_here
+        ),
+        facilitated.shop(
+            f"http://127.0.0.1:{port}",
+            f"eip155:{devnet.chain_id}",
+            directory / "shop.log",
+            schemes=SCHEMES,
+            **more,
+        ) as thing,
+    ):
+        yield Market(thing.removesuffix("/thing"), signed_here)
+
+
+@pytest.fixture
+def wallet(devnet: Devnet) -> LocalAccount:
+    account: LocalAccount = Account.from_key(devnet.wallets[5].private_key)
+    approve_permit2(devnet.rpc_url, devnet.usdc, devnet.wallets[5].private_key)
+    return account
+
+
+def held(devnet: Devnet, address: str = SHOP) -> int:
+    return balance_of(devnet.rpc_url, devnet.usdc, address)
+
+
+async def test_upto_takes_what_the_shop_says(market: Market, devnet: Devnet, wallet: LocalAccount) -> None:
+    client = x402Client()
+    client.register("eip155:*", UptoEvmClientScheme(EthAccountSigner(wallet)))
+    async with httpx.AsyncClient(transport=x402_httpx_transport(client), base_url=market.url, timeout=60) as http:
+        for used in (321, VALUE, 0):
+            before = held(devnet)
+            paid = await http.get("/metered", params={"used": str(used)})
+            assert paid.status_code == 200, paid.text
+            response = decoded(paid.headers["payment-response"])
+            assert (response["success"], response["amount"]) == (True, str(used))
+            assert (response["transaction"] != "") == (used > 0)
+            assert held(devnet) == before + used
+        before = held(devnet)
+        refused = await http.get("/metered", params={"used": str(VALUE + 1)})
+        assert refused.status_code == 402
+        assert held(devnet) == before
+
+
+async def test_a_channels_life(market: Market, devnet: Devnet, wallet: LocalAccount) -> None:
+    scheme = BatchSettlementEvmScheme(EthAccountSignerWithRPC(wallet, devnet.rpc_url))
+    client = x402Client()
+    client.register("eip155:*", scheme)
+    before, funds = held(devnet), held(devnet, wallet.address)
+    async with httpx.AsyncClient(transport=x402_httpx_transport(client), base_url=market.url, timeout=60) as http:
+        for index in range(11):
+            paid = await http.get("/channel")
+            assert paid.status_code == 200, paid.text
+            response = decoded(paid.headers["payment-response"])
+            assert response["success"]
+            assert (response["transaction"] != "") == (index == 0), "only the first request has a transaction"
+        claimed = (await http.post("/claims")).json()
+        assert len(claimed["claims"]) == 1
+        assert claimed["settle"]
+        assert held(devnet) == before + 11 * VALUE
+        assert (await http.get("/channel")).status_code == 200
+    refunded = await asyncio.to_thread(scheme.refund, f"{market.url}/channel")
+    assert refunded.success, refunded
+    # Its last request is claimed with the refund, and fetched with the next claims.
+    assert funds - held(devnet, wallet.address) == 12 * VALUE
+
+
+def test_the_typescript_client_pays_by_upto(market: Market, devnet: Devnet, wallet: LocalAccount) -> None:
+    before = held(devnet)
+    done = node("pay.mjs", wallet, f"{market.url}/metered?used=123", ACCEPT_PAYMENT="upto")
+    end = json.loads(done.splitlines()[-1])
+    assert (end["statuses"], end["paymentResponse"]["success"]) == ([402, 200], True), end
+    assert end["paymentResponse"]["amount"] == "123"
+    assert held(devnet) == before + 123
+
+
+def test_the_typescript_client_opens_uses_and_closes_a_channel(
+    market: Market, devnet: Devnet, wallet: LocalAccount
+) -> None:
+    if market.signed_here:
+        pytest.skip("the Python client shows it")
+    wallet = Account.from_key(devnet.wallets[6].private_key)
+    funds = held(devnet, wallet.address)
+    told = json.loads(node("channel.mjs", wallet, f"{market.url}/channel", RPC_URL=devnet.rpc_url))
+    assert [payment["success"] for payment in told["payments"]] == [True] * 11
+    assert [payment["transaction"] != "" for payment in told["payments"]] == [True] + [False] * 10
+    assert told["refund"]["success"] is True
+    assert funds - held(devnet, wallet.address) == 11 * VALUE
+
+
+def node(script: str, wallet: LocalAccount, url: str, **environment: str) -> str:
+    """What a TypeScript client prints."""
+    program = shutil.which("node")
+    assert program is not None, "this test needs Node.js 20 or newer on PATH"
+    key = "0x" + wallet.key.hex().removeprefix("0x")
+    done = subprocess.run(
+        [program, str(TYPESCRIPT / script)],
+        env=os.environ | {"WALLET_KEY": key, "URL": url, "BODY": "{}", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
