@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from mutations.channels import CHANNELS
 from mutations.mutation import Mutation
 from mutations.settlement import SETTLEMENTS
+from mutations.tenders import TENDERS
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-MUTATIONS: tuple[Mutation, ...] = (*SETTLEMENTS,)
+MUTATIONS: tuple[Mutation, ...] = (*SETTLEMENTS, *TENDERS, *CHANNELS)

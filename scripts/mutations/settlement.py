@@ -260,15 +260,15 @@ SETTLEMENTS = (
     Mutation(
         "a payment is booked without a look at its state",
         _JUDGE,
-        "        if states.move(tx, entry.id, state, **columns):\n            self._kinds",
-        "        states.move(tx, entry.id, state, **columns)\n        if True:\n            self._kinds",
+        "        if states.move(tx, entry.id, state, **columns):\n            told",
+        "        if states.move(tx, entry.id, state, **columns) or True:\n            told",
         MACHINE,
     ),
     Mutation(
         "a payment's state moves without its booking",
         _JUDGE,
-        '            self._kinds[entry.kind].on_paid(tx, entry.row() | columns | {"state": state})',
-        "            pass",
+        "            self._kinds[entry.kind].on_paid(tx, entry.row() | columns | told)\n",
+        "            del told\n",
         MACHINE,
     ),
     Mutation(

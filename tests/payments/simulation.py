@@ -90,6 +90,7 @@ class World:
         with (
             mock.patch.object(time, "time", self.time),
             mock.patch.object(time, "monotonic", self._monotonic),
+            mock.patch.object(time, "clock_gettime", self._clock_gettime),
             mock.patch.object(time, "time_ns", self._time_ns),
             mock.patch.object(secrets, "token_hex", self._token_hex),
             mock.patch.object(secrets, "token_bytes", self.random.randbytes),
@@ -98,6 +99,9 @@ class World:
             yield
 
     def _monotonic(self) -> float:
+        return self.elapsed_s
+
+    def _clock_gettime(self, _clock: int) -> float:
         return self.elapsed_s
 
     def _time_ns(self) -> int:

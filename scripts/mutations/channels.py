@@ -1,0 +1,148 @@
+"""Mutations of payment channels: claiming too much, lending what is not there, forgetting what happened on chain."""
+
+from __future__ import annotations
+
+from mutations.mutation import Mutation
+
+BOOK = ("tests/payments/test_channel_book.py",)
+MACHINE = ("tests/payments/test_channels_machine.py",)
+
+_BOOK, _KEEPER = "payments/channels/book.py", "payments/channels/keeper.py"
+_REQUESTS, _KINDS = "payments/channels/requests.py", "payments/channels/kinds.py"
+_REFUNDS = "payments/channels/refunds.py"
+
+CHANNELS = (
+    Mutation(
+        "a claim exceeds the voucher",
+        _KEEPER,
+        "    total = min(charged, channel.voucher, channel.on_chain.balance)\n",
+        "    total = min(max(charged, channel.voucher + 1), channel.on_chain.balance)\n",
+        MACHINE,
+    ),
+    Mutation(
+        "a claim takes the whole voucher",
+        _KEEPER,
+        "    total = min(charged, channel.voucher, channel.on_chain.balance)\n",
+        "    total = min(channel.voucher, channel.on_chain.balance)\n",
+        MACHINE,
+    ),
+    Mutation(
+        "a claim rounds up",
+        _KEEPER,
+        "    charged = nano_to_atomic_down(channel.charged_nano_usd, token.decimals)\n",
+        "    charged = nano_to_atomic_down(channel.charged_nano_usd, token.decimals) + 1\n",
+        MACHINE,
+    ),
+    Mutation(
+        "a claim exceeds what the channel holds",
+        _KEEPER,
+        "    total = min(charged, channel.voucher, channel.on_chain.balance)\n",
+        "    total = min(charged, channel.voucher)\n",
+        BOOK,
+    ),
+    Mutation(
+        "a claim is begun while another is under way",
+        _KEEPER,
+        "if current is not None and current.claim_id is None and claim.total",
+        "if current is not None and claim.total",
+        MACHINE,
+    ),
+    Mutation(
+        "a withdrawing channel is not claimed early",
+        _KEEPER,
+        '        return [channel for channel in channels if channel.state == "withdrawing"]\n',
+        "        return []\n",
+        ("tests/payments/test_channels_on_chain.py",),
+    ),
+    Mutation(
+        "what happens on chain is not watched",
+        _KEEPER,
+        "        await self._services.sync(known)\n",
+        "        del known\n        known = []\n",
+        ("tests/payments/test_channels_on_chain.py", *MACHINE),
+    ),
+    Mutation(
+        "a failed claim is never tried again",
+        _KINDS,
+        "            book.put(tx, channel.id, claim_id=None, claim_from_ms=claim_from_ms)\n",
+        "            pass\n",
+        MACHINE,
+    ),
+    Mutation(
+        "a claim is not booked",
+        _BOOK,
+        '        _post(tx, channel, "claimed", account_id("custody", channel.asset), change)\n',
+        "        pass\n",
+        MACHINE,
+    ),
+    Mutation(
+        "a claim is booked twice",
+        _BOOK,
+        "    put(tx, channel_id, claimed_nano_usd=claimed_nano_usd, unclaimed_since_ms=since)\n",
+        "    put(tx, channel_id, unclaimed_since_ms=since)\n",
+        MACHINE,
+    ),
+    Mutation(
+        "what is held is lent again",
+        _REQUESTS,
+        "    needed = channel.charged_nano_usd + held + wanted.price_nano_usd\n",
+        "    needed = channel.charged_nano_usd + wanted.price_nano_usd\n",
+        BOOK,
+    ),
+    Mutation(
+        "what is charged is lent again",
+        _REQUESTS,
+        "    needed = channel.charged_nano_usd + held + wanted.price_nano_usd\n",
+        "    needed = held + wanted.price_nano_usd\n",
+        BOOK,
+    ),
+    Mutation(
+        "one voucher pays two requests",
+        _REQUESTS,
+        "    if not bound and signed_nano_usd > channel.charged_nano_usd",
+        "    if signed_nano_usd > channel.charged_nano_usd",
+        BOOK,
+    ),
+    Mutation(
+        "what is to be withdrawn is lent",
+        _BOOK,
+        "        return self.on_chain.balance - self.on_chain.withdraw_amount - self.refunding\n",
+        "        return self.on_chain.balance - self.refunding\n",
+        BOOK,
+    ),
+    Mutation(
+        "what is being refunded is lent",
+        _BOOK,
+        "        return self.on_chain.balance - self.on_chain.withdraw_amount - self.refunding\n",
+        "        return self.on_chain.balance - self.on_chain.withdraw_amount\n",
+        MACHINE,
+    ),
+    Mutation(
+        "a request is counted each time it is captured",
+        _REQUESTS,
+        '    if before is not None and before.state == "open":\n',
+        "    if True:\n",
+        MACHINE,
+    ),
+    Mutation(
+        "a lower voucher replaces a higher one",
+        _REQUESTS,
+        "    if voucher.amount > channel.voucher:\n",
+        "    if True:\n",
+        MACHINE,
+    ),
+    Mutation(
+        "a refund gives back what is charged",
+        _REFUNDS,
+        "    left = channel.on_chain.balance - owed\n",
+        "    left = channel.on_chain.balance - channel.on_chain.total_claimed\n",
+        MACHINE,
+    ),
+    Mutation(
+        "a lagging node takes money away",
+        _BOOK,
+        "    if seen.block < current.synced_block:\n",
+        "    if False:\n",
+        BOOK,
+    ),
+)
