@@ -42,6 +42,7 @@ async def open_channels(
         authorizer=settlements.signers[0],
         withdraw_delay_s=settings.payments.channel_withdraw_delay_s,
         payers=payers,
+        unclaimed_s_max=settings.payments.channel_claim_age_s + settings.payments.channel_withdraw_delay_s / 2,
     )
     keeper = ChannelKeeper(
         services,

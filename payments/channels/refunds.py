@@ -15,7 +15,7 @@ from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, Token
 from payments.channels import book
 from payments.channels.requests import OutOfStep
 from payments.channels.services import ChannelServices
-from payments.errors import PaymentRefused, SettlementPending
+from payments.errors import PaymentRefused, SettlementPending, SettlementUnavailable
 from payments.money import nano_to_atomic_up
 from payments.settlement import outbox
 from payments.settlement.engine import Settlements
@@ -30,6 +30,9 @@ from payments.x402.channels import (
     ChannelPayment,
     hex32,
 )
+
+LOOKS_MAX = 10
+"""Looks at the chain before one refund; more only while the channel goes on changing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +96,14 @@ async def refund(
         SettlementUnavailable: The chain cannot be asked.
     """
     channel_id = hex32(payment.voucher.channel_id)
-    if not await services.sync([channel_id]):
-        raise PaymentRefused(CHANNEL_NOT_FOUND, "nothing was ever paid through this channel")
-    begun = await services.store.write(lambda tx: _begin(tx, services, payment, channel_id, token))
+    for _ in range(LOOKS_MAX):
+        if not await services.sync([channel_id]):
+            raise PaymentRefused(CHANNEL_NOT_FOUND, "nothing was ever paid through this channel")
+        begun = await services.store.write(lambda tx: _begin(tx, services, payment, channel_id, token))
+        if begun is not None:
+            break
+    else:
+        raise SettlementUnavailable("channel_changes", "too much happens to this channel now; ask again shortly")
     if isinstance(begun, PaymentRefused):
         raise begun
     settlement_id, amount = begun
@@ -113,11 +121,15 @@ async def refund(
 
 def _begin(
     tx: Transaction, services: ChannelServices, payment: ChannelPayment, channel_id: str, token: Token
-) -> tuple[str, int] | PaymentRefused:
+) -> tuple[str, int] | PaymentRefused | None:
+    """The settlement of the refund and its amount, or why there is none; None if the chain has to be asked first."""
     channel = book.find(tx, channel_id)
     assert channel is not None
     if channel.refund_id is not None:
         return channel.refund_id, channel.refunding
+    if channel.unsynced:
+        # Something happened since it was asked, such as the refund that somebody asked for at the same time.
+        return None
     held = book.held_nano_usd(tx, channel)
     owed = nano_to_atomic_up(channel.charged_nano_usd + held, token.decimals)
     if payment.voucher.amount not in (channel.announced, owed):

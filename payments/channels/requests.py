@@ -13,7 +13,7 @@ from typing import Any, Literal
 from payments import promises, receipts
 from payments.channels import book
 from payments.channels.book import Channel
-from payments.errors import PaymentRefused
+from payments.errors import PaymentRefused, SettlementUnavailable
 from payments.money import atomic_to_nano_down, nano_to_atomic_up
 from payments.settlement import states
 from payments.store import Transaction
@@ -94,6 +94,8 @@ class Wanted:
     """Why it is too late for a first use, if it is."""
     identifier: str | None = None
     """The payer's own name for it, if it has one."""
+    unclaimed_s_max: float = float("inf")
+    """How long the channel may owe us without a claim."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ def take(tx: Transaction, wanted: Wanted, *, patient: bool) -> Taken | MustWait 
     Raises:
         PaymentRefused: It is not paid for.
         PaymentConflict: ``payment_identifier_used``: another payment of the payer's bears its name.
+        SettlementUnavailable: ``channel_unclaimed``: what the channel owes could not be claimed for too long.
     """
     known = tx.execute(_FIND, (wanted.digest,)).fetchone()
     if known is not None and known[1] in ("open", "captured"):
@@ -137,6 +140,7 @@ def take(tx: Transaction, wanted: Wanted, *, patient: bool) -> Taken | MustWait 
         raise wanted.refusal
     channel = book.find(tx, wanted.channel.id)
     assert channel is not None
+    _check_claims(channel, wanted)
     deposit = _deposit_stage(tx, wanted)
     if channel.unsynced and deposit in ("none", "paid"):
         return MustWait("unsynced")
@@ -176,6 +180,17 @@ def outcome_of(tx: Transaction, digest: bytes) -> AlreadyUsed | None:
     if known is None or known[1] not in ("open", "captured"):
         return None
     return AlreadyUsed(known[0], "in_progress" if known[1] == "open" else "captured")
+
+
+def _check_claims(channel: Channel, wanted: Wanted) -> None:
+    """Serve no channel on and on of which nothing can be claimed: its payer may be withdrawing, and we have nobody to ask."""
+    since = channel.unclaimed_since_ms
+    if since is None or channel.state == "drained" or book.now_ms() - since <= wanted.unclaimed_s_max * 1000:
+        return
+    raise SettlementUnavailable(
+        "channel_unclaimed",
+        "what this channel owes could not be claimed for too long; nothing was taken, send the same payment again later",
+    )
 
 
 def _out_of_step(

@@ -67,7 +67,9 @@ class ChannelServices:
         authorizer: Signer,
         withdraw_delay_s: int,
         payers: ExactServices,
+        unclaimed_s_max: float = float("inf"),
     ) -> None:
+        self.unclaimed_s_max = unclaimed_s_max
         self.store = store
         self.settlements = settlements
         self.network = network

@@ -170,6 +170,7 @@ class ChannelTender:
             exposure_max_nano_usd=self._services.payers.payer_exposure_nano_usd,
             refusal=self._refusal,
             identifier=self._payment.identifier,
+            unclaimed_s_max=self._services.unclaimed_s_max,
         )
         decision = requests.take(tx, wanted, patient=patient)
         if isinstance(decision, Taken) and decision.deposit == "due":

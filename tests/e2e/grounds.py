@@ -34,15 +34,18 @@ WAIT_S = 20.0
 class Asked(threading.Thread):
     """A request under way."""
 
-    def __init__(self, url: str, headers: dict[str, str], body: dict[str, Any], path: str) -> None:
+    def __init__(
+        self, url: str, headers: dict[str, str], body: dict[str, Any], path: str, method: str = "POST"
+    ) -> None:
         super().__init__(daemon=True)
+        self._method = method
         self._url, self._headers, self._content = url + path, headers, orjson.dumps(body)
         self.start()
 
     def run(self) -> None:
         """Send it."""
         with httpx.Client(timeout=60) as http:
-            self.got = http.post(self._url, content=self._content, headers=JSON | self._headers)
+            self.got = http.request(self._method, self._url, content=self._content, headers=JSON | self._headers)
 
     def answer(self) -> httpx.Response:
         """What came of it."""
@@ -67,9 +70,11 @@ class Ground:
         """Send a request and wait for its answer."""
         return self.http.post(path, content=orjson.dumps(body), headers=JSON | headers)
 
-    def begin(self, headers: dict[str, str], body: dict[str, Any], path: str = "/v1/chat/completions") -> Asked:
+    def begin(
+        self, headers: dict[str, str], body: dict[str, Any], path: str = "/v1/chat/completions", method: str = "POST"
+    ) -> Asked:
         """Send a request; its answer is had later."""
-        return Asked(self.stack.gateway_url, headers, body, path)
+        return Asked(self.stack.gateway_url, headers, body, path, method)
 
     # --- the chain ----------------------------------------------------------------------------------------------------
 
