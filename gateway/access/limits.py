@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -13,6 +14,9 @@ from payments.buckets import Buckets
 
 LINGER_S, LINGER_BYTES = 1.0, 2_000_000
 """How long, and how much, of the rest of a refused request is read and thrown away, so that its sender reads the answer."""
+HEAD_S = 20.0
+"""How long a request line and its headers may take to arrive, from the connection's beginning or their own: whoever says nothing, or a
+byte at a time, would hold connections open for ever."""
 
 
 def guarded_protocol(header_bytes_max: int) -> type[HttpToolsProtocol]:
@@ -27,14 +31,41 @@ def guarded_protocol(header_bytes_max: int) -> type[HttpToolsProtocol]:
         400, "Bad Request", "invalid_http", "this is no HTTP request, or one that two readers would read differently"
     )
 
+    message = f"request line and headers must arrive within {HEAD_S:.0f} s"
+    too_slow = _last_answer(408, "Request Timeout", "headers_too_slow", message)
+
     class GuardedProtocol(HttpToolsProtocol):
         """Counts what arrives and is no body (heads, trailers, chunk extensions); beyond the limit it reaches no buffer."""
+
+        _head_timer: asyncio.TimerHandle | None = None
 
         _bytes_beside_bodies = 0
         _bytes_thrown_away = 0
         _refused = False
 
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._expect_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._expect_no_head()
+            super().connection_lost(exc)
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._expect_head()
+
+        def _expect_head(self) -> None:
+            if self._head_timer is None:
+                self._head_timer = self.loop.call_later(HEAD_S, self._refuse, too_slow)
+
+        def _expect_no_head(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
         def on_headers_complete(self) -> None:
+            self._expect_no_head()
             self._bytes_beside_bodies = 0
             if self._refused:
                 # Pipelined behind what was refused: nobody would get its answer.

@@ -12,6 +12,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from gateway.access import limits
 from gateway.access.limits import QuoteLimiter, guarded_protocol
 from gateway.api.errors import ApiError
 from payments import buckets
@@ -162,6 +163,34 @@ async def test_what_drips_without_end_does_not_get_past_the_limit(
     async with connected(application) as connection:
         await connection.send(begin)
         assert await connection.drip(piece) < DRIPPED_MAX
+
+
+@pytest.mark.parametrize("begin", [b"", b"GE", b"GET / HTTP/1.1\r\nx-y: ", SMALL + b"GET / HT"])
+async def test_a_head_that_does_not_come_is_waited_for_so_long(
+    monkeypatch: pytest.MonkeyPatch, application: Application, begin: bytes
+) -> None:
+    monkeypatch.setattr(limits, "HEAD_S", 0.2)
+    async with connected(application) as connection:
+        await connection.send(begin)
+        if begin.startswith(SMALL):
+            assert await connection.answer() == (200, b"/small 0")
+        status, body = await connection.answer()
+        assert status == 408
+        assert b"headers_too_slow" in body
+        assert await connection.ended()
+
+
+async def test_a_long_answer_and_a_slow_body_are_no_slow_heads(
+    monkeypatch: pytest.MonkeyPatch, application: Application
+) -> None:
+    monkeypatch.setattr(limits, "HEAD_S", 0.1)
+    async with connected(application) as connection:
+        await connection.send(CHUNKED)
+        for _ in range(3):
+            await asyncio.sleep(0.1)
+            await connection.send(b"5\r\nhello\r\n")
+        await connection.send(b"0\r\n\r\n")
+        assert await connection.answer() == (200, b"/chunked 15")
 
 
 async def test_whoever_sends_far_too_much_at_once_still_reads_why_it_is_refused(application: Application) -> None:
