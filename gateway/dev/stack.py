@@ -193,6 +193,8 @@ def running(
         network = _network(anvil.rpc_url, devnet) | {
             "batch_contract": batch_contract,
             "deposit_factory": deposit_factory,
+            "sponsor_hourly_native": "1",
+            "sponsor_payer_native": "0.001",
         }
         if nodes is not None:
             network["rpc_urls"] = list(nodes(anvil.rpc_url))

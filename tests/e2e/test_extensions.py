@@ -9,23 +9,26 @@ from typing import Any
 
 import httpx
 import jsonschema
+import orjson
 import pytest
 from eth_account import Account
 from eth_account.messages import encode_defunct, encode_typed_data
 from eth_account.signers.local import LocalAccount
 from eth_utils.address import to_checksum_address
-from x402 import PaymentRequired, x402ClientSync
+from x402 import PaymentRequired, x402Client, x402ClientSync
 from x402.extensions.bazaar import with_bazaar
 from x402.extensions.payment_identifier import append_payment_identifier_to_extensions
 from x402.http import FacilitatorConfig, HTTPFacilitatorClientSync, x402HTTPClientSync
+from x402.http.clients import x402_httpx_transport
 from x402.mechanisms.evm.batch_settlement.client import BatchSettlementEvmScheme
+from x402.mechanisms.evm.exact import ExactEvmScheme
 from x402.mechanisms.evm.signers import EthAccountSigner, EthAccountSignerWithRPC
 from x402.mechanisms.evm.upto import UptoEvmClientScheme
 
 from agents_sdk.signed_receipts import ReceiptInvalid, read_signed_receipt
 from contracts.devnet import USDC, USDT, approve_permit2, balance_of, mint, rpc
 from gateway.dev.stack import Stack
-from tests.e2e.clients import ask, decoded, encoded, official_client, sign
+from tests.e2e.clients import JSON, ask, decoded, encoded, official_client, sign
 from tests.e2e.conftest import QUESTION
 from tests.e2e.test_upto_clients import settled
 
@@ -174,6 +177,63 @@ def test_a_wallet_without_coin_pays_by_upto_with_a_permit(
     paid = 5_000_000 - balance_of(stack.rpc_url, USDC, penniless.address)
     assert 0 < paid == int(decoded(answer.headers["payment-response"])["amount"])
     assert rpc(stack.rpc_url, "eth_getBalance", penniless.address, "latest") == "0x0"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "names"),
+    [(ExactEvmScheme, "erc20ApprovalGasSponsoring"), (UptoEvmClientScheme, "erc20ApprovalGasSponsoring, upto")],
+    ids=["exact", "upto"],
+)
+def test_a_wallet_without_coin_pays_in_a_token_without_permits(
+    http: httpx.Client, stack: Stack, penniless: LocalAccount, scheme: type[Any], names: str
+) -> None:
+    asking = {"accept-payment": names}
+    client = with_rpc(stack, penniless, scheme, USDT.address)
+    asked = ask(http, QUESTION, asking)
+    assert len(asked.headers["payment-required"]) <= 7_500
+    headers, extensions = paid_by(client, asked)
+    assert "signedTransaction" in extensions["erc20ApprovalGasSponsoring"]["info"]
+    answer = ask(http, QUESTION, asking | headers)
+    assert answer.status_code == 200, answer.text
+    again = ask(http, QUESTION, asking | headers)
+    assert (again.status_code, again.text) == (200, answer.text)
+    settled(http, answer.headers["x-farebox-receipt"])
+    paid = 5_000_000 - balance_of(stack.rpc_url, USDT, penniless.address)
+    assert paid == int(decoded(answer.headers["payment-response"])["amount"]) > 0
+    # It is approved from now on, and signs no approval any more.
+    headers, extensions = paid_by(client, ask(http, QUESTION, asking))
+    assert "signedTransaction" not in extensions["erc20ApprovalGasSponsoring"]["info"]
+    assert ask(http, QUESTION, asking | headers).status_code == 200
+
+
+async def test_a_wallet_without_coin_opens_a_channel_in_a_token_without_permits(
+    stack: Stack, penniless: LocalAccount
+) -> None:
+    client = x402Client()
+    client.register("eip155:*", BatchSettlementEvmScheme(EthAccountSignerWithRPC(penniless, stack.rpc_url)))
+    client.set_spend_controls({"allowed_assets": True})
+    usdt = USDT.address.lower()
+    client.register_policy(lambda _, offers: [offer for offer in offers if offer.asset.lower() == usdt])
+    headers = JSON | {"accept-payment": "batch-settlement, erc20ApprovalGasSponsoring"}
+    async with httpx.AsyncClient(
+        transport=x402_httpx_transport(client), base_url=stack.gateway_url, timeout=30, headers=headers
+    ) as paying:
+        for _ in range(2):
+            answer = await paying.post("/v1/chat/completions", content=orjson.dumps(QUESTION))
+            assert answer.status_code == 200, answer.text
+    assert balance_of(stack.rpc_url, USDT, penniless.address) < 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("asked", "declared"),
+    [
+        ("erc20ApprovalGasSponsoring", True),
+        ("eip2612GasSponsoring, erc20ApprovalGasSponsoring, upto", True),
+        ("payment-identifier", False),
+    ],
+)
+def test_approvals_are_declared_to_whoever_asks(http: httpx.Client, asked: str, declared: bool) -> None:
+    assert ("erc20ApprovalGasSponsoring" in asked_for(http, asked)["extensions"]) is declared
 
 
 @pytest.mark.parametrize(
