@@ -57,11 +57,11 @@ def options(
     **wanted: Any,
 ) -> Options:
     """Options of a facilitator that anybody may use; its signer is the first wallet unless another is named."""
+    networks = (NetworkOptions(network, [chain.rpc_url], batch_contract=batch_contract),)
     return Options(
         database=database,
-        networks=(NetworkOptions(network, [chain.rpc_url], batch_contract=batch_contract),),
         signer_keys=(chain.wallets[signer].private_key,),
-        **{"require_key": False, "settlement_wait_s": 20, **wanted},
+        **{"networks": networks, "require_key": False, "settlement_wait_s": 20, **wanted},
     )
 
 

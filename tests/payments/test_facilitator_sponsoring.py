@@ -1,9 +1,13 @@
-"""A payer that never approved Permit2 pays through it: the official client signs a permit, the facilitator sends it along."""
+"""A payer that never approved Permit2 pays through it: the official client signs a permit, the facilitator sends it along; or,
+for a token without permits, an approval, which the facilitator brings to the chain first."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +15,47 @@ import pytest
 from eth_account import Account
 from x402 import x402ClientSync
 from x402.extensions.eip2612_gas_sponsoring import declare_eip2612_gas_sponsoring_extension
+from x402.extensions.erc20_approval_gas_sponsoring import declare_erc20_approval_gas_sponsoring_extension
 from x402.mechanisms.evm.exact.register import register_exact_evm_client
 from x402.mechanisms.evm.signers import EthAccountSignerWithRPC
 from x402.schemas import PaymentRequired
 
-from contracts.devnet import Devnet, balance_of
+from contracts.devnet import Devnet, balance_of, rpc
 from contracts.wallets import Wallet
 from payments.chain.networks import Network
+from payments.facilitator.opening import NetworkOptions
+from payments.sponsoring.records import Budget
 from tests.payments.facilitating import SHOP, VALUE, Running, facilitator, requirement
 from tests.payments.settling import rows
+from tests.payments.sponsoring import BUDGET, penniless
 
 
-def signed_by_official_client(chain: Devnet, network: Network, wallet: Wallet, value: int = VALUE) -> dict[str, Any]:
-    """The body of a call, with a permit, as the official client makes it for USDC over Permit2."""
-    wants = requirement(network.tokens[0], network, value=value)
+def signed_by_official_client(
+    chain: Devnet, network: Network, wallet: Wallet, value: int = VALUE, *, approval: bool = False
+) -> dict[str, Any]:
+    """The body of a call as the official client makes it: with a permit for USDC over Permit2, or an approval for USDT."""
+    wants = requirement(network.tokens[1 if approval else 0], network, value=value)
     wants["extra"]["assetTransferMethod"] = "permit2"
+    declared = declare_eip2612_gas_sponsoring_extension()
+    if approval:
+        declared = declare_erc20_approval_gas_sponsoring_extension()
+        del wants["extra"]["name"]
     required = PaymentRequired.model_validate(
         {
             "x402Version": 2,
             "resource": {"url": "https://shop.example/thing"},
             "accepts": [wants],
-            "extensions": declare_eip2612_gas_sponsoring_extension(),
+            "extensions": declared,
         }
     )
     client = x402ClientSync()
+    client.set_spend_controls({"allowed_assets": True})
     register_exact_evm_client(client, EthAccountSignerWithRPC(Account.from_key(wallet.private_key), chain.rpc_url))
     payment = client.create_payment_payload(required).model_dump(by_alias=True, exclude_none=True)
-    assert "signature" in payment["extensions"]["eip2612GasSponsoring"]["info"]
+    name, member = (
+        ("erc20ApprovalGasSponsoring", "signedTransaction") if approval else ("eip2612GasSponsoring", "signature")
+    )
+    assert member in payment["extensions"][name]["info"]
     return {"x402Version": 2, "paymentPayload": payment, "paymentRequirements": copy.deepcopy(wants)}
 
 
@@ -84,6 +102,100 @@ async def test_a_permit_that_does_not_fit_is_refused(
     call = signed_by_official_client(chain, network, chain.wallets[3])
     call["paymentPayload"]["extensions"]["eip2612GasSponsoring"]["info"] |= changes
     async with facilitator(chain, network, tmp_path / "farebox.db") as running:
+        assert await refused_everywhere(running, call) == reason
+        assert await rows(running.services.store) == []
+
+
+@contextlib.asynccontextmanager
+async def sponsoring(
+    chain: Devnet, network: Network, database: Path | str, budget: Budget = BUDGET
+) -> AsyncIterator[Running]:
+    """A facilitator that gives payers the coin for their approvals."""
+    on_chain = NetworkOptions(network, [chain.rpc_url], sponsoring=budget)
+    async with facilitator(chain, network, database, networks=(on_chain,)) as running:
+        yield running
+
+
+async def test_an_approval_goes_before_the_payment(chain: Devnet, network: Network, database: Path | str) -> None:
+    wallet = penniless(chain)
+    call = signed_by_official_client(chain, network, wallet, approval=True)
+    async with sponsoring(chain, network, database) as running:
+        assert "erc20ApprovalGasSponsoring" in running.services.facilitator.supported()["extensions"]
+        verified = await running.verify(call)
+        assert verified["isValid"], verified
+        assert await rows(running.services.store) == [], "to verify gives nothing"
+        answers = await asyncio.gather(*(running.settle(call, idempotency_key="a") for _ in range(3)))
+        assert all(answer["success"] for answer in answers), answers
+        assert await running.settle(call, idempotency_key="a") == answers[0]
+        assert (await running.settle(call))["errorReason"] == "duplicate_settlement"
+        assert sorted(row[0].partition(":")[0] for row in await rows(running.services.store)) == ["facilitate", "fund"]
+    assert balance_of(chain.rpc_url, chain.usdt, SHOP) == VALUE
+
+
+async def test_without_a_budget_approvals_are_neither_offered_nor_taken(
+    chain: Devnet, network: Network, sqlite_database: Path
+) -> None:
+    call = signed_by_official_client(chain, network, penniless(chain), approval=True)
+    async with facilitator(chain, network, sqlite_database) as running:
+        assert "erc20ApprovalGasSponsoring" not in running.services.facilitator.supported()["extensions"]
+        assert await refused_everywhere(running, call) == "permit2_allowance_required"
+        assert await rows(running.services.store) == []
+
+
+async def test_one_resource_server_uses_up_no_more_than_its_share(
+    chain: Devnet, network: Network, sqlite_database: Path
+) -> None:
+    each = Budget(hourly_wei=5 * 10**14, payer_wei=10**15)
+    async with sponsoring(chain, network, sqlite_database, each) as running:
+        answers = []
+        for _ in range(4):
+            call = signed_by_official_client(chain, network, penniless(chain), approval=True)
+            answers.append(await running.settle(call))
+        assert [answer["success"] for answer in answers].count(True) in (1, 2)
+        assert not answers[-1]["success"]
+        given = [
+            int(value) for name, value in await rows(running.services.store, "id, value") if name.startswith("fund:")
+        ]
+        assert sum(given) <= each.hourly_wei // 2
+
+
+async def test_a_facilitator_that_is_stopped_between_the_steps_goes_on(
+    chain: Devnet, network: Network, database: Path | str
+) -> None:
+    call = signed_by_official_client(chain, network, penniless(chain), approval=True)
+    rpc(chain.rpc_url, "evm_setAutomine", False)
+    on_chain = NetworkOptions(network, [chain.rpc_url], sponsoring=BUDGET)
+    for _ in range(3):
+        async with facilitator(chain, network, database, networks=(on_chain,), settlement_wait_s=0.5) as running:
+            assert (await running.settle(call))["errorReason"] == "settlement_pending"
+            rpc(chain.rpc_url, "evm_mine")
+    rpc(chain.rpc_url, "evm_setAutomine", True)
+    rpc(chain.rpc_url, "evm_mine")
+    async with sponsoring(chain, network, database) as running:
+        assert (await running.settle(call))["success"]
+        assert sum(name.startswith("fund:") for name, _ in await rows(running.services.store)) == 1
+    assert balance_of(chain.rpc_url, chain.usdt, SHOP) == VALUE
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"from": "0x" + "11" * 20}, "erc20_approval_from_mismatch"),
+        ({"asset": "0x" + "11" * 20}, "erc20_approval_asset_mismatch"),
+        ({"spender": "0x" + "11" * 20}, "erc20_approval_spender_not_permit2"),
+        ({"amount": "1"}, "erc20_approval_amount_too_small"),
+        ({"amount": str(VALUE)}, "erc20_approval_tx_wrong_call"),
+        ({"signedTransaction": "0x02c0"}, "erc20_approval_tx_parse_failed"),
+        ({"signedTransaction": "0x" + "02" * 600}, "invalid_payload"),
+        ({"signedTransaction": "none"}, "invalid_payload"),
+    ],
+)
+async def test_an_approval_that_does_not_fit_is_refused(
+    chain: Devnet, network: Network, sqlite_database: Path, changes: dict[str, str], reason: str
+) -> None:
+    call = signed_by_official_client(chain, network, penniless(chain), approval=True)
+    call["paymentPayload"]["extensions"]["erc20ApprovalGasSponsoring"]["info"] |= changes
+    async with sponsoring(chain, network, sqlite_database) as running:
         assert await refused_everywhere(running, call) == reason
         assert await rows(running.services.store) == []
 
