@@ -31,12 +31,14 @@ from payments.leases import Leases
 from payments.settlement.alarms import Alarms
 from payments.settlement.engine import Settlements
 from payments.settlement.sweeps import Sweeps
+from payments.sponsoring.sponsor import Sponsor
 from payments.store import Store
 
 BY_THE_CLOCK: dict[str, tuple[Any, str]] = {
     "channels": (ChannelKeeper, "_run"),
     "deposits": (Deposits, "_run"),
     "sweeps": (Sweeps, "_run"),
+    "sponsor": (Sponsor, "_run"),
     "leases": (Leases, "_beat_forever"),
     "finality": (Settlements, "_look_at_finality"),
     "housekeeping": (Settlements, "_housekeeping"),

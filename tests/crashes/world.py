@@ -238,6 +238,14 @@ class Run:
         """What somebody has on chain, in atomic units."""
         return balance_of(self.world.rpc_url, token, owner)
 
+    def make_penniless(self) -> None:
+        """Take the payer's coin away, and its approvals."""
+        calls: list[tuple[str, list[Any]]] = [("anvil_setBalance", [self.payer.address, "0x0"])]
+        for token in (USDC, USDT):
+            slot = _slot(CONTRACTS[token.symbol], "allowance", self.payer.address, PERMIT2_ADDRESS)
+            calls.append(("anvil_setStorageAt", [token.address, slot, "0x" + "00" * 32]))
+        batch(self.world.rpc_url, calls)
+
     def give(self, token: DevToken, owner: str, value: int) -> None:
         """Let somebody have so much, whatever it was before."""
         slot = _slot(CONTRACTS[token.symbol], "balanceOf", owner)
@@ -314,6 +322,8 @@ class Run:
             "rpc_urls": [chain],
             "batch_contract": batch_contract,
             "deposit_factory": self.deposit_factory,
+            "sponsor_hourly_native": "1",
+            "sponsor_payer_native": "0.001",
             "tokens": [_token_settings(token) for token in (USDC, USDT)],
         }
         asyncio.run(self._make_key())
