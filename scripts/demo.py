@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from agents_sdk import Agent, SpendingPolicy, Token
+from agents_sdk.policy import Scheme
 from contracts.devnet import USDC, USDT, DevToken, balance_of
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import GatewayProcess, Stack, running
-from payments.money import usd_to_nano
+from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS
+from payments.money import nano_to_usd, usd_to_nano
 
 QUESTION = "Why is the sky blue?"
 TABLE_WIDTH = 140
@@ -59,6 +62,8 @@ class Balances:
     wallet_usdt: int
     treasury_usdc: int
     treasury_usdt: int
+    channels_usdc: int
+    channels_usdt: int
     credit_usdc: int
     credit_usdt: int
 
@@ -101,12 +106,14 @@ class Demo:
         self._tokens = [Token("USDT", stack.network, usdt["address"], usdt["decimals"], "permit2")]
         self._log = log
 
-    def agent(self, token: str) -> Agent:
+    def agent(self, token: str, scheme: Scheme = "exact") -> Agent:
         """An agent that pays in one token and never more than five cents a request."""
         return Agent(
             self._wallet["private_key"],
             self._stack.gateway_url,
-            policy=SpendingPolicy(max_per_request="0.05", max_per_day="1", tokens=[token]),
+            policy=SpendingPolicy(
+                max_per_request="0.05", max_per_day="1", tokens=[token], schemes=[scheme], channel_deposit="0.50"
+            ),
             receipts=self._log,
             rpc_url=self._stack.rpc_url,
             tokens=self._tokens,
@@ -126,6 +133,8 @@ class Demo:
             wallet_usdt=on_chain(USDT, self._wallet["address"]),
             treasury_usdc=on_chain(USDC, self._stack.pay_to),
             treasury_usdt=on_chain(USDT, self._stack.pay_to),
+            channels_usdc=on_chain(USDC, BATCH_SETTLEMENT_ADDRESS),
+            channels_usdt=on_chain(USDT, BATCH_SETTLEMENT_ADDRESS),
             credit_usdc=usd_to_nano(credit.get("USDC", "0")),
             credit_usdt=usd_to_nano(credit.get("USDT", "0")),
         )
@@ -136,6 +145,7 @@ class Demo:
         yield self.stream("USDT", "The same in USDT (Permit2)", model="deepseek-v4-flash")
         yield self.failing_provider()
         yield self.same_payment_again()
+        yield self.through_a_channel()
         yield self.api_key()
 
     def stream(self, token: str, what: str, model: str) -> Step:
@@ -177,6 +187,42 @@ class Demo:
         step = self._step("The same payment again", "nothing more", answer.headers["x-farebox-receipt"], answer.text)
         return Step(**{**asdict(step), "charged_usd": "0.00", "credited_usd": "0.00"})
 
+    def through_a_channel(self) -> Step:
+        """One deposit, three answers at once for a signature each, and the rest back."""
+        self._say("Three at once through a payment channel: one deposit, three vouchers, a refund …")
+        with self.agent("USDC", "batch-settlement") as agent:
+            with agent.openai() as client, ThreadPoolExecutor(3) as pool:
+                answers = list(
+                    pool.map(
+                        lambda number: client.chat.completions.create(
+                            model="deepseek-v4-flash",
+                            messages=[{"role": "user", "content": QUESTION}],
+                            max_tokens=400 + number,
+                        ),
+                        range(3),
+                    )
+                )
+            receipts = agent.receipts(limit=3)
+            [channel] = agent.wallet.channels()
+            refund = agent.wallet.refund_channel()
+        expect({receipt.paid_with for receipt in receipts} == {"batch-settlement"}, "a channel did not pay")
+        steps = [self._step("", "", receipt.id, "") for receipt in receipts]
+        charged = sum(usd_to_nano(step.charged_usd) for step in steps)
+        expect(channel.charged_usd == nano_to_usd(charged), "the agent and the gateway count differently")
+        expect(channel.unspent_usd == refund.refunded_usd, "the channel did not give back what was left")
+        [deposit] = {receipt.transaction for receipt in receipts if receipt.transaction}
+        return replace(
+            steps[0],
+            what="Three at once, by a channel",
+            paid_with="channel (x402)",
+            attempts=sum(step.attempts for step in steps),
+            quoted_usd=nano_to_usd(sum(usd_to_nano(step.quoted_usd) for step in steps)),
+            charged_usd=nano_to_usd(charged),
+            credited_usd="0.00",
+            transaction=deposit,
+            answer=answers[0].choices[0].message.content or "",
+        )
+
     def api_key(self) -> Step:
         """The stock OpenAI SDK with an API key: the organisation's pool pays."""
         self._say("The same request with an API key …")
@@ -213,14 +259,21 @@ class Demo:
 
 
 def check_sums(steps: list[Step], before: Balances, after: Balances) -> None:
-    """What left the wallet arrived in the treasury, and is what was charged plus what is credit now."""
+    """What left the wallet arrived in the treasury or waits in a channel to be claimed, and is what was charged plus what is
+    credit now. A channel is charged in the token's units, in all."""
     for token in ("usdc", "usdt"):
         left = getattr(before, f"wallet_{token}") - getattr(after, f"wallet_{token}")
         arrived = getattr(after, f"treasury_{token}") - getattr(before, f"treasury_{token}")
         credited = getattr(after, f"credit_{token}") - getattr(before, f"credit_{token}")
+        waiting = getattr(after, f"channels_{token}") - getattr(before, f"channels_{token}")
         paid = [step for step in steps if step.paid_with.lower().startswith(token)]
         charged = sum(usd_to_nano(step.charged_usd) for step in paid)
-        expect(left == arrived > 0, f"{token}: {left} left the wallet, {arrived} arrived in the treasury")
+        through_channels = [step for step in steps if token == "usdc" and step.paid_with.startswith("channel")]
+        charged += sum(-(-usd_to_nano(step.charged_usd) // 1000) * 1000 for step in through_channels)
+        expect(
+            left == arrived + waiting and arrived > 0,
+            f"{token}: {left} left the wallet, {arrived} arrived in the treasury, {waiting} wait to be claimed",
+        )
         expect(
             left * 1000 == charged + credited,
             f"{token}: {left * 1000} nano-USD were paid, {charged} charged and {credited} credited",
@@ -274,6 +327,7 @@ def show(console: Console, steps: list[Step], before: Balances, after: Balances)
     for name, label, decimals in (
         ("wallet", "agent's wallet, on chain", 6),
         ("treasury", "treasury, on chain", 6),
+        ("channels", "channels, to be claimed", 6),
         ("credit", "agent's credit, in the ledger", 9),
     ):
         cells = [
