@@ -15,8 +15,8 @@ from payments.buckets import Buckets
 LINGER_S, LINGER_BYTES = 1.0, 2_000_000
 """How long, and how much, of the rest of a refused request is read and thrown away, so that its sender reads the answer."""
 HEAD_S = 20.0
-"""How long a request line and its headers may take to arrive, from the connection's beginning or their own: whoever says nothing, or a
-byte at a time, would hold connections open for ever."""
+"""How long a request line and its headers may take to arrive, from the connection's beginning or their own: whoever says
+nothing, or a byte at a time, would hold connections open for ever."""
 
 
 def guarded_protocol(header_bytes_max: int) -> type[HttpToolsProtocol]:
