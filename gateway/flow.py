@@ -18,9 +18,9 @@ from gateway import replays as replaying
 from gateway.access.hangup import until_gone
 from gateway.access.keys import Access, Caller, KeyCaller, WalletKeyCaller
 from gateway.access.limits import QuoteLimiter
-from gateway.api.errors import ApiError
+from gateway.api.errors import ApiError, error_object
 from gateway.api.http import Call, CallerGone, EventStream, read_json, send_body, send_json
-from gateway.dialects import openai_chat
+from gateway.dialects import openai_chat, sse
 from gateway.execution.attempts import tried
 from gateway.execution.errors import CallerFault, ExecutionFailed
 from gateway.execution.failover import Executor
@@ -38,7 +38,7 @@ from payments.sign_in import SignInRefused
 from payments.store import Store, StoreBusy
 from payments.tenders.account import AccountTender
 from payments.tenders.authorizations import AlreadyUsed
-from payments.tenders.base import Charge, Hold, Outcome, Tender
+from payments.tenders.base import Charge, Hold, HoldEnded, Outcome, Tender
 from payments.tenders.closing import because
 from payments.tenders.prepaid import PrepaidTender
 
@@ -283,7 +283,15 @@ class Flow:
             await running.aclose()
         ending = CUT_SHORT if gone else b"" if running.failure else DONE
         kept = KeptAnswer(200, headers, "text/event-stream; charset=utf-8", bytes(delivered) + ending)
-        charge = await self._capture(job, running, self._charge(job, running), kept)
+        try:
+            charge = await self._capture(job, running, self._charge(job, running), kept)
+        except HoldEnded as error:
+            # The status is out: the stream itself has to say that this is not the answer that was paid for.
+            if gone:
+                raise
+            body = {"error": error_object(error.status, error.code, error.message) | {"receipt": error.receipt_id}}
+            await stream.finish(sse.frame(orjson.dumps(body)))
+            return
         if stopped is not None:
             raise stopped
         if not gone:

@@ -38,7 +38,7 @@ from payments.channels.refunds import Refunder
 from payments.channels.services import has_channels
 from payments.deposits import Deposits
 from payments.doctor import verify_tokens
-from payments.leases import Leases, instance_name
+from payments.leases import Leases
 from payments.migrate import upgrade
 from payments.money import nano_to_atomic_down, usd_to_nano
 from payments.quotes import QuoteSealer
@@ -116,7 +116,7 @@ class Services:
         """Open the database, resume what a crash left behind, and start every part."""
         async with contextlib.AsyncExitStack() as cleanup:
             upgrade(settings.database)
-            store = Store(settings.database)
+            store = Store(settings.database, lease_s=settings.lease_s)
             cleanup.callback(store.close)
             secret = (settings.secret or secrets.token_hex(32)).encode()
             if settings.secret is None:
@@ -130,13 +130,7 @@ class Services:
             engine = Engine(catalog, settings, is_open=lambda candidate_id: executor.breakers.of(candidate_id).blocked)
             planner = Planner(settings, catalog, engine, count_input)
 
-            await recovery.recover(store)
-            leases = Leases(store, store.instance)
-            await leases.start()
-            cleanup.push_async_callback(leases.stop)
-            await leases.acquire(instance_name(store.instance))
-            watcher = asyncio.create_task(recovery.watch(store, leases))
-            cleanup.callback(watcher.cancel)
+            leases = await cleanup.enter_async_context(recovery.serving(store))
             chains: list[Chain] = []
             payable: list[NetworkPayments] = []
             for network in settings.resolved_networks():
@@ -222,6 +216,7 @@ async def _open_chain(
         batch_contract=own.batch_contract,
         confirmations=own.confirmations,
         cross_check_nano_usd=usd_to_nano(settings.payments.cross_check_usd),
+        leases=leases,
     )
     # Whatever is offered now: what was begun before, here or in another process, comes to its end.
     kinds.register(settlements, store)

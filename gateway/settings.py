@@ -343,6 +343,8 @@ class Settings(BaseSettings):
     """Where the database is, unless `database_url` says otherwise."""
     database_url: str | None = None
     """sqlite:///… or postgresql://… (several replicas may share it; with a password only as FAREBOX_DATABASE_URL)."""
+    lease_s: int = Field(default=15, ge=3)
+    """With several replicas: how long one that died or hangs is waited for before the others take over its work."""
     secret: str | None = Field(default=None, min_length=32, repr=False)
     """FAREBOX_SECRET: signs quotes and sessions. The same on all replicas."""
     signer_keys: list[str] = Field(default_factory=list, repr=False)

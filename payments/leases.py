@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable
 
 from payments.store import Store, StoreBusy, Transaction
 
-TTL_S = 15.0
 BEATS_PER_TTL = 3
 """How often a lease is renewed while it lasts: one beat may be lost."""
 MARGIN = 0.2
@@ -30,16 +30,28 @@ _TAKE = """
     RETURNING name
 """
 _RENEW = "UPDATE lease SET expires_ms = ? WHERE name = ? AND owner = ? RETURNING name"
-_GIVE_BACK = "DELETE FROM lease WHERE name = ? AND owner = ?"
+_SEIZE = """
+    INSERT INTO lease (name, owner, expires_ms) VALUES (?, ?, ?)
+    ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, expires_ms = excluded.expires_ms
+"""
+_GIVE_BACK = "DELETE FROM lease WHERE name = ? AND owner = ? RETURNING name"
 _END_INSTANCES = "DELETE FROM lease WHERE name LIKE 'instance:%' AND expires_ms <= ?"
 _REQUIRE = "SELECT 1 FROM lease WHERE name = ? AND owner = ? AND expires_ms > ?"
 _HOLDER = "SELECT owner FROM lease WHERE name = ? AND expires_ms > ?"
+_LIVING = "SELECT name FROM lease WHERE name LIKE ? AND expires_ms > ?"
+FREED = "lease"
+"""The channel on which everybody is told the name of a lease that was given back."""
+FOR_EVER_MS = 2**53
 
 log = logging.getLogger(__name__)
 
 
 class LeaseLost(Exception):
-    """Somebody else does now what this process wanted to do; nothing was changed."""
+    """Somebody else does now what this process wanted to do; nothing was changed. `name` is the lease."""
+
+    def __init__(self, name: str, owner: str) -> None:
+        super().__init__(f"{name} is not {owner}'s any more")
+        self.name = name
 
 
 class Leases:
@@ -48,13 +60,13 @@ class Leases:
     Args:
         store: The database.
         owner: This process, e.g. its instance id; no other process has the same.
-        ttl_s: How long a lease outlives its owner, in seconds.
+        ttl_s: How long a lease outlives its owner, in seconds; as the store says unless given.
     """
 
-    def __init__(self, store: Store, owner: str, ttl_s: float = TTL_S) -> None:
-        assert ttl_s > 0
+    def __init__(self, store: Store, owner: str, ttl_s: float | None = None) -> None:
         self.owner = owner
-        self.ttl_s = ttl_s
+        self.ttl_s = store.lease_s if ttl_s is None else ttl_s
+        assert self.ttl_s > 0
         self._store = store
         self._until: dict[str, float] = {}
         self._heart: asyncio.Task[None] | None = None
@@ -91,6 +103,20 @@ class Leases:
             self._until[name] = self._proven_until(asked)
         return taken
 
+    async def seize(self, name: str) -> None:
+        """Take a lease, whoever had it, and for good: where nobody else can be alive, as on SQLite.
+
+        Raises:
+            StoreBusy: It could not be taken.
+        """
+        assert not self._store.shared
+        await self._store.write(lambda tx: tx.execute(_SEIZE, (name, self.owner, FOR_EVER_MS)))
+        self._until[name] = math.inf
+
+    def lost(self, name: str) -> None:
+        """A unit found that somebody else has it."""
+        self._until.pop(name, None)
+
     def held(self, name: str) -> bool:
         """Whether this process certainly has the lease now. No input or output; ask again after every wait."""
         return _elapsed_s() < self._until.get(name, 0.0)
@@ -106,7 +132,7 @@ class Leases:
 
     async def beat(self) -> None:
         """Renew everything held, in one unit; what somebody else has taken meanwhile is lost."""
-        names = list(self._until)
+        names = [name for name, until in self._until.items() if until != math.inf]
         if not names:
             return
         asked = _elapsed_s()
@@ -146,7 +172,18 @@ def require(tx: Transaction, name: str, owner: str) -> None:
         LeaseLost: It has not; the unit is undone.
     """
     if tx.execute(_REQUIRE, (name, owner, _now_ms(tx))).fetchone() is None:
-        raise LeaseLost(f"{name} is not {owner}'s any more")
+        raise LeaseLost(name, owner)
+
+
+def signer_name(chain_id: int, address: str) -> str:
+    """The lease of whoever sends transactions of an account, lower-case hex: its nonces are one sequence."""
+    return f"signer:{chain_id}:{address}"
+
+
+def living_signers(tx: Transaction, chain_id: int) -> set[str]:
+    """The accounts that some process sends with now."""
+    prefix = signer_name(chain_id, "")
+    return {name[len(prefix) :] for (name,) in tx.execute(_LIVING, (f"{prefix}%", _now_ms(tx))).fetchall()}
 
 
 def instance_name(instance: str) -> str:
@@ -186,7 +223,8 @@ def _renew(tx: Transaction, names: Iterable[str], owner: str, ttl_ms: int) -> se
 
 def _give_back(tx: Transaction, names: Iterable[str], owner: str) -> None:
     for name in names:
-        tx.execute(_GIVE_BACK, (name, owner))
+        if tx.execute(_GIVE_BACK, (name, owner)).fetchone() is not None:
+            tx.notify(FREED, name)
 
 
 def _elapsed_s() -> float:

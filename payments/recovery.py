@@ -10,7 +10,9 @@ when it finds one mined, the money becomes the payer's credit.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from payments import receipts
@@ -21,7 +23,8 @@ from payments.tenders import authorizations, pledges
 
 REASON = "gateway_restarted"
 
-WATCH_INTERVAL_S = 5.0
+WATCHES_PER_TTL = 3
+"""How often others are looked after, and its own life proven, while a lease lasts."""
 
 _ORPHANED_HOLDS = """
     SELECT id FROM ledger_transfer WHERE state = 'pending' AND id LIKE 'hold:%' AND NOT EXISTS (
@@ -52,6 +55,29 @@ async def recover(store: Store) -> Recovered:
     return await _put_right(store, alone=not store.shared)
 
 
+@contextlib.asynccontextmanager
+async def serving(store: Store) -> AsyncIterator[Leases]:
+    """Serve from the database: put right what dead processes left, prove that this one lives, and look after the others. The
+    leases of this process are given back at the end.
+
+    Raises:
+        StoreOwned: Another process serves from this database, which only one may do.
+    """
+    await recover(store)
+    leases = Leases(store, store.instance)
+    await leases.start()
+    try:
+        await leases.acquire(instance_name(store.instance))
+        watcher = asyncio.create_task(watch(store, leases))
+        try:
+            yield leases
+        finally:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+    finally:
+        await leases.stop()
+
+
 async def watch(store: Store, leases: Leases) -> None:
     """While this process serves: prove that it lives, and put right what other replicas leave when they die. For ever.
 
@@ -61,7 +87,7 @@ async def watch(store: Store, leases: Leases) -> None:
     """
     name = instance_name(store.instance)
     while True:
-        await asyncio.sleep(WATCH_INTERVAL_S)
+        await asyncio.sleep(leases.ttl_s / WATCHES_PER_TTL)
         try:
             if not leases.held(name):
                 # It was stopped for longer than the lease lasts; what it was working on then is not its own any more.

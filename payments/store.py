@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from payments.databases.base import (
+    LEASE_S,
     CommitUnknown,
     Database,
     Deliver,
@@ -59,13 +60,16 @@ class Store:
 
     Args:
         location: A SQLite file, or a ``postgresql://`` URL. Its schema must be current (`payments.migrate.upgrade`).
+        lease_s: How long the leases of a process outlive it. One that is stopped in the middle of a change keeps the others
+            from writing for a third of that at most, so that they lose no lease by it.
     """
 
-    def __init__(self, location: Path | str) -> None:
+    def __init__(self, location: Path | str, *, lease_s: float = LEASE_S) -> None:
         self.location = location
+        self.lease_s = lease_s
         self.instance = secrets.token_hex(8)
         """This process, in receipts and leases."""
-        self._database = _open(location, self.instance, self._deliver)
+        self._database = _open(location, self.instance, self._deliver, lease_s / 3)
         self.shared = self._database.shared
         """Whether other processes may serve from the same database."""
         self._queue: queue.Queue[Pending | None] = queue.Queue(maxsize=QUEUE_MAX)
@@ -262,11 +266,11 @@ class _Listener:
             log.debug("a notification came for a closed event loop")
 
 
-def _open(location: Path | str, instance: str, deliver: Deliver) -> Database:
+def _open(location: Path | str, instance: str, deliver: Deliver, idle_s: float) -> Database:
     if is_postgres(location):
         from payments.databases.postgres import Postgres
 
-        return Postgres(str(location), instance, deliver)
+        return Postgres(str(location), instance, deliver, idle_s)
     from payments.databases.sqlite import Sqlite
 
     return Sqlite(Path(location), instance, deliver)

@@ -15,6 +15,7 @@ from gateway.metrics import Metrics
 from gateway.offers import PAYMENT_HEADERS
 from payments.errors import PaymentConflict, PaymentError, SettlementPending
 from payments.store import StoreBusy
+from payments.tenders.base import HoldEnded
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _PRIVATE = frozenset({*PAYMENT_HEADERS, b"authorization"})
@@ -121,7 +122,7 @@ def as_api_error(error: ApiError | PaymentError | StoreBusy) -> ApiError:
         return ApiError(503, "overloaded", f"{error}; try again shortly", headers={"retry-after": "1"})
     extra: dict[str, str] = {}
     headers: dict[str, str] = {}
-    receipt_id = error.receipt_id if isinstance(error, SettlementPending | PaymentConflict) else None
+    receipt_id = error.receipt_id if isinstance(error, SettlementPending | PaymentConflict | HoldEnded) else None
     if receipt_id is not None:
         extra = {"receipt": receipt_id, "poll": f"/v1/receipts/{receipt_id}"}
         headers = {"x-farebox-receipt": receipt_id}

@@ -83,6 +83,7 @@ def _options(settings: Settings, anybody: bool) -> Options:
         calls_per_minute=wanted.calls_per_minute,
         client_failures_per_hour=wanted.client_failures_per_hour,
         cross_check_nano_usd=usd_to_nano(settings.payments.cross_check_usd),
+        lease_s=settings.lease_s,
         gas_alarm_wei=nano_to_atomic_down(usd_to_nano(settings.payments.gas_alarm_native), WEI_DECIMALS),
     )
 

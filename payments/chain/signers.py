@@ -33,6 +33,8 @@ class Signer:
     nonce_floor: int | None = None
     """The lowest nonce that the chain still accepts, pending transactions counted; None until the chain was asked."""
     in_flight: int = 0
+    mine: bool = False
+    """Whether this process sends the account's transactions now: of all that share a database one does."""
 
     @classmethod
     def from_hex(cls, private_key: str) -> Signer:
@@ -49,9 +51,9 @@ class Signer:
 
 
 def least_loaded(signers: list[Signer]) -> Signer | None:
-    """The signer with the fewest unmined transactions, or None if all are at their limit."""
-    signer = min(signers, key=lambda candidate: candidate.in_flight)
-    return signer if signer.in_flight < IN_FLIGHT_MAX else None
+    """Of this process's signers the one with the fewest unmined transactions, or None if all are at their limit."""
+    free = [signer for signer in signers if signer.mine and signer.in_flight < IN_FLIGHT_MAX]
+    return min(free, key=lambda candidate: candidate.in_flight, default=None)
 
 
 class FeeEstimate:

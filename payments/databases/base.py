@@ -67,6 +67,8 @@ Deliver = Callable[[str, str], None]
 """Takes a channel and a payload, on any thread."""
 
 PAYLOAD_BYTES_MAX = 7_000
+LEASE_S = 15.0
+"""How long what a process holds outlives it (`payments.leases`), unless the operator says otherwise."""
 
 
 @dataclass(slots=True)

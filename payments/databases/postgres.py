@@ -57,8 +57,7 @@ _SESSION = {
 }
 _WRITER_OPTIONS = (
     "-c synchronous_commit=on -c default_transaction_isolation=read\\ committed"
-    # A process that was stopped inside a transaction must not keep the others from writing.
-    " -c idle_in_transaction_session_timeout=10s -c lock_timeout=20s -c statement_timeout=30s"
+    " -c lock_timeout=20s -c statement_timeout=30s"
 )
 _READER_OPTIONS = (
     "-c default_transaction_isolation=repeatable\\ read -c default_transaction_read_only=on"
@@ -108,13 +107,15 @@ class Postgres:
         url: ``postgresql://…``.
         instance: This process's name; no other process has the same.
         deliver: Takes notifications.
+        idle_s: For how long a process that was stopped inside a transaction may keep the others from writing.
     """
 
     shared = True
     readers = 4
 
-    def __init__(self, url: str, instance: str, deliver: Deliver) -> None:
+    def __init__(self, url: str, instance: str, deliver: Deliver, idle_s: float) -> None:
         self._url = url
+        self._writer_options = f"{_WRITER_OPTIONS} -c idle_in_transaction_session_timeout={round(idle_s * 1000)}ms"
         self._deliver = deliver
         self._instance = instance
         self._writer = secrets.token_hex(12)
@@ -208,7 +209,7 @@ class Postgres:
                 log.warning("the database is connected to again: %s", error)
                 self._drop()
         if self._writing is None:
-            self._writing = _connect(self._url, _WRITER_OPTIONS)
+            self._writing = _connect(self._url, self._writer_options)
             _simple(self._writing, _BEGIN)
         return self._writing
 

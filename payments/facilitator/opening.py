@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from payments import anchors, kinds
+from payments import anchors, kinds, recovery
 from payments.chain.batches import missing_for_upto
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
 from payments.channels.services import has_channels
+from payments.databases.base import LEASE_S
 from payments.doctor import verify_tokens
 from payments.facilitator.access import Clients
 from payments.facilitator.channel_chain import ChannelChain
@@ -67,6 +68,8 @@ class Options:
     gas_alarm_wei: int = 0
     cross_check_nano_usd: int | None = None
     """Settlements from here on count only when two nodes have their evidence."""
+    lease_s: float = LEASE_S
+    """How long other processes on the database wait for one that is gone."""
 
 
 @dataclass(slots=True)
@@ -94,9 +97,9 @@ async def opened(options: Options) -> AsyncIterator[Services]:
     """
     async with contextlib.AsyncExitStack() as cleanup:
         upgrade(options.database)
-        store = Store(options.database)
+        store = Store(options.database, lease_s=options.lease_s)
         cleanup.callback(store.close)
-        store.own()
+        leases = await cleanup.enter_async_context(recovery.serving(store))
         engines: list[Settlements] = []
         sponsors: list[Sponsor] = []
         schemes: list[FacilitatedScheme] = []
@@ -113,6 +116,7 @@ async def opened(options: Options) -> AsyncIterator[Services]:
                 batch_contract=entry.batch_contract,
                 confirmations=entry.confirmations,
                 cross_check_nano_usd=options.cross_check_nano_usd,
+                leases=leases,
             )
             # Gateways may work on this database too: whoever holds the key settles everybody's.
             kinds.register(engine, store)

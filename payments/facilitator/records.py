@@ -90,6 +90,8 @@ class Beginning:
 
     identity: str
     order: SettlementOrder | None
+    from_block: int
+    """Before it nobody can have executed it, see `outbox.enqueue`."""
     client: str
     call_name: str
     wait_ms: int
@@ -153,7 +155,7 @@ def _reserve(tx: Transaction, wanted: Beginning) -> bool:
     if wanted.instead_of is not None:
         assert order is not None
         values = (order.id, wanted.client, asked_until_ms, wanted.identity, wanted.instead_of)
-        return tx.execute(_BEGIN_ANEW, values).fetchone() is not None and outbox.enqueue(tx, order)
+        return tx.execute(_BEGIN_ANEW, values).fetchone() is not None and outbox.enqueue(tx, order, wanted.from_block)
     name = settlement_id(wanted.identity) if order is None else order.id
     granted = (wanted.call_name, now) if order is None else (None, None)
     row = tx.execute(_INSERT, (wanted.identity, name, wanted.client, asked_until_ms, *granted, now)).fetchone()
@@ -162,7 +164,7 @@ def _reserve(tx: Transaction, wanted: Beginning) -> bool:
     if wanted.approval is not None:
         wanted.approval.begin(tx, order)
         return True
-    return outbox.enqueue(tx, order)
+    return outbox.enqueue(tx, order, wanted.from_block)
 
 
 def ask(tx: Transaction, identity: str, wait_ms: int) -> None:

@@ -32,8 +32,6 @@ from payments.store import Store
 
 BEGINNINGS_MAX = 3
 """How often a settlement is begun anew because others of the same payer were begun since the chain was asked."""
-OUTCOME_POLL_S = 0.1
-"""How often the database is asked for an outcome that another process decides."""
 
 
 class Facilitator:
@@ -229,7 +227,9 @@ class Facilitator:
         await asyncio.shield(task)
 
     async def _begin(self, payment: Facilitated, client: Client, call_name: str, before: Record | None) -> bool:
+        engine = self._settlements[payment.token.chain_id]
         for _ in range(BEGINNINGS_MAX):
+            from_block = engine.from_block
             checked = await self._check_first(payment, client)
             order = checked.order
             if before is not None and order is not None:
@@ -237,6 +237,7 @@ class Facilitator:
             wanted = Beginning(
                 identity=payment.identity,
                 order=order,
+                from_block=from_block,
                 client=client.name,
                 call_name=call_name,
                 wait_ms=self._wait_ms,
@@ -246,7 +247,7 @@ class Facilitator:
             )
             begun = await self._store.write(lambda tx, wanted=wanted: records.begin(tx, wanted))  # type: ignore[misc]
             if begun == "begun" and order is not None:
-                self._settlements[order.chain_id].take_queued(order.id)
+                engine.take_queued(order.id)
             if begun == "begun" and checked.approval is not None:
                 checked.approval.sponsor.begun()
             if begun != "short":
@@ -261,7 +262,7 @@ class Facilitator:
         outcome: SettlementOutcome | None = None
         transaction = None
         if record.state != "burnt":
-            outcome = await self._outcome(payment.token.chain_id, record.settlement_id)
+            outcome = await self._settlements[payment.token.chain_id].outcome(record.settlement_id, self._wait_s)
             transaction = outcome.transaction_hash
             if outcome.open:
                 message = "it is on its way and not mined yet; settle the same again to learn its outcome"
@@ -286,15 +287,6 @@ class Facilitator:
             if_abandoned=lambda tx, _: records.take_back(tx, payment.identity, call_name),
         )
         return granted or not payment.once
-
-    async def _outcome(self, chain_id: int, settlement_id: str) -> SettlementOutcome:
-        """Wait for an outcome, whichever process decides it."""
-        until = time.monotonic() + self._wait_s
-        while True:
-            outcome = await self._settlements[chain_id].outcome(settlement_id, max(until - time.monotonic(), 0))
-            if not outcome.open or time.monotonic() >= until:
-                return outcome
-            await asyncio.sleep(OUTCOME_POLL_S)
 
     @property
     def _wait_ms(self) -> int:

@@ -78,12 +78,14 @@ class Alarms:
     def gauges(self) -> list[tuple[str, str, dict[str, str], float]]:
         """Name, help, labels and value of what the metrics show."""
         gas, treasury = "farebox_signer_gas_native", "farebox_treasury_usd"
+        held = "Whether this process sends with an account: of all that share a database one does"
         return [
             *((gas, "Coins that a signer has for gas", {"signer": a}, wei / 1e18) for a, wei in self.gas_wei.items()),
             *(
                 (treasury, "Dollars of a token in the treasury", {"asset": asset}, nano / 1e9)
                 for asset, nano in self.treasury_nano_usd.items()
             ),
+            *(("farebox_signer_held", held, {"signer": each.address}, float(each.mine)) for each in self._accounts),
         ]
 
     async def start(self) -> None:

@@ -3,6 +3,9 @@
 Whatever waits when a signer is free goes out in one commit, which writes the orders, signs their transaction and stores it.
 While a transaction is on its way, what comes next gathers for a moment, as small packets do on a network (RFC 896): a chain
 that mines at once is never waited for, and one with blocks of seconds carries many payments for the gas of few.
+
+A process that sends with no account now writes its orders all the same, as queued: whoever does send takes them up together
+with its own.
 """
 
 from __future__ import annotations
@@ -10,16 +13,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from payments.chain.batches import batch_gas_limit, encode_batch
 from payments.chain.gas import BytesGas
 from payments.chain.signers import FeeEstimate, Signer, least_loaded
 from payments.chain.transactions import Call, Fees
 from payments.errors import SettlementUnavailable
-from payments.settlement import outbox, outgoing, states
+from payments.leases import LeaseLost
+from payments.settlement import outbox, outgoing
 from payments.settlement.orders import Kind, SettlementOrder
 from payments.settlement.outbox import Entry
 from payments.settlement.outgoing import Outgoing
@@ -35,6 +39,8 @@ HOLD_S_MAX = 0.1
 it."""
 SLOT_WAIT_S = 10.0
 """How long a payment waits for a signer when all have as many transactions under way as they may."""
+QUEUED_MAX = 2_000
+"""Orders that wait for other processes; more are turned away."""
 ROUND_MAX = 256
 """Orders in one commit."""
 RETRY_S = 1.0
@@ -51,6 +57,8 @@ class _Waiting:
     future: asyncio.Future[None] | None
     since: float
     timer: asyncio.TimerHandle | None = None
+    unwanted: bool = False
+    """Whether what it was for is gone, so that it was not written."""
 
     @property
     def alone(self) -> bool:
@@ -72,8 +80,14 @@ class _Lane:
     """The orders that one role signs."""
 
     signers: list[Signer]
+    """All that the configuration names."""
     waiting: deque[_Waiting] = field(default_factory=deque)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def open(self) -> bool:
+        """Whether this process can sign for it now."""
+        return any(signer.mine for signer in self.signers)
 
 
 class Dispatcher:
@@ -83,8 +97,11 @@ class Dispatcher:
         signers: For each role, the accounts that sign; an empty list if there is none.
         bytes_gas: What the chain charges for bytes.
         batch_contract: Of the operator, lower-case hex; None sends everything singly.
-        head: Tells the chain's newest block.
+        from_block: Tells from where evidence is searched of what is written now.
         adopt: Takes over a signed and durable transaction and the new entries that it carries.
+        forget: Called with a queued entry that another process was faster to take.
+        lost: Called with the name of an account's lease that turns out to be another process's.
+        spawn: Starts background work that the engine waits for when it stops.
     """
 
     def __init__(
@@ -98,25 +115,34 @@ class Dispatcher:
         bytes_gas: BytesGas,
         batch_contract: str | None,
         block_time_ms: int,
-        head: Callable[[], int],
+        from_block: Callable[[], int],
         adopt: Callable[[Outgoing], None],
+        forget: Callable[[Entry], None],
+        lost: Callable[[str], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
         self._store, self._chain_id, self._kinds, self._fees = store, chain_id, kinds, fees
         self._bytes_gas = bytes_gas
         self._batch_contract = batch_contract
         self._hold_s = min(block_time_ms / 1000 / HOLD_PART_OF_BLOCK, HOLD_S_MAX)
-        self._head, self._adopt = head, adopt
+        self._from_block, self._adopt, self._forget = from_block, adopt, forget
+        self._lost, self._spawn = lost, spawn
         self._lanes = {role: _Lane(accounts) for role, accounts in signers.items()}
         self._running = True
 
     async def submit(self, order: SettlementOrder) -> None:
-        """Write an order and put it on its way; return when both are durable. The same id again changes nothing.
+        """Write an order and put it on its way, or leave that to another process; return when it is durable. The same id again
+        changes nothing.
 
         Raises:
             SettlementUnavailable: No signer became free in time; nothing was written.
             StoreBusy: The database takes no more; nothing was written.
         """
         lane = self._lane(order)
+        if not lane.open:
+            from_block = self._from_block()
+            await self._store.write(lambda tx: self._leave(tx, order, from_block))
+            return
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         item = _Waiting(order, None, future, loop.time())
@@ -126,18 +152,29 @@ class Dispatcher:
         # Whoever hangs up does not take back what may be written by now.
         await asyncio.shield(future)
 
+    @property
+    def served(self) -> set[str]:
+        """The kinds of orders that this process can sign for now."""
+        return {name for name, kind in self._kinds.items() if self._lanes[kind.signed_by].open}
+
     def take(self, entry: Entry) -> None:
         """Put a queued entry of the outbox on its way, however long that takes."""
         lane = self._lane(entry.order)
-        if not lane.signers:
-            log.error("settlement %s waits: the configuration names no key that could sign it", entry.id)
         lane.waiting.append(_Waiting(entry.order, entry, None, asyncio.get_running_loop().time()))
         lane.changed.set()
 
     def freed(self, signer: Signer) -> None:
         """A transaction of `signer` is in a block, or will never be."""
-        signer.in_flight -= 1
+        signer.in_flight = max(signer.in_flight - 1, 0)
+        self.changed()
+
+    def changed(self) -> None:
+        """Accounts became this process's, or another's: what nobody here can sign for is left to others."""
         for lane in self._lanes.values():
+            if not lane.open and lane.waiting:
+                unwritten = [item for item in lane.waiting if item.entry is None]
+                lane.waiting.clear()
+                self._spawn(self._leave_all(unwritten))
             lane.changed.set()
 
     async def run(self, role: Role) -> None:
@@ -153,9 +190,7 @@ class Dispatcher:
         self._running = False
         for lane in self._lanes.values():
             for item in lane.waiting:
-                _settle(
-                    item, SettlementUnavailable("settlement_unavailable", "payments are not being settled right now")
-                )
+                _settle(item, _stopped())
             lane.waiting.clear()
 
     # --- waiting ------------------------------------------------------------------------------------------------------
@@ -166,8 +201,7 @@ class Dispatcher:
     def _give_up(self, lane: _Lane, item: _Waiting) -> None:
         if item in lane.waiting:
             lane.waiting.remove(item)
-            message = "too many payments are waiting for this network; send the same payment again"
-            _settle(item, SettlementUnavailable("settlement_busy", message))
+            _settle(item, _busy())
 
     def _should_hold(self, lane: _Lane) -> bool:
         """Whether what waits may gain from waiting on: company is welcome, and may come before this chain's next block."""
@@ -187,6 +221,28 @@ class Dispatcher:
         if timer is not None:
             timer.cancel()
 
+    def _leave(self, tx: Transaction, order: SettlementOrder, from_block: int) -> None:
+        """Write an order for whichever process can sign it."""
+        if outbox.waiting(tx, self._chain_id, QUEUED_MAX) >= QUEUED_MAX:
+            raise _busy()
+        if not self._kinds[order.kind].still_wanted(tx, order):
+            raise _unwanted()
+        outbox.enqueue(tx, order, from_block)
+
+    async def _leave_all(self, items: list[_Waiting]) -> None:
+        from_block = self._from_block()
+        for number, item in enumerate(items):
+            try:
+                await self._store.write(lambda tx, order=item.order: self._leave(tx, order, from_block))  # type: ignore[misc]
+            except asyncio.CancelledError:
+                for left in items[number:]:
+                    _settle(left, _stopped())
+                raise
+            except Exception as error:  # noqa: BLE001 - handed to the order's own caller
+                _settle(item, error)
+            else:
+                _settle(item, None)
+
     def _gas_of(self, items: deque[_Waiting]) -> int:
         return sum(self._kinds[item.order.kind].gas(item.order) for item in items)
 
@@ -196,10 +252,14 @@ class Dispatcher:
         loads = self._load(lane)
         if not loads:
             return
-        fees, head = self._fees.fees, self._head()
+        fees, from_block = self._fees.fees, self._from_block()
         assert fees is not None
         try:
-            sent = await self._store.write(lambda tx: [self._write(tx, load, fees, head) for load in loads])
+            sent = await self._store.write(lambda tx: [self._write(tx, load, fees, from_block) for load in loads])
+        except LeaseLost as lost:
+            self._put_back(lane, loads)
+            self._lost(lost.name)
+            return
         except (Exception, asyncio.CancelledError) as error:
             for load in loads:
                 self.freed(load.signer)
@@ -208,12 +268,15 @@ class Dispatcher:
                 raise
             return
         for load, transaction in zip(loads, sent, strict=True):
+            for item in load.items:
+                if item.entry is not None and (transaction is None or item.entry.transaction_id != transaction.id):
+                    self._forget(item.entry)
             if transaction is None:
                 self.freed(load.signer)
             else:
                 self._adopt(transaction)
             for item in load.items:
-                _settle(item, None)
+                _settle(item, _unwanted() if item.unwanted else None)
 
     def _load(self, lane: _Lane) -> list[_Load]:
         """Take from the lane what the free signers can carry now."""
@@ -246,15 +309,18 @@ class Dispatcher:
                 item.timer.cancel()
         return loads
 
-    def _write(self, tx: Transaction, load: _Load, fees: Fees, head: int) -> Outgoing | None:
+    def _write(self, tx: Transaction, load: _Load, fees: Fees, from_block: int) -> Outgoing | None:
         """One transaction with all that it carries; None if all of that was written before."""
         transaction_id = outgoing.new_id()
         entries: list[Entry] = []
         for item in load.items:
             entry = item.entry
             if entry is None:
-                entry = outbox.submit(tx, item.order, transaction_id, len(entries), head)
-            elif not outbox.assign(tx, entry, transaction_id, len(entries), head):
+                item.unwanted = not self._kinds[item.order.kind].still_wanted(tx, item.order)
+                if item.unwanted:
+                    continue
+                entry = outbox.submit(tx, item.order, transaction_id, len(entries), from_block)
+            elif not outbox.assign(tx, entry, transaction_id, len(entries), from_block):
                 entry = None
             if entry is not None:
                 entries.append(entry)
@@ -280,27 +346,51 @@ class Dispatcher:
         assert self._batch_contract is not None
         return Call(self._batch_contract, encode_batch(calls), batch_gas_limit(calls))
 
+    def _put_back(self, lane: _Lane, loads: list[_Load]) -> None:
+        """Nothing was written, and another account may sign it all."""
+        loop = asyncio.get_running_loop()
+        items = [item for load in loads for item in load.items]
+        for item in items:
+            if item.entry is not None:
+                outbox.unassign(item.entry)
+            else:
+                item.timer = loop.call_later(SLOT_WAIT_S, self._give_up, lane, item)
+        lane.waiting.extendleft(reversed(items))
+        for load in loads:
+            self.freed(load.signer)
+
     def _failed(self, lane: _Lane, loads: list[_Load], error: BaseException) -> None:
         """Nothing was written: tell those who wait, and try the queued ones again."""
         if not isinstance(error, StoreBusy | asyncio.CancelledError):
             log.error("writing transactions failed", exc_info=error)
-        told = SettlementUnavailable(
-            "settlement_unavailable", "payments on this network are not being settled right now"
-        )
         queued = [item for load in loads for item in load.items if item.entry is not None]
         for load in loads:
             for item in load.items:
-                _settle(item, told if isinstance(error, asyncio.CancelledError) else error)
+                _settle(item, _stopped() if isinstance(error, asyncio.CancelledError) else error)
         for item in queued:
             assert item.entry is not None
-            item.entry.state = "queued" if item.entry.state in states.OPEN else item.entry.state
+            outbox.unassign(item.entry)
         if queued and self._running:
             asyncio.get_running_loop().call_later(RETRY_S, self._again, lane, queued)
 
     def _again(self, lane: _Lane, items: list[_Waiting]) -> None:
         if self._running:
             lane.waiting.extend(items)
-            lane.changed.set()
+            self.changed()
+
+
+def _busy() -> SettlementUnavailable:
+    message = "too many payments are waiting for this network; send the same payment again"
+    return SettlementUnavailable("settlement_busy", message)
+
+
+def _unwanted() -> SettlementUnavailable:
+    message = "this instance was away for too long, and the request was given up; send the same payment again"
+    return SettlementUnavailable("request_interrupted", message)
+
+
+def _stopped() -> SettlementUnavailable:
+    return SettlementUnavailable("settlement_unavailable", "payments on this network are not being settled right now")
 
 
 def _settle(item: _Waiting, error: BaseException | None) -> None:

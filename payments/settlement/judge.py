@@ -12,8 +12,10 @@ from typing import Any
 
 from payments.chain.batches import logs_of_call
 from payments.chain.rpc import Rpc, RpcError, RpcUnavailable
+from payments.leases import LeaseLost
 from payments.settlement import evidence as proof
-from payments.settlement import outbox, outgoing, states
+from payments.settlement import news, outbox, outgoing, states
+from payments.settlement.news import Decision
 from payments.settlement.orders import Evidence, Kind, NoEvidence, SettlementOrder
 from payments.settlement.outbox import Entry
 from payments.settlement.outgoing import Outgoing
@@ -45,10 +47,13 @@ class Judge:
     """The one place where settlements become paid or failed.
 
     Args:
+        chain_id: Of the network.
         kinds: By name, what proves orders and what books them.
         witnesses: Confirm what a single node says of large amounts.
         closed: Called with an entry whose decision is durable; its `state` is the new one.
         requeued: Called with an entry that is queued again.
+        forget: Called with an entry that another process decides, or has sent anew.
+        lost: Called with the name of a lease, when what it is needed for turns out to be another process's.
         spawn: Starts background work that the engine waits for when it stops.
     """
 
@@ -56,17 +61,26 @@ class Judge:
         self,
         store: Store,
         rpc: Rpc,
+        chain_id: int,
         kinds: Mapping[str, Kind],
         *,
         witnesses: Witnesses,
         closed: Callable[[Entry], None],
         requeued: Callable[[Entry], None],
+        forget: Callable[[Entry], None],
+        lost: Callable[[str], None],
         spawn: Spawn,
     ) -> None:
-        self._store, self._rpc, self._kinds, self._witnesses = store, rpc, kinds, witnesses
-        self._closed, self._requeued, self._spawn = closed, requeued, spawn
+        self._store, self._rpc, self._chain_id = store, rpc, chain_id
+        self._kinds, self._witnesses = kinds, witnesses
+        self._closed, self._requeued, self._forget = closed, requeued, forget
+        self._lost, self._spawn = lost, spawn
         self._included: list[_Included] = []
         self._recording = False
+
+    def knows(self, kind: str) -> bool:
+        """Whether orders of a kind can be decided here."""
+        return kind in self._kinds
 
     def receipt(self, transaction: Outgoing, receipt: dict[str, Any]) -> None:
         """One of our transactions is in a block.
@@ -76,7 +90,7 @@ class Judge:
         """
         included = _Included(transaction, receipt)
         # One that was alone in its batch would fail alone again.
-        reverted_batch = len(transaction.entries) > 1 and receipt["status"] != "0x1"
+        reverted_batch = len(transaction.entries) + transaction.others > 1 and receipt["status"] != "0x1"
         for entry in transaction.entries:
             if entry.state not in ("submitted", "failed"):
                 continue
@@ -136,7 +150,7 @@ class Judge:
         def unit(tx: Transaction) -> str | None:
             if outbox.is_evidence_of_another(tx, entry, evidence.transaction_hash, evidence.transfer_log_index):
                 return None
-            return self._pay(tx, entry, evidence) if outbox.enqueue(tx, order) else None
+            return self._book(tx, entry, evidence) if outbox.enqueue(tx, order) else None
 
         state = await self._store.write(unit)
         if state is not None:
@@ -185,6 +199,9 @@ class Judge:
                 taken, self._included = self._included, []
                 try:
                     await self._store.write(partial(self._book_all, taken=taken))
+                except LeaseLost as lost:
+                    # The other accounts' transactions are still ours.
+                    self._included += self._left(taken, lost)
                 except Exception:
                     # One of them cannot be booked; the others must not suffer for it.
                     log.exception("booking %d transactions together failed; trying one by one", len(taken))
@@ -200,16 +217,32 @@ class Judge:
         for entry, evidence in included.proven:
             self._spawn(self.record(entry, evidence))
         included.proven.clear()
-        with contextlib.suppress(StoreBusy):  # the background goes on, and tells
-            unit = partial(self._book_all, taken=[included])
-            await self._store.write_surely(unit, lambda _: self._told(included))
+        try:
+            with contextlib.suppress(StoreBusy):  # the background goes on, and tells
+                unit = partial(self._book_all, taken=[included])
+                await self._store.write_surely(unit, lambda _: self._told(included))
+        except LeaseLost as lost:
+            self._left([included], lost)
+
+    def _left(self, taken: list[_Included], lost: LeaseLost) -> list[_Included]:
+        """What can still be booked here, when an account turns out to be another process's."""
+        self._lost(lost.name)
+        for included in taken:
+            if not _is_ours(included):
+                for entry in included.outgoing.entries:
+                    self._forget(entry)
+        return [included for included in taken if _is_ours(included)]
 
     def _book_all(self, tx: Transaction, taken: list[_Included]) -> None:
+        decisions: list[Decision] = []
         for included in taken:
+            outgoing.require_care(tx, included.outgoing)
             outgoing.include(tx, included.outgoing, included.receipt)
             for entry, evidence in included.proven:
-                self._pay(tx, entry, evidence, own=True)
-            outbox.requeue(tx, included.untried)
+                decisions += self._pay(tx, entry, evidence, own=True)[1]
+            if outbox.requeue(tx, included.untried):
+                news.tell_queued(tx, included.outgoing.chain_id)
+        self._tell(tx, decisions)
 
     def _told(self, included: _Included) -> None:
         for entry, evidence in included.proven:
@@ -227,7 +260,7 @@ class Judge:
         """Record evidence, whatever it takes. False if its log is already another settlement's evidence."""
         while True:
             try:
-                state = await self._store.write(lambda tx: self._pay(tx, entry, evidence))
+                state = await self._store.write(lambda tx: self._book(tx, entry, evidence))
             except Exception:
                 # Nothing is shown to the caller until the money is booked, so trying again is the only way out.
                 log.exception("booking settlement %s failed", entry.id)
@@ -237,11 +270,19 @@ class Judge:
                 self._paid(entry, evidence, state)
             return state is not None
 
-    def _pay(self, tx: Transaction, entry: Entry, evidence: Evidence, *, own: bool = False) -> str | None:
-        """Book evidence; the state that it makes, or None if it proves something else already."""
+    def _book(self, tx: Transaction, entry: Entry, evidence: Evidence) -> str | None:
+        """Book evidence and tell it; the state that it makes, or None if it proves something else already."""
+        state, decisions = self._pay(tx, entry, evidence)
+        self._tell(tx, decisions)
+        return state
+
+    def _pay(
+        self, tx: Transaction, entry: Entry, evidence: Evidence, *, own: bool = False
+    ) -> tuple[str | None, list[Decision]]:
+        """Book evidence; the state that it makes, if any, and what is to be told."""
         own = own or outgoing.is_form_of(tx, entry.transaction_id, evidence.transaction_hash)
         if not own and outbox.is_evidence_of_another(tx, entry, evidence.transaction_hash, evidence.transfer_log_index):
-            return None
+            return None, []
         columns = {
             "transaction_hash": evidence.transaction_hash,
             "transfer_log_index": evidence.transfer_log_index,
@@ -250,10 +291,15 @@ class Judge:
             "reason": None,
         }
         state = "mined" if own else "superseded"
-        if states.move(tx, entry.id, state, **columns):
-            told = {"state": state, "withheld_value": str(evidence.withheld_value)}
-            self._kinds[entry.kind].on_paid(tx, entry.row() | columns | told)
-        return state
+        if not states.move(tx, entry.id, state, **columns):
+            return state, []
+        told = {"state": state, "withheld_value": str(evidence.withheld_value)}
+        self._kinds[entry.kind].on_paid(tx, entry.row() | columns | told)
+        return state, [Decision.of(entry, state)]
+
+    def _tell(self, tx: Transaction, decisions: list[Decision]) -> None:
+        if decisions:
+            news.tell_decided(tx, self._chain_id, decisions)
 
     def _paid(self, entry: Entry, evidence: Evidence, state: str) -> None:
         entry.state, entry.own = state, state == "mined"
@@ -269,14 +315,19 @@ class Judge:
             await self._fail(entry, reason)
 
     async def _fail(self, entry: Entry, reason: str) -> None:
+        def unit(tx: Transaction) -> bool:
+            # Another process may have sent it since, or found it paid.
+            if not outbox.is_as_known(tx, entry) or not states.move(tx, entry.id, "failed", reason=reason):
+                return False
+            self._kinds[entry.kind].on_failed(tx, entry.row() | {"state": "failed", "reason": reason})
+            self._tell(tx, [Decision.of(entry, "failed")])
+            return True
 
-        def unit(tx: Transaction) -> None:
-            if states.move(tx, entry.id, "failed", reason=reason):
-                self._kinds[entry.kind].on_failed(tx, entry.row() | {"state": "failed", "reason": reason})
-
-        await self._store.write(unit)
-        entry.state, entry.reason = "failed", reason
-        self._closed(entry)
+        if await self._store.write(unit):
+            entry.state, entry.reason = "failed", reason
+            self._closed(entry)
+        else:
+            self._forget(entry)
 
 
 def _burn(entry: Entry, receipt: dict[str, Any]) -> int:
@@ -284,3 +335,8 @@ def _burn(entry: Entry, receipt: dict[str, Any]) -> int:
     entry.burnt, entry.block_hash = True, receipt["blockHash"]
     entry.burnt_in_block = int(receipt["blockNumber"], 16)
     return entry.burnt_in_block
+
+
+def _is_ours(included: _Included) -> bool:
+    signer = included.outgoing.signer
+    return signer is None or signer.mine

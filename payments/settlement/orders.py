@@ -89,6 +89,10 @@ class Proof(Protocol):
         """
 
 
+def _always(tx: Transaction, order: SettlementOrder) -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """How orders of one kind are carried, proven and booked."""
@@ -103,5 +107,8 @@ class Kind:
     signed_by: Literal["settler", "treasury"] = "settler"
     batchable: bool = False
     """Whether the batch contract may make the call: whoever calls makes no difference to it."""
+    still_wanted: Callable[[Transaction, SettlementOrder], bool] = _always
+    """Whether an order may be written now: what it is for may have been forgotten since its process looked, if that process was
+    stopped meanwhile."""
     through_batch: bool = False
     """Whether nobody but the batch contract can make the call, so that it does so even for one alone."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from payments.chain.networks import NOBODY
 from payments.chain.transactions import Call, has_permit, has_wallet_signature, last_call
-from payments.settlement import states
+from payments.settlement import news, states
 from payments.settlement.orders import SettlementOrder
 from payments.settlement.outgoing import Outgoing
 from payments.store import Transaction
@@ -80,7 +79,6 @@ class Entry:
     burnt_in_block: int | None = None
     waits_for: str | None = None
     """What has to happen before it is carried, see `release`."""
-    waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
     def id(self) -> str:
@@ -118,43 +116,59 @@ class Entry:
         }
 
 
-def enqueue(tx: Transaction, order: SettlementOrder, waits_for: str | None = None) -> bool:
-    """Write an order without a transaction, inside the unit that it belongs to; the engine takes it up.
+def enqueue(tx: Transaction, order: SettlementOrder, from_block: int = 0, waits_for: str | None = None) -> bool:
+    """Write an order without a transaction, inside the unit that it belongs to; whichever process holds a signer takes it up.
 
     Args:
         tx: The unit's transaction.
         order: What is to happen.
+        from_block: A block before which nobody can have executed it; 0 if nobody but us can.
         waits_for: The name of what has to happen first: until its `release` nothing carries the order.
 
     Returns:
         False if it was written before.
     """
-    return _insert(tx, order, "queued", 0, None, 0, waits_for)
+    if not _insert(tx, order, "queued", from_block, None, 0, waits_for):
+        return False
+    news.tell_queued(tx, order.chain_id)
+    return True
 
 
 def release(tx: Transaction, settlement_id: str) -> bool:
     """What an order waited for has happened. False, with nothing changed, if it does not wait, or was decided meanwhile."""
     row = tx.execute(
-        "UPDATE settlement SET waits_for = NULL WHERE id = ? AND state = 'queued' AND waits_for IS NOT NULL RETURNING id",
+        "UPDATE settlement SET waits_for = NULL WHERE id = ? AND state = 'queued' AND waits_for IS NOT NULL"
+        " RETURNING chain_id",
         (settlement_id,),
     ).fetchone()
-    return row is not None
+    if row is None:
+        return False
+    news.tell_queued(tx, row[0])
+    return True
 
 
-def submit(tx: Transaction, order: SettlementOrder, transaction_id: str, position: int, head: int) -> Entry | None:
+def waiting(tx: Transaction, chain_id: int, limit: int) -> int:
+    """How many orders no transaction carries; counts to `limit` at most."""
+    query = "SELECT COUNT(*) FROM (SELECT 1 FROM settlement WHERE state='queued' AND chain_id=? LIMIT ?) AS found"
+    return int(tx.execute(query, (chain_id, limit)).fetchone()[0])
+
+
+def submit(
+    tx: Transaction, order: SettlementOrder, transaction_id: str, position: int, from_block: int
+) -> Entry | None:
     """Write an order that a transaction of this unit is going to carry, see `carry`.
 
     Returns:
         None if it was written before.
     """
-    if not _insert(tx, order, "submitted", head, transaction_id, position):
+    if not _insert(tx, order, "submitted", from_block, transaction_id, position):
         return None
-    return Entry(order, "submitted", head, transaction_id, position)
+    return Entry(order, "submitted", from_block, transaction_id, position)
 
 
-def assign(tx: Transaction, entry: Entry, transaction_id: str, position: int, head: int) -> bool:
+def assign(tx: Transaction, entry: Entry, transaction_id: str, position: int, from_block: int) -> bool:
     """Let a transaction of this unit carry a queued entry. False if it is not queued any more."""
-    from_block = entry.from_block or head
+    from_block = entry.from_block or from_block
     if not states.move(
         tx, entry.id, "submitted", transaction_id=transaction_id, position=position, from_block=from_block
     ):
@@ -168,6 +182,12 @@ def assign(tx: Transaction, entry: Entry, transaction_id: str, position: int, he
     return True
 
 
+def unassign(entry: Entry) -> None:
+    """The unit that assigned it was undone."""
+    if entry.state in states.OPEN:
+        entry.state, entry.transaction_id = "queued", None
+
+
 def carry(tx: Transaction, outgoing: Outgoing, entries: list[Entry]) -> None:
     """Bind the entries, which name the transaction already, to its signed form."""
     outgoing.entries = entries
@@ -176,12 +196,18 @@ def carry(tx: Transaction, outgoing: Outgoing, entries: list[Entry]) -> None:
         entry.transaction_hash = outgoing.hashes[-1]
 
 
+def is_as_known(tx: Transaction, entry: Entry) -> bool:
+    """Whether the row is still in the state, and carried by the transaction, that this process knows."""
+    row = tx.execute("SELECT state, transaction_id FROM settlement WHERE id=?", (entry.id,)).fetchone()
+    return row is not None and (row[0], row[1]) == (entry.state, entry.transaction_id)
+
+
 def requeue(tx: Transaction, entries: Sequence[Entry]) -> list[Entry]:
     """Put entries back whose transaction reverted as a whole, so that it executed none of them; returns those that were."""
     returned = []
     for entry in entries:
         columns: dict[str, Any] = {"attempts": entry.attempts + 1, "transaction_id": None, "transaction_hash": None}
-        if states.move(tx, entry.id, "queued", **columns):
+        if is_as_known(tx, entry) and states.move(tx, entry.id, "queued", **columns):
             returned.append(entry)
     return returned
 
@@ -191,12 +217,35 @@ def call_for(order: SettlementOrder, gas: int) -> Call:
     return Call(order.call_to, order.call_data, gas, order.value if order.token == NOBODY else 0)
 
 
-def load(tx: Transaction, chain_id: int, wanted: Sequence[str]) -> list[Entry]:
-    """Every row of a chain in one of the `wanted` states, oldest first."""
-    marks = ",".join("?" * len(wanted))
+def load_queued(tx: Transaction, chain_id: int, kinds: Sequence[str], limit: int) -> list[Entry]:
+    """What no transaction carries, of these kinds, oldest first."""
+    marks = ",".join("?" * len(kinds))
     rows = tx.execute(
-        f"SELECT {_ENTRY_COLUMNS} FROM settlement WHERE chain_id=? AND state IN ({marks}) ORDER BY created_ms, id",  # noqa: S608 - names from this module
-        (chain_id, *wanted),
+        f"SELECT {_ENTRY_COLUMNS} FROM settlement WHERE state='queued' AND chain_id=? AND kind IN ({marks})"  # noqa: S608 - names from this module
+        " ORDER BY created_ms, id LIMIT ?",
+        (chain_id, *kinds, limit),
+    ).fetchall()
+    return [_entry(row) for row in rows]
+
+
+def load_paid(tx: Transaction, chain_id: int, from_block: int) -> list[tuple[Entry, str | None]]:
+    """What is paid and not final, with evidence in `from_block` or later, or of our own: with the account that carried it."""
+    columns = ", ".join(f"settlement.{column}" for column in _ENTRY_COLUMNS.split(", "))
+    rows = tx.execute(
+        f"SELECT {columns}, chain_transaction.signer FROM settlement"  # noqa: S608 - names from this module
+        " LEFT JOIN chain_transaction ON chain_transaction.id = settlement.transaction_id WHERE settlement.chain_id=?"
+        " AND (settlement.state='mined' OR settlement.state='superseded' AND settlement.block_number>=?)",
+        (chain_id, from_block),
+    ).fetchall()
+    return [(_entry(row), row[-1]) for row in rows]
+
+
+def find_all(tx: Transaction, settlement_ids: Sequence[str]) -> list[Entry]:
+    """The rows with these ids."""
+    marks = ",".join("?" * len(settlement_ids))
+    rows = tx.execute(
+        f"SELECT {_ENTRY_COLUMNS} FROM settlement WHERE id IN ({marks})",  # noqa: S608 - names from this module
+        tuple(settlement_ids),
     ).fetchall()
     return [_entry(row) for row in rows]
 
@@ -229,15 +278,16 @@ def reverted_since(tx: Transaction, chain_id: int, since_ms: int) -> list[tuple[
     return [(payer, updated_ms) for payer, updated_ms in rows]
 
 
-def stranded(tx: Transaction, chain_id: int) -> list[str]:
-    """Transactions that are in a block and whose entries are not decided: whoever was deciding them was killed."""
+def stranded(tx: Transaction, chain_id: int) -> list[tuple[str, str]]:
+    """Transactions that are in a block and whose entries are not decided, and their accounts: whoever was deciding them was
+    killed."""
     rows = tx.execute(
-        "SELECT DISTINCT chain_transaction.id FROM settlement"
+        "SELECT DISTINCT chain_transaction.id, chain_transaction.signer FROM settlement"
         " JOIN chain_transaction ON chain_transaction.id = settlement.transaction_id"
         " WHERE settlement.chain_id=? AND settlement.state='submitted' AND chain_transaction.state='included'",
         (chain_id,),
     ).fetchall()
-    return [transaction_id for (transaction_id,) in rows]
+    return [(transaction_id, signer) for transaction_id, signer in rows]
 
 
 def is_evidence_of_another(tx: Transaction, entry: Entry, transaction_hash: str, log_index: int) -> bool:

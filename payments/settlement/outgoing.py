@@ -1,7 +1,8 @@
 """Transactions of ours: signed and written before anybody sees them, and carried to the nodes until they are in a block.
 
 A transaction's nonce is allocated in the unit that stores its bytes, from the rows themselves: if the commit fails, nothing was
-allocated. One transaction carries one call, or many through the batch contract. Everything here runs inside store units.
+allocated. One transaction carries one call, or many through the batch contract. Everything here runs inside store units; those
+that sign stand only if this process has the account's lease, or two processes would use one nonce for different things.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import orjson
 
 from payments.chain.signers import WEI_PER_GWEI, Signer
 from payments.chain.transactions import Call, Fees, call_of, sign_transaction
+from payments.leases import require, signer_name
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, native_asset
 from payments.money import divide_up
@@ -45,7 +47,7 @@ class Outgoing:
     kind: TransactionKind
     call: Call
     signer: Signer | None
-    """None if its key was taken out of the configuration; the bytes are signed and may be mined all the same."""
+    """None if no configuration names its key any more; the bytes are signed and may be mined all the same."""
     signer_nonce: int
     raw: bytes = b""
     hashes: list[str] = field(default_factory=list)
@@ -54,6 +56,8 @@ class Outgoing:
     """Of the newest one."""
     entries: list[Entry] = field(default_factory=list)
     """What it carries, in the order of the batch."""
+    others: int = 0
+    """How many entries it carries besides, of kinds that this process does not know."""
     inclusions: int = 0
     """How often it was seen in a block: more than once only after reorganisations."""
     # The courier's notes, in seconds of the monotonic clock.
@@ -91,7 +95,11 @@ def write(
         signer: Who sends it.
         fees: What it offers.
         nonce: The signer's next one unless given.
+
+    Raises:
+        LeaseLost: Another process sends the account's transactions; so do `replace`, `move_to_new_nonce` and `fill_gap`.
     """
+    _require_mine(tx, chain_id, signer)
     outgoing = Outgoing(id, chain_id, kind, call, signer, _next_nonce(tx, chain_id, signer) if nonce is None else nonce)
     _sign(outgoing, signer, fees)
     now = states.now_ms()
@@ -109,6 +117,7 @@ def fill_gap(tx: Transaction, chain_id: int, signer: Signer, nonce: int, fees: F
 def replace(tx: Transaction, outgoing: Outgoing, fees: Fees) -> None:
     """Sign the same call at the same nonce for higher fees, and write it before anybody sees it."""
     assert outgoing.signer is not None
+    _require_mine(tx, outgoing.chain_id, outgoing.signer)
     _sign(outgoing, outgoing.signer, fees)
     _update(tx, outgoing)
 
@@ -116,9 +125,21 @@ def replace(tx: Transaction, outgoing: Outgoing, fees: Fees) -> None:
 def move_to_new_nonce(tx: Transaction, outgoing: Outgoing, fees: Fees) -> None:
     """Sign the same call at a new nonce. Only once the chain proves that no form of it can be mined any more."""
     assert outgoing.signer is not None
+    _require_mine(tx, outgoing.chain_id, outgoing.signer)
     outgoing.signer_nonce = _next_nonce(tx, outgoing.chain_id, outgoing.signer)
     _sign(outgoing, outgoing.signer, fees)
     _update(tx, outgoing)
+
+
+def require_care(tx: Transaction, outgoing: Outgoing) -> None:
+    """Let a unit decide about a transaction only while it is this process's to look after: a process that was stopped meanwhile
+    knows a chain of long ago.
+
+    Raises:
+        LeaseLost: Another process sends the account's transactions.
+    """
+    if outgoing.signer is not None:
+        _require_mine(tx, outgoing.chain_id, outgoing.signer)
 
 
 def include(tx: Transaction, outgoing: Outgoing, receipt: dict[str, Any]) -> None:
@@ -160,17 +181,23 @@ def exclude(tx: Transaction, outgoing: Outgoing) -> None:
         transfers.post(tx, id=reversal, debit=gas, credit=signer, amount=paid.amount, reference=outgoing.id)
 
 
-def load_signed(tx: Transaction, chain_id: int, signers: Mapping[str, Signer]) -> list[Outgoing]:
-    """Every transaction of a chain that is not known to be in a block, by signer and nonce; without what they carry."""
+def load_signed(tx: Transaction, chain_id: int, signers: Mapping[str, Signer | None]) -> list[Outgoing]:
+    """Every transaction of these accounts that is not known to be in a block, by signer and nonce; without what they carry."""
     rows = tx.execute(
         f"SELECT {_COLUMNS} FROM chain_transaction WHERE chain_id=? AND state='signed' ORDER BY signer, signer_nonce",  # noqa: S608
         (chain_id,),
     ).fetchall()
-    return [_outgoing(row, signers) for row in rows]
+    return [_outgoing(row, signers) for row in rows if row[3] in signers]
 
 
-def load(tx: Transaction, ids: Sequence[str], signers: Mapping[str, Signer]) -> list[Outgoing]:
-    """The transactions with these ids, without what they carry."""
+def signers_under_way(tx: Transaction, chain_id: int) -> set[str]:
+    """The accounts of transactions that are not known to be in a block."""
+    query = "SELECT DISTINCT signer FROM chain_transaction WHERE chain_id=? AND state='signed'"
+    return {address for (address,) in tx.execute(query, (chain_id,)).fetchall()}
+
+
+def load(tx: Transaction, ids: Sequence[str], signers: Mapping[str, Signer | None]) -> list[Outgoing]:
+    """The transactions with these ids, without what they carry; `signer` is None where it is none of `signers`."""
     if not ids:
         return []
     marks = ",".join("?" * len(ids))
@@ -197,6 +224,10 @@ def hashes_of(tx: Transaction, transaction_id: str | None) -> list[str]:
     """Of every form of a transaction that was signed, oldest first."""
     row = tx.execute("SELECT broadcasts FROM chain_transaction WHERE id=?", (transaction_id,)).fetchone()
     return [] if row is None else [signed["hash"] for signed in orjson.loads(row[0])]
+
+
+def _require_mine(tx: Transaction, chain_id: int, signer: Signer) -> None:
+    require(tx, signer_name(chain_id, signer.address), tx.instance)
 
 
 def _next_nonce(tx: Transaction, chain_id: int, signer: Signer) -> int:
@@ -243,7 +274,7 @@ def _gas_accounts(tx: Transaction, outgoing: Outgoing) -> tuple[str, str]:
     return account_id("signer", asset, row[0]), account_id("gas", asset)
 
 
-def _outgoing(row: Sequence[Any], signers: Mapping[str, Signer]) -> Outgoing:
+def _outgoing(row: Sequence[Any], signers: Mapping[str, Signer | None]) -> Outgoing:
     raw, signed = bytes(row[5]), orjson.loads(row[6])
     return Outgoing(
         id=row[0],

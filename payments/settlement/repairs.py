@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 from payments.chain.gas import BytesGas
 from payments.chain.rpc import Reply, Request, Rpc, RpcError, RpcUnavailable
 from payments.chain.signers import FeeEstimate, Signer
-from payments.settlement import outbox, outgoing, states
+from payments.settlement import loading, outgoing, states
 from payments.settlement.courier import Courier
 from payments.settlement.outbox import Entry
 from payments.settlement.outgoing import Outgoing
@@ -36,6 +36,7 @@ class Repairs:
     """Looks after the accounts of one network.
 
     Args:
+        kinds: The kinds of orders that are known here.
         patience_s: How long a transaction may stay unmined before its fees are raised.
         entries: The engine's open entries by id.
         transactions: The engine's open transactions by id; those made here are put there by `adopt`.
@@ -49,6 +50,7 @@ class Repairs:
         store: Store,
         rpc: Rpc,
         chain_id: int,
+        kinds: Collection[str],
         *,
         patience_s: float,
         fees: FeeEstimate,
@@ -60,7 +62,7 @@ class Repairs:
         abandon: Callable[[Outgoing], None],
         expire: Expire,
     ) -> None:
-        self._store, self._rpc, self._chain_id = store, rpc, chain_id
+        self._store, self._rpc, self._chain_id, self._kinds = store, rpc, chain_id, kinds
         self._patience_s = patience_s
         self._fees, self._bytes_gas, self._courier = fees, bytes_gas, courier
         self._entries, self._transactions = entries, transactions
@@ -77,6 +79,7 @@ class Repairs:
         """Look at everything once.
 
         Raises:
+            LeaseLost: An account is another process's now.
             RpcUnavailable: No node answered.
             RpcError: A node refused a question.
         """
@@ -151,7 +154,7 @@ class Repairs:
         if self._lost[transaction.id] < NONCE_LOST_ROUNDS or self._fees.fees is None:
             return
         if not any(entry.state == "submitted" for entry in transaction.entries):
-            await self._store.write(lambda tx: states.move_transaction(tx, transaction.id, "lost"))
+            await self._store.write(lambda tx: _give_up(tx, transaction))
             self._abandon(transaction)
             return
         pending = int(await self._rpc.call("eth_getTransactionCount", (transaction.signer.address, "pending")), 16)
@@ -177,7 +180,7 @@ class Repairs:
         by_nonce = {transaction.signer_nonce: transaction for transaction in stored}
         for nonce in range(start, min(end, start + 16)):
             if nonce in by_nonce:
-                self._adopt(await self._store.write(partial(_again, transaction=by_nonce[nonce])))
+                self._adopt(await self._store.write(partial(_again, transaction=by_nonce[nonce], kinds=self._kinds)))
                 continue
             log.warning("nonce %d of %s is a gap; filling it", nonce, signer.address)
             unit = partial(
@@ -202,11 +205,16 @@ class Repairs:
         self._courier.carry(transaction)
 
 
-def _again(tx: Transaction, transaction: Outgoing) -> Outgoing:
+def _again(tx: Transaction, transaction: Outgoing, kinds: Collection[str]) -> Outgoing:
     """A transaction that was in a block which is gone, or was decided otherwise, with what it carries."""
+    outgoing.require_care(tx, transaction)
     outgoing.exclude(tx, transaction)
-    transaction.entries = outbox.load_carried(tx, [transaction.id])[transaction.id]
-    return transaction
+    return loading.with_entries(tx, [transaction], kinds)[0]
+
+
+def _give_up(tx: Transaction, transaction: Outgoing) -> None:
+    outgoing.require_care(tx, transaction)
+    states.move_transaction(tx, transaction.id, "lost")
 
 
 def _says_lost(replies: Sequence[Reply], nonce: int) -> bool:

@@ -31,6 +31,7 @@ class SecondLooks:
         transactions: The engine's open transactions by id.
         carry: Sends a transaction's newest form now.
         head: Tells the chain's newest block.
+        ours: Tells, for one unit, of which account's transactions (None: of none's) this process looks after what they carry.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class SecondLooks:
         transactions: Mapping[str, Outgoing],
         carry: Callable[[Outgoing], None],
         head: Callable[[], int],
+        ours: Callable[[Transaction], Callable[[str | None], bool]],
     ) -> None:
         self._store, self._rpc, self._chain_id, self._judge = store, rpc, chain_id, judge
         self._entries, self._transactions = entries, transactions
-        self._carry, self._head = carry, head
+        self._carry, self._head, self._ours = carry, head, ours
 
     async def round(self) -> None:
         """Look at everything that was asked for since the last round.
@@ -69,10 +71,15 @@ class SecondLooks:
 
     def _wishes(self, tx: Transaction) -> list[str]:
         rows = tx.execute(
-            "SELECT id FROM settlement WHERE chain_id=? AND look_again_ms IS NOT NULL ORDER BY look_again_ms LIMIT ?",
+            "SELECT settlement.id, settlement.kind, chain_transaction.signer FROM settlement"
+            " LEFT JOIN chain_transaction ON chain_transaction.id = settlement.transaction_id"
+            " WHERE settlement.chain_id=? AND look_again_ms IS NOT NULL ORDER BY look_again_ms LIMIT ?",
             (self._chain_id, LOOKS_MAX),
         ).fetchall()
-        return [settlement_id for (settlement_id,) in rows]
+        if not rows:
+            return []
+        ours = self._ours(tx)
+        return [settlement_id for settlement_id, kind, signer in rows if ours(signer) and self._judge.knows(kind)]
 
     async def _look(self, entry: Entry) -> None:
         log.info("settlement %s is looked at again", entry.id)

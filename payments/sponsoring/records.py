@@ -143,7 +143,7 @@ def begin(tx: Transaction, wanted: Wanted, budget: Budget, order: SettlementOrde
         outbox.enqueue(tx, funding_order)
     _write(tx, wanted, before, None if funding_order is None else funding_order.id, order)
     if order is not None:
-        outbox.enqueue(tx, order, wanted.name)
+        outbox.enqueue(tx, order, waits_for=wanted.name)
     return None if funding_order is None else funding_order.id
 
 

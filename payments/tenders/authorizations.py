@@ -196,6 +196,12 @@ def is_known(tx: Transaction, identity: str) -> bool:
     return tx.execute("SELECT 1 FROM payment_authorization WHERE identity = ?", (identity,)).fetchone() is not None
 
 
+def is_reserved(tx: Transaction, receipt_id: str) -> bool:
+    """Whether a receipt's authorization is bound to it still, and not forgotten."""
+    row = tx.execute("SELECT 1 FROM payment_authorization WHERE receipt_id = ?", (receipt_id,)).fetchone()
+    return row is not None
+
+
 def forget(tx: Transaction, use: Use, reason: str) -> None:
     """End a use for which nothing was written to the outbox, as if it had never been; if something was, interrupt it."""
     if tx.execute(_FORGET, (use.receipt_id,)).fetchone() is not None:

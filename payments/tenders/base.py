@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from payments.errors import PaymentError
 from payments.quotes import Quote
 from payments.store import Transaction
 
@@ -17,8 +18,23 @@ Also = Callable[[Transaction], object]
 """Something to be written in the same durable step."""
 
 
-class HoldEnded(Exception):
-    """The hold was ended in another way before, or there is nothing to capture yet."""
+class HoldEnded(PaymentError):
+    """The hold was ended in another way before, or there is nothing to capture yet: mostly because this process was stopped
+    for so long that another one took it for dead.
+
+    503. The same request again is safe: a payment finds its own first use, and what an account or a balance held is free again.
+    """
+
+    status = 503
+
+    def __init__(self, receipt_id: str, why: str) -> None:
+        """Name the receipt, and say for the log what is wrong with the hold."""
+        super().__init__(
+            "request_interrupted",
+            "the work on this request was given up, or taken up elsewhere, because this instance was away for too long; send"
+            f" the same request again, with the same payment: nothing is charged twice ({why})",
+        )
+        self.receipt_id = receipt_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ def capture(tx: Transaction, use: Use, amount_nano_usd: int, outcome: Outcome) -
     assert amount_nano_usd >= 0
     held = transfers.find(tx, use.hold_id)
     if held is None:
-        raise HoldEnded(f"nothing is held for {use.receipt_id} yet: its payment has not arrived")
+        raise HoldEnded(use.receipt_id, "nothing is held: its payment has not arrived")
     charged = min(amount_nano_usd, held.amount)
     overrun = amount_nano_usd - charged
     details, reason = _merged(use, outcome)
@@ -128,7 +128,7 @@ def _ended_before(tx: Transaction, use: Use, wanted: receipts.State) -> Charge:
     receipt = receipts.get(tx, use.receipt_id)
     if receipt is None or receipt.state != wanted:
         state = "missing" if receipt is None else receipt.state
-        raise HoldEnded(f"use {use.number} of {use.receipt_id} ended before: the receipt is {state}")
+        raise HoldEnded(use.receipt_id, f"use {use.number} has ended: the receipt is {state}")
     return _charge(tx, use)
 
 

@@ -44,7 +44,11 @@ __all__ = [
 ]
 
 
-PAYMENT = Kind(PaymentProof(), on_mined, on_failed, order_gas, batchable=True)
+def _is_reserved(tx: Transaction, order: SettlementOrder) -> bool:
+    return authorizations.is_reserved(tx, order.reference)
+
+
+PAYMENT = Kind(PaymentProof(), on_mined, on_failed, order_gas, batchable=True, still_wanted=_is_reserved)
 """Settlements of the kind ``payment``: a payer's authorization pays the treasury."""
 
 

@@ -222,5 +222,5 @@ def _check_debts(tx: Transaction, payer: str) -> None:
 def _ended_before(tx: Transaction, use: Use, wanted: receipts.State) -> Charge:
     receipt = receipts.get(tx, use.receipt_id)
     if receipt is None or receipt.state != wanted:
-        raise HoldEnded(f"{use.receipt_id} ended before: the receipt is {receipt and receipt.state}")
+        raise HoldEnded(use.receipt_id, f"the receipt is {receipt and receipt.state}")
     return Charge(receipt.id, receipt.charged_nano_usd or 0, 0, receipt.transaction_hash)

@@ -9,6 +9,7 @@ import pytest
 
 from payments.chain.signers import Signer
 from payments.chain.transactions import Call, Fees
+from payments.leases import signer_name
 from payments.ledger import transfers
 from payments.settlement import outbox, outgoing, states
 from payments.settlement.orders import SettlementOrder
@@ -44,6 +45,8 @@ def fill(tx: Transaction) -> None:
     """A batch that paid one order and failed another, and two orders that wait, one of them for an hour."""
     signer = Signer.from_hex("0x" + "55" * 32)
     signer.nonce_floor = 5
+    lease = (signer_name(84532, signer.address), tx.instance, 2**53)
+    tx.execute("INSERT INTO lease (name, owner, expires_ms) VALUES (?, ?, ?)", lease)
     call = Call("0x" + "66" * 20, b"batch", 500_000)
     batch = outgoing.write(tx, id="tx_1", chain_id=84532, kind="batch", call=call, signer=signer, fees=Fees(30, 10))
     entries = [

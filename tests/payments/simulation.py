@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase
 
 from payments.chain.nodes import Node
 from payments.chain.replies import Reply, Request
-from payments.databases.base import Pending
+from payments.databases.base import LEASE_S, Pending
 from payments.databases.sqlite import Connection, Sqlite
 from payments.store import Store, Unit, _resolve_all
 from payments.store import StoreBusy as StoreBusy
@@ -186,6 +186,7 @@ class SimulatedStore(Store):
         self.location = database
         self.instance = f"instance-{next(_NAMES)}"
         self.shared = False
+        self.lease_s = LEASE_S
         self._process = process
         self._database: Sqlite = _Unsynchronised(database, self.instance, self._deliver)
         self._closed = False

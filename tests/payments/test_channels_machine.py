@@ -386,9 +386,9 @@ class ChannelsMachine(RuleBasedStateMachine):
                 "SELECT id, state FROM channel WHERE claim_id IS NOT NULL OR refund_id IS NOT NULL OR marks <> synced_marks"
                 " OR unclaimed_since_ms IS NOT NULL"
             )
-            calm = 0 if undecided or self.engine._transactions else calm + 1
+            calm = 0 if undecided or self.engine._care.transactions else calm + 1
             rounds += 1
-            assert rounds < ROUNDS_MAX, f"never decided: {undecided}, {self.engine._transactions}"
+            assert rounds < ROUNDS_MAX, f"never decided: {undecided}, {self.engine._care.transactions}"
 
     def check(self) -> None:
         claimed = 0

@@ -251,8 +251,11 @@ async def test_what_is_claimed_is_in_the_treasury_and_no_longer_outstanding(open
     await opened.pay(2 * PRICE, PRICE // 2)
     before = balance_of(chain.rpc_url, chain.usdc, PAY_TO)
     assert await opened.keeper.claim_due() == 0, "neither enough nor old enough"
+    rpc(chain.rpc_url, "evm_setAutomine", False)
     assert await opened.keeper.claim([await opened.channel()], opened.token) == 1
     assert await opened.keeper.claim([await opened.channel()], opened.token) == 0, "one claim at a time"
+    rpc(chain.rpc_url, "evm_setAutomine", True)
+    rpc(chain.rpc_url, "evm_mine")
     await opened.settle_open()
     assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) - before == PRICE + PRICE // 2
     assert await opened.receivable() == 0

@@ -15,7 +15,7 @@ from payments import accounts
 from payments.chain.networks import Network
 from payments.facilitator.app import create_app
 from payments.settlement import outbox, reverts
-from payments.settlement.engine import Settlements
+from payments.settlement.lookout import Lookout
 from payments.settlement.orders import SettlementOrder
 from payments.store import Store
 from payments.verification.chain_state import ChainStates
@@ -301,7 +301,7 @@ async def test_what_is_written_and_not_taken_up_is_settled_after_a_restart(
     call = body(chain.wallets[2], network.tokens[0], network)
     async with facilitator(chain, network, database, settlement_wait_s=0.3) as running:
         with monkeypatch.context() as patched:
-            patched.setattr(Settlements, "take_queued", lambda self, settlement_id: None)
+            patched.setattr(Lookout, "_read", lambda *_: ([], []))
             pending = await running.settle(call)
             assert (pending["errorReason"], pending["transaction"]) == ("settlement_pending", "")
     async with facilitator(chain, network, database) as running:

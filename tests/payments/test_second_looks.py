@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import payments.settlement.engine
+import payments.settlement.care
 from contracts.devnet import Devnet, as_owner, balance_of, rpc
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
@@ -50,7 +50,7 @@ async def test_a_failed_settlement_that_the_chain_has_after_all_is_paid_by_a_sec
     async with engine(store, network, chain.rpc_url, [chain.wallets[0]], books) as settlements:
         await settlements.submit(order)
         assert (await settlements.outcome(order.id, 15)).paid
-        await until(lambda: not settlements._transactions)
+        await until(lambda: not settlements._care.transactions)
     # As if the node had said nothing of it until the deadline.
     await store.write(
         lambda tx: tx.execute(
@@ -96,7 +96,7 @@ async def test_what_a_killed_engine_had_seen_in_a_block_and_not_decided_is_decid
     await store.write(lambda tx: tx.execute("UPDATE settlement SET state='submitted', reason=NULL, valid_before=0"))
     async with engine(store, network, chain.rpc_url, [chain.wallets[0]], books) as settlements:
         assert (await settlements.outcome(order.id, 15)).state == "failed"
-        await until(lambda: not settlements._transactions)
+        await until(lambda: not settlements._care.transactions)
     spent = await store.read(lambda tx: tx.execute("SELECT balance FROM ledger_account WHERE kind='gas'").fetchone()[0])
     ((fee_wei,),) = await store.read(lambda tx: tx.execute("SELECT fee_wei FROM chain_transaction").fetchall())
     assert spent == -(-int(fee_wei) // 10**9)
@@ -126,7 +126,7 @@ async def test_a_payer_whose_payments_revert_is_refused_and_a_restart_does_not_f
 async def test_above_an_amount_a_receipt_that_one_node_alone_has_pays_nothing(
     chain: Devnet, network: Network, store: Store, monkeypatch: pytest.MonkeyPatch, value: int
 ) -> None:
-    monkeypatch.setattr(payments.settlement.engine, "WITNESS_RETRY_S", 0.02)
+    monkeypatch.setattr(payments.settlement.care, "WITNESS_RETRY_S", 0.02)
     usdc, books, silent = network.tokens[0], Books(network), LyingNode(chain.rpc_url)
     silent.results = {"eth_getTransactionReceipt": None}
     order = order_for(pay(chain.wallets[1], usdc, value), usdc)

@@ -391,9 +391,9 @@ class SettlementMachine(RuleBasedStateMachine):
             self.run(asyncio.sleep(1))
             self.chain.mine()
             undecided = self.read("SELECT id, state FROM settlement WHERE state IN ('queued', 'submitted', 'mined')")
-            calm = 0 if undecided or self.engine._transactions else calm + 1
+            calm = 0 if undecided or self.engine._care.transactions else calm + 1
             rounds += 1
-            assert rounds < ROUNDS_MAX, f"never decided: {undecided}, {self.engine._transactions}"
+            assert rounds < ROUNDS_MAX, f"never decided: {undecided}, {self.engine._care.transactions}"
 
     def check(self) -> None:
         found: dict[str, str] = dict(self.read("SELECT id, state FROM settlement"))

@@ -389,9 +389,9 @@ class TendersMachine(RuleBasedStateMachine):
             self.chain.mine()
             undecided = self.read("SELECT id, state FROM settlement WHERE state IN ('queued', 'submitted', 'mined')")
             undecided += self.read("SELECT id, state FROM receipt WHERE state='open'")
-            calm = 0 if undecided or self.engine._transactions else calm + 1
+            calm = 0 if undecided or self.engine._care.transactions else calm + 1
             rounds += 1
-            assert rounds < ROUNDS_MAX, f"never decided: {undecided}, {self.engine._transactions}"
+            assert rounds < ROUNDS_MAX, f"never decided: {undecided}, {self.engine._care.transactions}"
 
     def check_money(self) -> None:
         """Every wallet: what it paid on chain and was paid, what it was charged, and what it has to its credit."""
