@@ -117,7 +117,8 @@ def shop(facilitator_url: str, network: str, log: Path, *, language: str = "pyth
 
 def _sell(parts: dict[str, Any]) -> None:
     import uvicorn
-    from fastapi import FastAPI, Response
+    from fastapi import FastAPI
+    from fastapi.responses import JSONResponse
     from x402 import x402ResourceServer
     from x402.extensions.bazaar import bazaar_resource_server_extension, declare_discovery_extension
     from x402.http import HTTPFacilitatorClient
@@ -168,10 +169,11 @@ def _sell(parts: dict[str, Any]) -> None:
         sold += 1
         return {"sold": sold}
 
-    @app.api_route("/metered", methods=["GET", "POST"])
-    async def metered(response: Response, used: str) -> dict[str, str]:
+    @app.api_route("/metered", methods=["GET", "POST"], response_model=None)
+    async def metered(used: str) -> JSONResponse:
+        response = JSONResponse({"used": used})
         set_settlement_overrides(response, {"amount": used})
-        return {"used": used}
+        return response
 
     @app.post("/claims")
     async def claims() -> dict[str, Any]:
