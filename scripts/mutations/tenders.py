@@ -14,13 +14,6 @@ _MONEY, _PAYOUTS = "payments/money.py", "payments/settlement/payouts.py"
 
 TENDERS = (
     Mutation(
-        "a payment that is found again is credited again",
-        _EVIDENCE,
-        '    if found.state == "paid":\n        return\n    value',
-        "    value",
-        MACHINE,
-    ),
-    Mutation(
         "what a reorganisation took away stays credited",
         _EVIDENCE,
         '    if found.state == "paid":\n        _take_back(tx, row["id"], found)\n',
@@ -137,7 +130,7 @@ TENDERS = (
         _UPTO,
         '        if state in ("defaulted", "repaid"):',
         "        if False:",
-        MACHINE,
+        ("tests/payments/test_upto.py", *MACHINE),
     ),
     Mutation(
         "what is paid rounds down",

@@ -41,7 +41,7 @@ from payments.reconciliation import open_books, reconcile
 from payments.recovery import recover
 from payments.settlement.engine import Settlements
 from payments.store import StoreBusy
-from payments.tenders.base import HoldEnded, Outcome
+from payments.tenders.base import Outcome
 from payments.tenders.channel_scheme import ChannelScheme
 from payments.tenders.exact_services import ExactServices
 from payments.verification import vouchers
@@ -253,7 +253,7 @@ class ChannelsMachine(RuleBasedStateMachine):
     async def request(self, payment: ChannelPayment, wish: Wish, body: bytes) -> None:
         """What the gateway does with a request, and what its client learns."""
         client = self.clients[wish.payer]
-        with contextlib.suppress(PaymentError, StoreBusy, HoldEnded):
+        with contextlib.suppress(PaymentError, StoreBusy):
             client.under_way += wish.price
             try:
                 tender = self.scheme.tender(payment, TOKEN, self.requirement, body, int(self.world.time()))

@@ -13,10 +13,13 @@ import psycopg
 import pytest
 
 import payments.databases.postgres as postgres_module
-from payments import migrate
+from payments import accounts, migrate
 from payments.ledger import books, transfers
+from payments.ledger.accounts import payer_account
+from payments.ledger.transfers import Balance
 from payments.store import Store, StoreBusy, Transaction, Unit
 from tests.databases import PostgresServer
+from tests.payments import exact_samples as samples
 
 PAYER = "payer:0xa@USD"
 
@@ -197,6 +200,49 @@ async def test_two_processes_never_spend_more_than_there_is(store: Store) -> Non
     spenders = [asyncio.to_thread(subprocess.check_output, [*spend, name]) for name in ("one", "two")]
     assert sum(int(output) for output in await asyncio.gather(*spenders)) == 71
     assert (await store.read(lambda tx: transfers.balance(tx, PAYER))).balance == 500 - 71 * 7
+    assert await store.read(books.check) == []
+
+
+SPEND_BY_TENDER = """
+import asyncio, sys
+from payments.errors import PaymentRefused
+from payments.store import Store
+from payments.tenders.account import AccountTender
+from payments.tenders.base import Outcome
+from payments.tenders.prepaid import PrepaidTender
+from tests.payments.exact_samples import ASSET, PAYER, QUOTED, quote_of
+
+async def main() -> None:
+    store = Store(sys.argv[1])
+    tenders = [PrepaidTender(store, PAYER, [ASSET]), AccountTender(store, "key", "team")]
+    async def spend(number):
+        try:
+            hold = await tenders[number % 2].authorize(quote_of(), {})
+        except PaymentRefused:
+            return 0
+        return (await hold.capture(QUOTED, Outcome())).charged_nano_usd
+    charged = await asyncio.gather(*(spend(number) for number in range(200)))
+    print(sum(charged[::2]), sum(charged[1::2]))
+    store.close()
+
+asyncio.run(main())
+"""
+
+
+async def test_two_processes_never_overdraw_a_wallet_or_a_pool(store: Store) -> None:
+    def fund(tx: Transaction) -> None:
+        account = payer_account(samples.PAYER, samples.ASSET)
+        custody, credit = f"custody@{samples.ASSET}", 60 * samples.QUOTED + 1
+        transfers.post(tx, id="credit", debit=custody, credit=account, amount=credit, reference="r")
+        accounts.fund_pool(tx, "team", 41 * samples.QUOTED + 1, "first")
+
+    await store.write(fund)
+    spend = [sys.executable, "-c", SPEND_BY_TENDER, str(store.location)]
+    spenders = [asyncio.to_thread(subprocess.check_output, spend) for _ in range(2)]
+    charged = [[int(number) for number in output.split()] for output in await asyncio.gather(*spenders)]
+    assert [sum(column) for column in zip(*charged, strict=True)] == [60 * samples.QUOTED, 41 * samples.QUOTED]
+    for account in (payer_account(samples.PAYER, samples.ASSET), accounts.pool_account("team")):
+        assert await store.read(lambda tx, account=account: transfers.balance(tx, account)) == Balance(1, 0)  # type: ignore[misc]
     assert await store.read(books.check) == []
 
 

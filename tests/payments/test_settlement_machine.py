@@ -468,3 +468,21 @@ class SettlementMachine(RuleBasedStateMachine):
 
 TestSettlementMachine = SettlementMachine.TestCase
 TestSettlementMachine.settings = exploring(60, 30)
+
+
+def test_confirmations_that_the_database_refused_are_recorded_later() -> None:
+    machine = SettlementMachine()
+    machine.start(seed=1, wanted=[(PAYERS[0], 300, LONG_S)])
+    machine.chain.mine()
+    machine.time_passes(2, blocks=False, busy=False)
+    machine.time_passes(6, blocks=True, busy=True)
+    machine.teardown()
+
+
+def test_what_a_reverted_batch_carried_goes_out_alone_after_a_long_outage() -> None:
+    machine = SettlementMachine()
+    machine.start(seed=1, wanted=[(PAYERS[0], 300, LONG_S), (PAYERS[1], 300, LONG_S)])
+    machine.chain.contracts.batches_out_of_gas = 1
+    machine.chain.mine()
+    machine.time_passes(15, blocks=False, busy=True)
+    machine.teardown()

@@ -36,7 +36,7 @@ from payments.recovery import recover
 from payments.settlement import stories
 from payments.settlement.engine import Settlements
 from payments.store import StoreBusy
-from payments.tenders.base import Charge, Hold, HoldEnded, Outcome
+from payments.tenders.base import Charge, Hold, Outcome
 from payments.tenders.exact import ExactTender
 from payments.tenders.exact_services import ExactServices
 from payments.tenders.prepaid import PrepaidTender
@@ -200,7 +200,7 @@ class TendersMachine(RuleBasedStateMachine):
     async def request(self, payment: Payment | None, wish: Wish, body: bytes) -> None:
         """What the gateway does with a request."""
         quote = quote_of(wish.quoted)
-        with contextlib.suppress(PaymentError, StoreBusy, HoldEnded):
+        with contextlib.suppress(PaymentError, StoreBusy):
             hold: Hold = await self.tender(payment, wish, body).authorize(quote, {})
             try:
                 if hold.may_start_early:
@@ -412,6 +412,14 @@ class TendersMachine(RuleBasedStateMachine):
             owed = self.lost_on(payer, account)
             expected = paid_in[payer] - (charged.get(payer) or 0) - (fees.get(payer) or 0) + owed
             assert balance == expected, f"{payer} has {balance} nano-USD to its credit instead of {expected}"
+        despite = self.read(
+            "SELECT later.id FROM receipt AS later JOIN receipt AS unpaid ON unpaid.payer = later.payer"
+            " JOIN payment_authorization AS pledge ON pledge.receipt_id = unpaid.id"
+            " JOIN settlement ON settlement.reference = unpaid.id"
+            " WHERE later.tender='upto' AND pledge.state='defaulted' AND settlement.state='failed'"
+            " AND later.created_ms > settlement.updated_ms"
+        )
+        assert despite == [], "upto was taken of a wallet that owed for an answer"
         receivable = self.read("SELECT COALESCE(SUM(balance), 0) FROM ledger_account WHERE kind='receivable'")[0][0]
         assert receivable == 0, "something was earned, and is neither paid nor lost"
         self.check_operator(paid_in)
