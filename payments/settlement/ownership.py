@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from payments import leases
 from payments.chain.rpc import RpcError, RpcUnavailable
 from payments.chain.signers import Signer
-from payments.leases import Leases
+from payments.leases import LeaseLost, Leases
 from payments.store import Store, StoreBusy
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,9 @@ class Ownership:
             return
         try:
             await self._take_over(gained)
+        except LeaseLost as lost:
+            # Stopped between the two, perhaps.
+            self.lost(lost.name)
         except (RpcUnavailable, RpcError):
             # Perhaps another process reaches the chain; if none does, they must not hand it round and round.
             self._sits_out_until = time.monotonic() + self._leases.ttl_s
