@@ -223,8 +223,8 @@ async def test_accounts_given_back_at_a_stop_are_taken_at_once(
     chain: Devnet, network: Network, postgres_database: str
 ) -> None:
     async with (
-        replica(postgres_database, chain, network, ttl_s=60) as first,
-        replica(postgres_database, chain, network, ttl_s=60) as second,
+        replica(postgres_database, chain, network, ttl_s=600) as first,
+        replica(postgres_database, chain, network, ttl_s=600) as second,
     ):
         await first.engine.stop()
         await until(lambda: second.owns, 5)
