@@ -45,6 +45,8 @@ class FakeChannels(FakeGateway):
     voucher: dict[str, Any] | None = None
     told: dict[str, Any] = field(default_factory=dict)
     cost_usd: str = COST_USD
+    given_back: str = "9887"
+    """What it says that a refund gave back."""
     rotate: bool = False
     """Offers another channel with every 402."""
     vouchers: list[int] = field(default_factory=list)
@@ -108,6 +110,22 @@ class FakeChannels(FakeGateway):
         if isinstance(answer, JSONResponse):
             answer.headers["x-farebox-cost-usd"] = self.cost_usd
         return answer
+
+    async def refund(self, request: Request) -> Response:
+        """Asked for with GET."""
+        header = request.headers.get("payment-signature")
+        if header is None:
+            return self._required(request, "payment_required")
+        payload = decode_payment_signature_header(header)
+        assert isinstance(payload, PaymentPayload)
+        assert payload.payload["type"] == "refund"
+        payer = self._take_voucher(payload)
+        if self.script and self.script.pop(0) == "correct":
+            return self._required(request, MISMATCH)
+        settled = SettleResponse(
+            success=True, transaction=TRANSACTION, network=NETWORK, payer=payer, amount=self.given_back
+        )
+        return JSONResponse({}, headers={"PAYMENT-RESPONSE": encode_payment_response_header(settled)})
 
     def _take_voucher(self, payload: PaymentPayload) -> str:
         inner = payload.payload

@@ -384,6 +384,7 @@ class Server:
         return Starlette(
             routes=[
                 route("/v1/chat/completions", "chat", "POST"),
+                route("/v1/chat/completions", "refund"),
                 route("/v1/receipts/{id}", "receipt"),
                 route("/v1/wallet/challenges", "challenge", "POST"),
                 route("/v1/wallet/sessions", "session", "POST"),

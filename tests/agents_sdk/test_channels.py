@@ -10,7 +10,15 @@ from typing import Any
 import httpx
 import pytest
 
-from agents_sdk import Agent, ChannelDisputed, FareboxError, LimitExceeded, QuoteRejected, SpendingPolicy
+from agents_sdk import (
+    Agent,
+    ChannelDisputed,
+    FareboxError,
+    LimitExceeded,
+    QuoteRejected,
+    RequestRefused,
+    SpendingPolicy,
+)
 from agents_sdk.money import usd_to_nano
 from tests.agents_sdk import fake_gateway
 from tests.agents_sdk.conftest import KEY, MakeAgent
@@ -272,6 +280,46 @@ def test_a_deposit_of_which_nothing_was_heard_is_tried_before_another_is_made(
     gateway.script = ["exceeds"]
     assert ask(make_agent(policy=POLICY), 2).status_code == 200
     assert len(gateway.deposits) == 2
+
+
+def test_a_refund_is_asked_for_with_what_was_charged(gateway: FakeChannels, agent: Agent) -> None:
+    for number in range(3):
+        assert ask(agent, number).status_code == 200
+    refund = agent.wallet.refund_channel(usd="0.001")
+    assert refund.transaction == fake_gateway.TRANSACTION
+    assert gateway.vouchers[-1] == 3 * COST
+    assert gateway.claimable == PRICE + 2 * COST
+
+
+@pytest.mark.parametrize("given_back", ["999999999", "0", "-5", "much"])
+def test_a_refund_never_gives_back_more_than_there_was(gateway: FakeChannels, agent: Agent, given_back: str) -> None:
+    assert ask(agent).status_code == 200
+    gateway.given_back = given_back
+    refund = agent.wallet.refund_channel()
+    [channel] = agent.wallet.channels()
+    assert usd_to_nano(refund.refunded_usd) + usd_to_nano(channel.deposited_usd) == 10_000_000
+
+
+def test_a_refund_needs_no_voucher_that_was_not_signed_before(gateway: FakeChannels, agent: Agent) -> None:
+    assert ask(agent).status_code == 200
+    gateway.script = ["correct"]
+    gateway.state = {"chargedCumulativeAmount": "9000"}
+    gateway.voucher = sign_voucher(KEY, next(iter(gateway.channels)), 9000)
+    with pytest.raises(ChannelDisputed, match=r"more of the channel .* was charged than this wallet signed for"):
+        agent.wallet.refund_channel()
+    assert gateway.claimable == PRICE
+    gateway.script, gateway.state = ["correct"], {"chargedCumulativeAmount": "300"}
+    agent.wallet.refund_channel()
+    assert (gateway.vouchers[-1], gateway.claimable) == (300, PRICE)
+
+
+def test_a_channel_that_the_gateway_does_not_take_any_more_is_the_wallets_to_empty(
+    gateway: FakeChannels, agent: Agent
+) -> None:
+    assert ask(agent).status_code == 200
+    gateway.rotate = True
+    with pytest.raises(RequestRefused, match=r"finalizeWithdraw"):
+        agent.wallet.refund_channel()
 
 
 def test_channels_of_another_name_are_others(gateway: FakeChannels, make_agent: MakeAgent) -> None:
