@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ from tests.e2e.agents import FUNDS, channels_of, deposits_of, new_wallet
 from tests.e2e.clients import decoded
 from tests.e2e.conftest import QUESTION
 from tests.e2e.faults import Fault, FaultyProxy
+from tests.e2e.grounds import wait_until
 
 DEPOSIT = 10**6
 POLICY = SpendingPolicy(schemes=("batch-settlement",), max_per_request="0.05")
@@ -135,6 +135,8 @@ from agents_sdk import Agent, SpendingPolicy
 key, url, log, questions = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 policy = SpendingPolicy(schemes=("batch-settlement",), max_per_request="0.05")
 with Agent(key, url, policy=policy, receipts=log, credit="never", backoff_s=0.05) as agent, agent.http_client() as http:
+    agent.wallet.channels()
+    import x402.mechanisms.evm.batch_settlement.client, x402.http.utils
     print("ready", flush=True)
     sys.stdin.readline()
     with ThreadPoolExecutor(4) as pool:
@@ -151,6 +153,15 @@ def start(payer: LocalAccount, url: str, log: Path, questions: list[dict[str, An
     )
 
 
+def go(process: subprocess.Popen[str]) -> None:
+    """Let it ask, once it is ready: it imports the x402 package, which takes its time."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
 def test_processes_on_one_log_share_one_channel(
     stack: Stack, make_agent: MakeAgent, payer: LocalAccount, simulator: Simulator, tmp_path: Path
 ) -> None:
@@ -158,12 +169,7 @@ def test_processes_on_one_log_share_one_channel(
     halves = [[question(number) for number in range(start, 12, 2)] for start in (0, 1)]
     processes = [start(payer, stack.gateway_url, tmp_path / "agent.sqlite3", half) for half in halves]
     for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
+        go(process)
     told = [process.communicate(timeout=60)[0] for process in processes]
     assert [json.loads(each) for each in told] == [[200] * 6] * 2
     assert len(simulator.attempts()) == 12
@@ -180,13 +186,8 @@ def test_a_process_killed_before_its_answer_is_resumed_with_the_same_payment(
             assert ask(agent, 2).status_code == 200
         proxy.plan([Fault("silence", True)])
         process = start(payer, proxy.url, tmp_path / "agent.sqlite3", [question(0)])
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-        end = time.monotonic() + 20
-        while not proxy.payments:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        go(process)
+        wait_until(lambda: proxy.payments, "the payment is sent")
         process.send_signal(signal.SIGKILL)
         process.wait()
         # Another question is not kept waiting, and needs no second deposit.
