@@ -17,7 +17,14 @@ from eth_account.signers.local import LocalAccount
 from eth_utils.address import to_checksum_address
 from x402 import PaymentRequired, x402Client, x402ClientSync
 from x402.extensions.bazaar import with_bazaar
+from x402.extensions.bazaar.facilitator import validate_discovery_extension_spec
 from x402.extensions.payment_identifier import append_payment_identifier_to_extensions
+from x402.extensions.sign_in_with_x import (
+    SIWxExtension,
+    SIWxPayload,
+    assert_siwx_challenge_bound_to_origin,
+    encode_siwx_header,
+)
 from x402.http import FacilitatorConfig, HTTPFacilitatorClientSync, x402HTTPClientSync
 from x402.http.clients import x402_httpx_transport
 from x402.mechanisms.evm.batch_settlement.client import BatchSettlementEvmScheme
@@ -315,6 +322,7 @@ def test_a_receipt_is_signed_only_for_those_who_want_one(http: httpx.Client, wal
 def answer_challenge(wallet: LocalAccount, required: dict[str, Any], **changes: str) -> dict[str, str]:
     """What a client with the extension `sign-in-with-x` sends: the challenge as EIP-4361, signed with EIP-191."""
     extension = required["extensions"]["sign-in-with-x"]
+    SIWxExtension.model_validate(extension)
     info = extension["info"] | {"chainId": extension["supportedChains"][0]["chainId"], "type": "eip191"} | changes
     message = (
         f"{info['domain']} wants you to sign in with your Ethereum account:\n{to_checksum_address(wallet.address)}\n\n"
@@ -323,7 +331,7 @@ def answer_challenge(wallet: LocalAccount, required: dict[str, Any], **changes: 
     )
     signature = wallet.sign_message(encode_defunct(text=message)).signature.hex()
     proof = info | {"address": wallet.address, "signature": "0x" + signature.removeprefix("0x")}
-    return {"sign-in-with-x": encoded(proof)}
+    return {"sign-in-with-x": encode_siwx_header(SIWxPayload.model_validate(proof))}
 
 
 def test_a_wallet_with_credit_signs_in_instead_of_paying(
@@ -334,7 +342,10 @@ def test_a_wallet_with_credit_signs_in_instead_of_paying(
         http, QUESTION | {"max_tokens": 2_000}, sign(wallet, ask(http, QUESTION | {"max_tokens": 2_000}))
     ).is_success
     held = balance_of(stack.rpc_url, USDC, wallet.address)
-    proof = answer_challenge(wallet, asked_for(http, "sign-in-with-x"))
+    required = asked_for(http, "sign-in-with-x")
+    # The official client signs for nobody but the origin that asked it.
+    assert_siwx_challenge_bound_to_origin(required["extensions"]["sign-in-with-x"]["info"], stack.gateway_url)
+    proof = answer_challenge(wallet, required)
     answer = ask(http, QUESTION, proof)
     assert answer.status_code == 200, answer.text
     assert "payment-response" not in answer.headers
@@ -384,6 +395,7 @@ def test_somebody_elses_signature_and_nonsense_let_nobody_in(
 def test_what_is_sold_is_described_and_discovered(http: httpx.Client, stack: Stack) -> None:
     declared = asked_for(http, "bazaar")["extensions"]["bazaar"]
     jsonschema.validate(declared["info"], declared["schema"])
+    assert validate_discovery_extension_spec(declared).valid
     example = declared["info"]["input"]["body"]
     assert ask(http, example).status_code == 402
     client = with_bazaar(HTTPFacilitatorClientSync(FacilitatorConfig(url=stack.gateway_url)))  # type: ignore[arg-type]

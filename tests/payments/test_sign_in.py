@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
+import time
+from pathlib import Path
 
 import pytest
 from eth_account import Account
@@ -13,6 +16,7 @@ from eth_account.signers.local import LocalAccount
 from payments.recovery import sweep_expired
 from payments.sign_in import CHALLENGE_TTL_S, STATEMENT, SignIn, SignInRefused, use_nonce
 from payments.store import Store
+from payments.x402.extensions.sign_in_with_x import SignInWithX
 
 NOW = 1_790_000_000
 SECRET = b"s" * 32
@@ -202,3 +206,35 @@ def test_a_session_of_another_gateway_is_refused() -> None:
     with pytest.raises(SignInRefused) as refused:
         SIGN_IN.session(token, NOW)
     assert refused.value.code == "invalid_session"
+
+
+async def test_a_challenge_of_one_replica_is_used_up_in_all_of_them_and_after_a_restart(database: Path | str) -> None:
+    """Replicas share the secret and the database, and nothing else."""
+    networks, url, now = ("eip155:8453",), "https://gateway.example/v1/chat/completions", int(time.time())
+    one, other = SignInWithX(b"secret", networks), SignInWithX(b"secret", networks)
+    info = one.declaration(url, "gateway.example", now)["info"] | {"chainId": networks[0]}
+    account = Account.create()
+    message = (
+        f"gateway.example wants you to sign in with your Ethereum account:\n{account.address}\n\n{info['statement']}\n\n"
+        f"URI: {url}\nVersion: 1\nChain ID: 8453\nNonce: {info['nonce']}\nIssued At: {info['issuedAt']}\n"
+        f"Expiration Time: {info['expirationTime']}"
+    )
+    signature = "0x" + bytes(account.sign_message(encode_defunct(text=message)).signature).hex()
+    proof = base64.b64encode(json.dumps(info | {"address": account.address, "signature": signature}).encode()).decode()
+
+    async def use(replica: SignInWithX) -> None:
+        store = Store(database)
+        try:
+            found = replica.verify(proof, url, "gateway.example", now)
+            assert found.address == account.address.lower()
+            await store.write(lambda tx: use_nonce(tx, found.nonce, found.expires_at))
+        finally:
+            store.close()
+
+    await use(other)
+    for replica in (one, other, SignInWithX(b"secret", networks)):
+        with pytest.raises(SignInRefused) as refused:
+            await use(replica)
+        assert refused.value.code == "challenge_used"
+    with pytest.raises(SignInRefused):
+        await use(SignInWithX(b"another secret", networks))
