@@ -148,10 +148,12 @@ async def test_one_resource_server_uses_up_no_more_than_its_share(
     each = Budget(hourly_wei=5 * 10**14, payer_wei=10**15)
     async with sponsoring(chain, network, sqlite_database, each) as running:
         answers = []
-        for _ in range(4):
+        for _ in range(20):
             call = signed_by_official_client(chain, network, penniless(chain), approval=True)
             answers.append(await running.settle(call))
-        assert [answer["success"] for answer in answers].count(True) in (1, 2)
+            if not answers[-1]["success"]:
+                break
+        assert [answer["success"] for answer in answers[:2]] == [True, len(answers) > 2]
         assert not answers[-1]["success"]
         given = [
             int(value) for name, value in await rows(running.services.store, "id, value") if name.startswith("fund:")
