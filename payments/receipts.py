@@ -48,6 +48,7 @@ _REOPEN = (
     " WHERE id = ? AND state = 'interrupted' RETURNING uses"
 )
 _SET_PAID = "UPDATE receipt SET paid_nano_usd = ? WHERE id = ?"
+_EXPLAIN = "UPDATE receipt SET reason = ? WHERE id = ? AND state = 'released'"
 _INTERRUPT_ORPHANS = (
     "UPDATE receipt SET state = 'interrupted', reason = ? WHERE state = 'open' AND tender = 'exact'"
     " AND NOT EXISTS (SELECT 1 FROM lease WHERE lease.name = 'instance:' || receipt.instance) RETURNING id"
@@ -207,6 +208,11 @@ def reopen_receipt(tx: Transaction, id: str) -> int | None:
 def set_paid(tx: Transaction, id: str, paid_nano_usd: int) -> None:
     """Note what its on-chain payment brought in, whatever state the receipt is in."""
     tx.execute(_SET_PAID, (paid_nano_usd, id))
+
+
+def explain(tx: Transaction, id: str, reason: str) -> None:
+    """Give a receipt that was released another reason: something has happened since. Any other stays as it is."""
+    tx.execute(_EXPLAIN, (reason, id))
 
 
 def release_unsettled(tx: Transaction, id: str, reason: str) -> None:

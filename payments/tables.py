@@ -171,6 +171,13 @@ class Settlement(SQLModel, table=True):
             sqlite_where=text("look_again_ms IS NOT NULL"),
             postgresql_where=text("look_again_ms IS NOT NULL"),
         ),
+        Index(
+            "settlement_watched",
+            "chain_id",
+            "watch_again_ms",
+            sqlite_where=text("watch_again_ms IS NOT NULL"),
+            postgresql_where=text("watch_again_ms IS NOT NULL"),
+        ),
         # See `payments.promises`: of payments and pledges the authorizations tell more.
         Index(
             "settlement_under_way",
@@ -221,6 +228,8 @@ class Settlement(SQLModel, table=True):
     """When somebody asked the engine to look at it again; None once it has."""
     waits_for: str | None = None
     """What has to happen before it is carried, such as ``approval:…``; None once it has."""
+    watch_again_ms: int | None = Field(default=None, sa_column=_big(nullable=True))
+    """When a failed one is looked at next, since somebody may execute its authorization all the same; None once nobody can."""
 
 
 class ChainTransaction(SQLModel, table=True):

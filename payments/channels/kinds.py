@@ -24,7 +24,6 @@ from payments.chain.channel_contract import (
 from payments.chain.logs import Log, get_logs, receipt_with, transferred
 from payments.chain.networks import (
     BATCH_SETTLEMENT_ADDRESS,
-    PERMIT2_ADDRESS,
     PERMIT2_DEPOSIT_COLLECTOR_ADDRESS,
     Network,
     Token,
@@ -33,15 +32,13 @@ from payments.chain.rpc import Rpc
 from payments.chain.transactions import (
     WORD,
     address_topic,
-    encode_authorization_state,
-    encode_nonce_bitmap,
-    nonce_is_set,
 )
 from payments.channels import book
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id
 from payments.money import atomic_to_nano_down
-from payments.settlement.orders import Evidence, Kind, NoEvidence, SettlementOrder
+from payments.settlement.evidence import is_used, nonce_read
+from payments.settlement.orders import Evidence, Kind, NoEvidence, NonceRead, SettlementOrder
 from payments.store import Store, Transaction
 
 CLAIM_RETRY_MS = 60_000
@@ -57,7 +54,7 @@ class DepositProof:
 
     async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
         """See `payments.settlement.orders.Proof`. If somebody else submitted the deposit, it is in the channel all the same."""
-        if not await _nonce_is_used(rpc, order, head):
+        if not await is_used(rpc, deposit_nonce(order), head):
             return NoEvidence(nonce_consumed=False)
         return await _search(rpc, DEPOSITED_TOPIC, order, from_block, head) or NoEvidence(nonce_consumed=True)
 
@@ -130,7 +127,12 @@ def kinds(store: Store, network: Network) -> dict[str, Kind]:
     books = _Books(network)
     return {
         "channel_deposit": Kind(
-            DepositProof(), books.deposited, books.deposit_failed, lambda _: GAS_DEPOSIT, batchable=True
+            DepositProof(),
+            books.deposited,
+            books.deposit_failed,
+            lambda _: GAS_DEPOSIT,
+            batchable=True,
+            nonce=deposit_nonce,
         ),
         "channel_claim": Kind(ClaimProof(store), books.claimed, books.claim_failed, gas_of_claim, batchable=True),
         "channel_refund": Kind(
@@ -233,12 +235,6 @@ async def _search(rpc: Rpc, event: str, order: SettlementOrder, from_block: int,
     return None
 
 
-async def _nonce_is_used(rpc: Rpc, order: SettlementOrder, head: int) -> bool:
-    nonce = order.authorization_nonce
-    assert nonce is not None
-    if collector_of(order.call_data) == PERMIT2_DEPOSIT_COLLECTOR_ADDRESS:
-        to, data = PERMIT2_ADDRESS, encode_nonce_bitmap(order.payer, nonce)
-    else:
-        to, data = order.token, encode_authorization_state(order.payer, nonce)
-    answer = int(await rpc.call("eth_call", [{"to": to, "data": "0x" + data.hex()}, hex(head)]), 16)
-    return nonce_is_set(answer, nonce) if to == PERMIT2_ADDRESS else answer == 1
+def deposit_nonce(order: SettlementOrder) -> NonceRead:
+    """Where the chain keeps the nonce of a deposit's authorization."""
+    return nonce_read(order, permit2=collector_of(order.call_data) == PERMIT2_DEPOSIT_COLLECTOR_ADDRESS)

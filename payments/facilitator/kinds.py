@@ -13,11 +13,11 @@ from payments.chain.channel_contract import (
     GAS_SETTLE,
 )
 from payments.chain.transactions import WORD
-from payments.channels.kinds import DepositProof, RefundProof, gas_of_claim
+from payments.channels.kinds import DepositProof, RefundProof, deposit_nonce, gas_of_claim
 from payments.facilitator import records
 from payments.facilitator.channel_proofs import ClaimedProof, SettledProof
 from payments.settlement import outbox
-from payments.settlement.evidence import PaymentProof
+from payments.settlement.evidence import PaymentProof, payment_nonce
 from payments.settlement.orders import Kind, Proof, SettlementOrder
 from payments.store import Transaction
 
@@ -36,15 +36,25 @@ def kinds(*, batches: bool) -> dict[str, Kind]:
         batches: Whether the operator has a batch contract on the network: nobody else can settle `upto`.
     """
     channels: dict[str, tuple[Proof, Any]] = {
-        DEPOSIT: (DepositProof(), lambda _: GAS_DEPOSIT),
         CLAIM: (ClaimedProof(), gas_of_claim),
         SETTLE: (SettledProof(), lambda _: GAS_SETTLE),
         REFUND: (RefundProof(), gas_of_refund),
     }
-    found = {EXACT: Kind(PaymentProof(), _paid, records.blame, outbox.order_gas, batchable=True)}
-    found |= {name: Kind(proof, _paid, records.blame, gas, batchable=True) for name, (proof, gas) in channels.items()}
+    found = {name: Kind(proof, _paid, records.blame, gas, batchable=True) for name, (proof, gas) in channels.items()}
+    found[DEPOSIT] = Kind(
+        DepositProof(), _paid, records.blame, lambda _: GAS_DEPOSIT, batchable=True, nonce=deposit_nonce
+    )
+    found[EXACT] = Kind(PaymentProof(), _paid, records.blame, outbox.order_gas, batchable=True, nonce=payment_nonce)
     if batches:
-        found[UPTO] = Kind(PaymentProof(), _paid, records.blame, outbox.order_gas, batchable=True, through_batch=True)
+        found[UPTO] = Kind(
+            PaymentProof(),
+            _paid,
+            records.blame,
+            outbox.order_gas,
+            batchable=True,
+            through_batch=True,
+            nonce=payment_nonce,
+        )
     return found
 
 

@@ -20,6 +20,7 @@ from payments.settlement.courier import HEAD, Courier
 from payments.settlement.dispatcher import Dispatcher, Role
 from payments.settlement.finality import Finality
 from payments.settlement.judge import Judge
+from payments.settlement.late import LateExecutions
 from payments.settlement.news import Decision
 from payments.settlement.orders import Kind
 from payments.settlement.outbox import Entry
@@ -162,9 +163,9 @@ class Care:
             self.entries,
             self.transactions,
             carry=self.courier.carry,
-            head=lambda: self.courier.head,
             ours=self._ours,
         )
+        self._late = LateExecutions(store, rpc, network.chain_id, self.judge, kinds, confirmations, self._ours)
 
     @property
     def from_block(self) -> int:
@@ -191,6 +192,7 @@ class Care:
         """
         await self._repairs.round()
         await self._second_looks.round()
+        await self._late.round()
         if self._bytes_gas.stale:
             self._bytes_gas.read(*await self._rpc.batch([BytesGas.REQUEST]))
         if self.finality.due:

@@ -20,10 +20,9 @@ from payments.chain.transactions import (
     encode_authorization_state,
     encode_nonce_bitmap,
     last_call,
-    nonce_is_set,
     proxy_terms,
 )
-from payments.settlement.orders import Evidence, NoEvidence, SettlementOrder
+from payments.settlement.orders import Evidence, NoEvidence, NonceRead, SettlementOrder
 
 EARLIER_BLOCKS = 2_000
 """How far back a use of a nonce is looked for that came before our own transaction: what one query can ask of a public node."""
@@ -43,10 +42,8 @@ class PaymentProof:
     async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
         """See `Proof`. If somebody else submitted the authorization, it is paid all the same, also if that was before the order
         was given a transaction of ours: a nonce is used once, so that what used it before `from_block` proves as much."""
-        is_used, find = (
-            (_eip3009_nonce_is_used, _find_eip3009) if _is_eip3009(order) else (_permit2_nonce_is_used, _find_permit2)
-        )
-        if not await is_used(rpc, order, head):
+        find = _find_eip3009 if _is_eip3009(order) else _find_permit2
+        if not await is_used(rpc, payment_nonce(order), head):
             return NoEvidence(nonce_consumed=False)
         evidence = await find(rpc, order, from_block, head)
         if evidence is None and from_block > 0:
@@ -64,6 +61,25 @@ class TransferProof:
     async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
         """See `Proof`."""
         return NoEvidence(nonce_consumed=False)
+
+
+def payment_nonce(order: SettlementOrder) -> NonceRead:
+    """Where the chain keeps the nonce of a payment."""
+    return nonce_read(order, permit2=not _is_eip3009(order))
+
+
+def nonce_read(order: SettlementOrder, *, permit2: bool) -> NonceRead:
+    """Where the chain keeps the nonce of an order: at Permit2, or at the token itself."""
+    payer, nonce = order.payer, order.authorization_nonce
+    assert nonce is not None
+    if permit2:
+        return NonceRead(PERMIT2_ADDRESS, encode_nonce_bitmap(payer, nonce), nonce, in_bitmap=True)
+    return NonceRead(order.token, encode_authorization_state(payer, nonce), nonce, in_bitmap=False)
+
+
+async def is_used(rpc: Rpc, nonce: NonceRead, block: int) -> bool:
+    """Whether an authorization was used or cancelled up to a block; errors as for `Rpc.call`."""
+    return nonce.is_used(await rpc.call(*nonce.request(block)))
 
 
 def of_foreign_transaction(receipt: dict[str, Any], order: SettlementOrder) -> Evidence | None:
@@ -151,12 +167,6 @@ async def _find_eip3009(rpc: Rpc, order: SettlementOrder, from_block: int, to_bl
     return None
 
 
-async def _eip3009_nonce_is_used(rpc: Rpc, order: SettlementOrder, block: int) -> bool:
-    assert order.authorization_nonce is not None
-    data = encode_authorization_state(order.payer, order.authorization_nonce)
-    return await _read(rpc, order.token, data, block) == 1
-
-
 async def _find_permit2(rpc: Rpc, order: SettlementOrder, from_block: int, to_block: int) -> Evidence | None:
     proxy, ours = last_call(order.call_to, order.call_data)
     terms = proxy_terms(ours)
@@ -186,15 +196,5 @@ async def _consumed_by(rpc: Rpc, receipt: dict[str, Any], order: SettlementOrder
     if not any(log["address"].lower() == proxy for log in receipt["logs"]):
         return False
     block = int(receipt["blockNumber"], 16)
-    return await _permit2_nonce_is_used(rpc, order, block) and not await _permit2_nonce_is_used(rpc, order, block - 1)
-
-
-async def _permit2_nonce_is_used(rpc: Rpc, order: SettlementOrder, block: int) -> bool:
-    assert order.authorization_nonce is not None
-    data = encode_nonce_bitmap(order.payer, order.authorization_nonce)
-    return nonce_is_set(await _read(rpc, PERMIT2_ADDRESS, data, block), order.authorization_nonce)
-
-
-async def _read(rpc: Rpc, to: str, data: bytes, block: int) -> int:
-    answer = await rpc.call("eth_call", [{"to": to, "data": "0x" + data.hex()}, hex(block)])
-    return int(answer, 16) if len(answer) > 2 else 0
+    nonce = payment_nonce(order)
+    return await is_used(rpc, nonce, block) and not await is_used(rpc, nonce, block - 1)

@@ -25,6 +25,8 @@ from payments.store import Store, StoreBusy, Transaction
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
+FIRST_LOOK_MS = 2_000
+"""After a failure, whether somebody executed the authorization all the same: see `payments.settlement.late`."""
 
 Spawn = Callable[[Coroutine[Any, Any, Any]], "asyncio.Task[Any]"]
 Found = tuple[Entry, Evidence]
@@ -291,7 +293,7 @@ class Judge:
             "reason": None,
         }
         state = "mined" if own else "superseded"
-        if not states.move(tx, entry.id, state, **columns):
+        if not states.move(tx, entry.id, state, **columns, watch_again_ms=None):
             return state, []
         told = {"state": state, "withheld_value": str(evidence.withheld_value)}
         self._kinds[entry.kind].on_paid(tx, entry.row() | columns | told)
@@ -317,7 +319,10 @@ class Judge:
     async def _fail(self, entry: Entry, reason: str) -> None:
         def unit(tx: Transaction) -> bool:
             # Another process may have sent it since, or found it paid.
-            if not outbox.is_as_known(tx, entry) or not states.move(tx, entry.id, "failed", reason=reason):
+            again_ms = _watched_from(self._kinds[entry.kind], entry.order)
+            if not outbox.is_as_known(tx, entry) or not states.move(
+                tx, entry.id, "failed", reason=reason, watch_again_ms=again_ms
+            ):
                 return False
             self._kinds[entry.kind].on_failed(tx, entry.row() | {"state": "failed", "reason": reason})
             self._tell(tx, [Decision.of(entry, "failed")])
@@ -340,3 +345,9 @@ def _burn(entry: Entry, receipt: dict[str, Any]) -> int:
 def _is_ours(included: _Included) -> bool:
     signer = included.outgoing.signer
     return signer is None or signer.mine
+
+
+def _watched_from(kind: Kind, order: SettlementOrder) -> int | None:
+    """When a settlement that fails now is looked at first; None if nobody else can execute it."""
+    may_be_executed = order.valid_before and order.authorization_nonce is not None and kind.nonce(order) is not None
+    return states.now_ms() + FIRST_LOOK_MS if may_be_executed else None

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from payments.chain.logs import Log
-from payments.chain.rpc import Rpc
+from payments.chain.rpc import Request, Rpc
+from payments.chain.transactions import nonce_is_set
 from payments.store import Transaction
 
 LedgerCallback = Callable[[Transaction, dict[str, Any]], None]
@@ -68,6 +69,34 @@ class NoEvidence:
     """Whether the authorization can never be executed any more."""
 
 
+@dataclass(frozen=True, slots=True)
+class NonceRead:
+    """How the chain is asked whether an authorization was used or cancelled."""
+
+    to: str
+    data: bytes
+    nonce: int
+    in_bitmap: bool
+    """As Permit2 keeps them, 256 in a word; else the word itself says it, as with EIP-3009."""
+
+    def request(self, block: int) -> Request:
+        """The question, as of a block."""
+        return "eth_call", ({"to": self.to, "data": "0x" + self.data.hex()}, hex(block))
+
+    def is_used(self, answer: str) -> bool:
+        """What the answer says.
+
+        Raises:
+            ValueError: It is no answer to this.
+        """
+        word = int(answer, 16) if len(answer) > 2 else 0
+        return nonce_is_set(word, self.nonce) if self.in_bitmap else word == 1
+
+
+def _no_nonce(order: SettlementOrder) -> NonceRead | None:
+    return None
+
+
 class Proof(Protocol):
     """What proves on the chain that orders of a kind were carried out. A receipt's status alone never does."""
 
@@ -112,3 +141,5 @@ class Kind:
     stopped meanwhile."""
     through_batch: bool = False
     """Whether nobody but the batch contract can make the call, so that it does so even for one alone."""
+    nonce: Callable[[SettlementOrder], NonceRead | None] = _no_nonce
+    """Where the chain keeps the nonce of an authorization that anybody may execute, also after ours has failed."""

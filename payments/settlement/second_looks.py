@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
 from payments.settlement import outbox, outgoing, states
+from payments.settlement.courier import HEAD
 from payments.settlement.judge import Judge
 from payments.settlement.orders import Evidence
 from payments.settlement.outbox import Entry
@@ -30,7 +31,6 @@ class SecondLooks:
         entries: The engine's open entries by id.
         transactions: The engine's open transactions by id.
         carry: Sends a transaction's newest form now.
-        head: Tells the chain's newest block.
         ours: Tells, for one unit, of which account's transactions (None: of none's) this process looks after what they carry.
     """
 
@@ -43,12 +43,11 @@ class SecondLooks:
         entries: Mapping[str, Entry],
         transactions: Mapping[str, Outgoing],
         carry: Callable[[Outgoing], None],
-        head: Callable[[], int],
         ours: Callable[[Transaction], Callable[[str | None], bool]],
     ) -> None:
         self._store, self._rpc, self._chain_id, self._judge = store, rpc, chain_id, judge
         self._entries, self._transactions = entries, transactions
-        self._carry, self._head, self._ours = carry, head, ours
+        self._carry, self._ours = carry, ours
 
     async def round(self) -> None:
         """Look at everything that was asked for since the last round.
@@ -88,7 +87,8 @@ class SecondLooks:
             self._carry(transaction)
         try:
             evidence = None if transaction is not None else await self._of_own_receipts(entry)
-            found = evidence or await self._judge.search(entry, self._head())
+            # While nothing is under way nobody follows the chain's head.
+            found = evidence or await self._judge.search(entry, int(await self._rpc.call(*HEAD), 16))
             if isinstance(found, Evidence):
                 await self._judge.record(entry, found)
         except (RpcUnavailable, RpcError):

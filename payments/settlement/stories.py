@@ -19,7 +19,7 @@ _LISTED = "id, kind, state, payer, pay_to, token, value, chain_id, transaction_h
 _SETTLEMENT = (
     "id, kind, reference, chain_id, state, token, payer, pay_to, value, authorization_nonce, call_to, valid_before,"
     " transaction_id, position, attempts, transaction_hash, transfer_log_index, received_value, from_block, block_number,"
-    " reason, look_again_ms, created_ms, updated_ms"
+    " reason, look_again_ms, watch_again_ms, created_ms, updated_ms"
 )
 _TRANSACTION = (
     "id, kind, state, signer, signer_nonce, broadcasts, inclusions, block_number, gas_used, fee_wei, updated_ms"
@@ -108,7 +108,9 @@ def what_happens_next(settlement: dict[str, Any]) -> str:
         case "superseded":
             return "nothing: somebody else submitted the payer's authorization, and it is paid all the same"
         case "failed":
-            return "nothing is sent any more; if evidence turns up (`farebox settlements retry` looks again) it counts"
+            watched = settlement["watch_again_ms"]
+            looked = "" if watched is None else f"; a running gateway looks again from {moment(watched)} on"
+            return f"nothing is sent any more; if somebody executes the authorization all the same, it counts{looked}"
         case _:
             return "nothing: it is paid for good"
 

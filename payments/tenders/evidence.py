@@ -22,6 +22,8 @@ _FIND = """
     FROM payment_authorization AS reservation JOIN receipt ON receipt.id = reservation.receipt_id
     WHERE reservation.receipt_id = ?
 """
+PAID_LATE = "paid_after_it_had_failed"
+"""Somebody executed the authorization when its settlement had failed and its request was over: all of it is credit."""
 _REVERSALS = "SELECT COUNT(*) FROM ledger_transfer WHERE reference = ? AND id LIKE 'unsettle:%'"
 
 
@@ -72,6 +74,8 @@ def on_mined(tx: Transaction, row: dict[str, Any]) -> None:
     authorizations.mark(tx, receipt_id, "paid")
     _credit(tx, row, found, received_nano_usd)
     receipts.set_paid(tx, receipt_id, received_nano_usd)
+    if found.state == "failed":
+        receipts.explain(tx, receipt_id, PAID_LATE)
     if found.receipt_state == "open":
         use = Use(receipt_id, found.asset, {}, found.uses)
         closing.place(tx, use, found.account, min(found.quoted_nano_usd, received_nano_usd))

@@ -19,7 +19,7 @@ from payments.errors import AllowanceRequired, PaymentRefused, SettlementPending
 from payments.money import atomic_to_nano_down
 from payments.promises import Earlier
 from payments.quotes import Quote
-from payments.settlement.evidence import PaymentProof
+from payments.settlement.evidence import PaymentProof, payment_nonce
 from payments.settlement.orders import Kind, SettlementOrder
 from payments.settlement.outbox import order_gas
 from payments.sponsoring.sponsor import Sponsor
@@ -48,7 +48,9 @@ def _is_reserved(tx: Transaction, order: SettlementOrder) -> bool:
     return authorizations.is_reserved(tx, order.reference)
 
 
-PAYMENT = Kind(PaymentProof(), on_mined, on_failed, order_gas, batchable=True, still_wanted=_is_reserved)
+PAYMENT = Kind(
+    PaymentProof(), on_mined, on_failed, order_gas, batchable=True, still_wanted=_is_reserved, nonce=payment_nonce
+)
 """Settlements of the kind ``payment``: a payer's authorization pays the treasury."""
 
 

@@ -15,7 +15,7 @@ from payments.chain.networks import Network
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
 from payments.money import atomic_to_nano_down
-from payments.settlement.evidence import PaymentProof
+from payments.settlement.evidence import PaymentProof, payment_nonce
 from payments.settlement.orders import Kind
 from payments.settlement.outbox import order_gas
 from payments.store import Transaction
@@ -35,7 +35,15 @@ def settlement_id(receipt_id: str) -> str:
 def kind(network: Network) -> Kind:
     """Settlements of the kind ``upto`` on a network; they go through the batch contract, whom payers name as facilitator."""
     books = _Books(network)
-    return Kind(PaymentProof(), books.on_paid, books.on_failed, order_gas, batchable=True, through_batch=True)
+    return Kind(
+        PaymentProof(),
+        books.on_paid,
+        books.on_failed,
+        order_gas,
+        batchable=True,
+        through_batch=True,
+        nonce=payment_nonce,
+    )
 
 
 class _Books:

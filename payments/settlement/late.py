@@ -1,0 +1,138 @@
+"""Authorizations whose settlement failed and that somebody may execute all the same: their payer, or whoever read it on chain.
+
+What arrives that way is evidence like any other, and is found by itself: until an authorization cannot be used any more (its
+deadline lies before a block that is final, or it was cancelled in one) its nonce is looked at, now and then, up to a hundred in
+one round trip. The times stand in the database, so that a restart goes on, and of several processes one looks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
+from payments.settlement import outbox, states
+from payments.settlement.courier import HEAD
+from payments.settlement.judge import FIRST_LOOK_MS, Judge
+from payments.settlement.orders import Evidence, Kind, NoEvidence, NonceRead
+from payments.settlement.outbox import Entry
+from payments.store import Store, Transaction
+
+log = logging.getLogger(__name__)
+
+LOOKS_MAX = 100
+"""In one round, and so in one round trip."""
+INTERVAL_MAX_MS = 600_000
+AGE_PER_INTERVAL = 4
+"""The interval grows with the time since the failure: most are executed soon after it, if ever."""
+LOOK_BACK_BLOCKS = 50_000
+"""How far back evidence is searched for what no transaction of ours ever carried."""
+
+_DUE = (
+    "SELECT settlement.id, settlement.updated_ms, settlement.kind, chain_transaction.signer FROM settlement"
+    " LEFT JOIN chain_transaction ON chain_transaction.id = settlement.transaction_id"
+    " WHERE settlement.chain_id=? AND watch_again_ms<=? ORDER BY watch_again_ms LIMIT ?"
+)
+_TAKE = "UPDATE settlement SET watch_again_ms=? WHERE id=? AND state='failed' AND watch_again_ms<=? RETURNING id"
+_END = "UPDATE settlement SET watch_again_ms=NULL WHERE id=? AND state='failed'"
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    entry: Entry
+    nonce: NonceRead
+
+
+class LateExecutions:
+    """Watches the failed settlements of one network.
+
+    Args:
+        kinds: By name, where the chain keeps their nonces.
+        confirmations: Blocks on top of one after which it is final.
+        ours: Tells, for one unit, of which account's transactions (None: of none's) this process looks after what they carry.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rpc: Rpc,
+        chain_id: int,
+        judge: Judge,
+        kinds: Mapping[str, Kind],
+        confirmations: int,
+        ours: Callable[[Transaction], Callable[[str | None], bool]],
+    ) -> None:
+        self._store, self._rpc, self._chain_id, self._judge = store, rpc, chain_id, judge
+        self._kinds, self._confirmations, self._ours = kinds, confirmations, ours
+
+    async def round(self) -> None:
+        """Look at every failed settlement whose time it is.
+
+        Raises:
+            RpcUnavailable: No node answered; they are looked at again in time.
+            RpcError: A node refused; likewise.
+        """
+        due = await self._store.read(self._due)
+        if not due:
+            return
+        watched = await self._store.write(lambda tx: self._take(tx, due))
+        if not watched:
+            return
+        head = int(await self._rpc.call(*HEAD), 16)
+        final = max(head - self._confirmations, 0)
+        requests: list[Request] = [("eth_getBlockByNumber", (hex(final), False))]
+        requests += [each.nonce.request(head) for each in watched]
+        block, *answers = await self._rpc.ask(requests)
+        final_s = int(block["timestamp"], 16)
+        over: list[str] = []
+        for each, answer in zip(watched, answers, strict=True):
+            try:
+                if await self._is_over(each, each.nonce.is_used(answer), final_s, final, head):
+                    over.append(each.entry.id)
+            except (RpcUnavailable, RpcError):
+                raise
+            except Exception:
+                # Nonsense from a node about one of them; it is looked at again in time.
+                log.exception("a look at the failed settlement %s failed", each.entry.id)
+        if over:
+            await self._store.write(lambda tx: [tx.execute(_END, (settlement,)) for settlement in over])
+
+    async def _is_over(self, each: _Watched, used: bool, final_s: int, final: int, head: int) -> bool:
+        """Whether nothing can come of it any more. What has come of it is booked."""
+        entry = each.entry
+        if not used:
+            return final_s > entry.order.valid_before
+        if entry.from_block == 0:
+            entry.from_block = max(head - LOOK_BACK_BLOCKS, 1)
+        found = await self._judge.search(entry, head)
+        if isinstance(found, Evidence):
+            log.warning("the failed settlement %s was executed by somebody else later", entry.id)
+            return not await self._judge.record(entry, found)
+        # Cancelled, unless a reorganisation takes that away again.
+        settled = await self._judge.search(entry, final)
+        return isinstance(settled, NoEvidence) and settled.nonce_consumed
+
+    def _due(self, tx: Transaction) -> list[tuple[str, int]]:
+        rows = tx.execute(_DUE, (self._chain_id, states.now_ms(), LOOKS_MAX)).fetchall()
+        if not rows:
+            return []
+        ours = self._ours(tx)
+        return [(row[0], row[1]) for row in rows if ours(row[3]) and self._judge.knows(row[2])]
+
+    def _take(self, tx: Transaction, due: list[tuple[str, int]]) -> list[_Watched]:
+        """Those that no other process took, with their next time set."""
+        taken, now = [], states.now_ms()
+        for settlement_id, failed_ms in due:
+            interval_ms = min(max((now - failed_ms) // AGE_PER_INTERVAL, FIRST_LOOK_MS), INTERVAL_MAX_MS)
+            if tx.execute(_TAKE, (now + interval_ms, settlement_id, now)).fetchone() is None:
+                continue
+            entry = outbox.find(tx, settlement_id)
+            assert entry is not None
+            kind = self._kinds.get(entry.kind)
+            nonce = None if kind is None else kind.nonce(entry.order)
+            if nonce is not None:
+                taken.append(_Watched(entry, nonce))
+            elif kind is not None:
+                tx.execute(_END, (settlement_id,))
+        return taken
