@@ -24,6 +24,7 @@ from gateway.dialects import openai_chat, sse
 from gateway.execution.attempts import tried
 from gateway.execution.errors import CallerFault, ExecutionFailed
 from gateway.execution.failover import Executor
+from gateway.execution.inference import Inference
 from gateway.execution.streams import Running
 from gateway.extensions import Extensions
 from gateway.metrics import Metrics
@@ -211,14 +212,19 @@ class Flow:
 
     async def _perform(self, job: Job) -> None:
         """Execute, then capture or release: whatever happens, the hold ends here."""
+        plan = job.plan
+        inference = Inference(self._executor, plan.request, plan.candidates, plan.max_output_tokens)
         try:
             async with until_gone(job.call):
-                running = await self._begin(job)
+                running = await self._begin(job, inference)
         except (ExecutionFailed, CallerFault) as failure:
             await self._release(job, failure)
         except CallerGone:
-            await job.hold.interrupt(because("the caller hung up before the answer"))
+            # Or whoever hangs up again and again would have us pay the providers for it.
+            spent = self._planner.spent(plan, await inference.abandon())
+            await job.hold.interrupt(because("the caller hung up before the answer"), spent)
         except BaseException:
+            await inference.abandon()
             await job.hold.interrupt(because("the request was stopped before the answer"))
             raise
         else:
@@ -232,26 +238,12 @@ class Flow:
                 await job.hold.interrupt(because("the answer could not be finished"))
                 raise
 
-    async def _begin(self, job: Job) -> Running:
+    async def _begin(self, job: Job, inference: Inference) -> Running:
         """Start the inference; return once there is something to show and the money for it is certain."""
-        start = (
-            asyncio.create_task(self._executor.start(job.plan.request, job.plan.candidates, job.plan.max_output_tokens))
-            if job.hold.may_start_early
-            else None
-        )
-        try:
-            await job.hold.ready()
-        except BaseException:
-            if start is not None:
-                await _abandon(start)
-            raise
-        if start is not None:
-            try:
-                return await start
-            except asyncio.CancelledError:
-                await _abandon(start)
-                raise
-        return await self._executor.start(job.plan.request, job.plan.candidates, job.plan.max_output_tokens)
+        if job.hold.may_start_early:
+            inference.begin()
+        await job.hold.ready()
+        return await inference.answer()
 
     async def _whole(self, job: Job, running: Running) -> None:
         amount = self._charge(job, running)
@@ -358,16 +350,6 @@ class Flow:
 
     def _charge(self, job: Job, running: Running) -> int:
         return self._planner.charge(job.plan, running.candidate.price.cost(running.usage))
-
-
-async def _abandon(start: asyncio.Task[Running]) -> None:
-    """Stop an inference that nobody will see."""
-    start.cancel()
-    try:
-        running = await start
-    except (asyncio.CancelledError, ExecutionFailed, CallerFault):
-        return
-    await running.aclose()
 
 
 def _outcome(running: Running) -> Outcome:

@@ -128,8 +128,11 @@ class Planner:
 
     def charge(self, plan: Plan, inference_nano_usd: int) -> int:
         """What an answer costs in all, in nano-USD: the inference, the fee that was quoted, at least the minimum."""
-        scaled = divide_up(inference_nano_usd * plan.scale[0], plan.scale[1])
-        return max(scaled + plan.quote.network_fee_nano_usd, self.minimum_nano_usd)
+        return max(self.spent(plan, inference_nano_usd) + plan.quote.network_fee_nano_usd, self.minimum_nano_usd)
+
+    def spent(self, plan: Plan, inference_nano_usd: int) -> int:
+        """What an answer that nobody waited for costs, in nano-USD: what the provider bills, and no fee of ours."""
+        return divide_up(inference_nano_usd * plan.scale[0], plan.scale[1])
 
     def _max_output_tokens(self, request: ChatRequest) -> int:
         return request.max_output_tokens or self._default_max_output_tokens

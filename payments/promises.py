@@ -31,11 +31,14 @@ _UNDER_WAY = """
          OR EXISTS (SELECT 1 FROM settlement WHERE settlement.reference = receipt.id))
     UNION ALL
     SELECT settlement.id, 'eip155:' || settlement.chain_id || '|' || settlement.token,
-           settlement.id || '|' || settlement.reference, settlement.value,
+           settlement.id || '|' || settlement.reference || COALESCE('|' || (
+               SELECT identity FROM facilitated_payment AS facilitated WHERE facilitated.settlement_id = settlement.id), ''),
+           settlement.value,
            (SELECT CAST(COALESCE(SUM(request.exposed_nano_usd), 0) AS BIGINT) FROM channel_request AS request
             WHERE request.deposit_id = settlement.id), 0
     FROM settlement
     WHERE settlement.payer = ? AND settlement.state IN ('queued', 'submitted') AND settlement.kind NOT IN ('payment', 'upto')
+    AND settlement.kind IN ('channel_deposit', 'facilitated', 'facilitated_upto', 'facilitated_deposit')
     AND settlement.kind NOT IN ('facilitated_claim', 'facilitated_settle', 'facilitated_refund')
 """
 

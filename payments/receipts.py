@@ -31,22 +31,24 @@ TRANSITIONS: dict[str, frozenset[str]] = {
 CLOSED = frozenset({"captured", "released"})
 
 _INSERT = (
-    "INSERT INTO receipt (id, state, uses, tender, payer, asset, quoted_nano_usd, paid_nano_usd, details, instance,"
-    " created_ms) VALUES (?, 'open', 1, ?, ?, ?, ?, 0, ?, ?, ?)"
+    "INSERT INTO receipt (id, state, uses, tender, payer, asset, quoted_nano_usd, paid_nano_usd, spent_nano_usd, details,"
+    " instance, created_ms) VALUES (?, 'open', 1, ?, ?, ?, ?, 0, 0, ?, ?, ?)"
 )
 _DELETE = "DELETE FROM receipt WHERE id = ? AND paid_nano_usd = 0 AND state IN ('open', 'interrupted')"
 _CLOSE = (
-    "UPDATE receipt SET state = ?, charged_nano_usd = ?, details = COALESCE(?, details), reason = ?, closed_ms = ?"
-    " WHERE id = ? AND uses = ? AND state = 'open' RETURNING id"
+    "UPDATE receipt SET state = ?, charged_nano_usd = CAST(? AS BIGINT) + spent_nano_usd, details = COALESCE(?, details),"
+    " reason = ?, closed_ms = ? WHERE id = ? AND uses = ? AND state = 'open' RETURNING id"
 )
 _RELEASE_UNSETTLED = (
-    "UPDATE receipt SET state = 'released', charged_nano_usd = 0, reason = ?, closed_ms = ?"
+    "UPDATE receipt SET state = 'released', reason = ?, closed_ms = ?,"
+    " charged_nano_usd = CASE WHEN paid_nano_usd > 0 THEN spent_nano_usd ELSE 0 END"
     " WHERE id = ? AND state IN ('open', 'interrupted')"
 )
 _REOPEN = (
     "UPDATE receipt SET state = 'open', uses = uses + 1, reason = NULL, instance = ?"
     " WHERE id = ? AND state = 'interrupted' RETURNING uses"
 )
+_SPEND = "UPDATE receipt SET spent_nano_usd = spent_nano_usd + ? WHERE id = ?"
 _SET_PAID = "UPDATE receipt SET paid_nano_usd = ? WHERE id = ?"
 _EXPLAIN = "UPDATE receipt SET reason = ? WHERE id = ? AND state = 'released'"
 _INTERRUPT_ORPHANS = (
@@ -60,8 +62,9 @@ _RELEASE_ORPHANS = (
 _STATE = "SELECT state FROM receipt WHERE id = ?"
 _VIEW = """
     SELECT receipt.id, receipt.state, receipt.tender, receipt.payer, receipt.asset, receipt.quoted_nano_usd,
-           receipt.paid_nano_usd, receipt.charged_nano_usd, receipt.details, receipt.reason, receipt.created_ms,
-           receipt.closed_ms, settlement.state, settlement.transaction_hash, settlement.chain_id, settlement.block_number
+           receipt.paid_nano_usd, receipt.charged_nano_usd, receipt.spent_nano_usd, receipt.details, receipt.reason,
+           receipt.created_ms, receipt.closed_ms, settlement.state, settlement.transaction_hash, settlement.chain_id,
+           settlement.block_number
     FROM receipt
     LEFT JOIN settlement ON settlement.reference = receipt.id AND settlement.kind IN ('payment', 'upto')
     WHERE receipt.id = ?
@@ -80,6 +83,8 @@ class ReceiptView:
     quoted_nano_usd: int
     paid_nano_usd: int
     charged_nano_usd: int | None
+    spent_nano_usd: int
+    """Of that, or as long as it is interrupted, for uses that the caller hung up on."""
     details: dict[str, Any]
     reason: str | None
     created_ms: int
@@ -95,11 +100,11 @@ class ReceiptView:
         if self.state == "open":
             return 0
         taken = self.paid_nano_usd if self.tender == "exact" else self.quoted_nano_usd
-        return taken - (self.charged_nano_usd or 0)
+        return max(taken - (self.spent_nano_usd if self.charged_nano_usd is None else self.charged_nano_usd), 0)
 
     def as_json(self) -> dict[str, Any]:
         """What `GET /v1/receipts/{id}` answers."""
-        charged = self.charged_nano_usd
+        charged = self.charged_nano_usd if self.charged_nano_usd is not None else self.spent_nano_usd or None
         short = self.quoted_nano_usd - self.paid_nano_usd if self.tender == "exact" and self.paid_nano_usd else 0
         known = {
             "id": self.id,
@@ -181,7 +186,7 @@ def close_receipt(
         id: The receipt's.
         uses: Which use of it ends: a later one, by the same payment sent again, is not ended by an earlier one.
         to: The new state.
-        charged_nano_usd: What the payer was charged; None if it is only interrupted.
+        charged_nano_usd: What the payer is charged besides what interrupted uses have cost; None if it is only interrupted.
         details: Everything the receipt is to keep; None leaves what it has.
         reason: Why, if it was not captured.
 
@@ -203,6 +208,11 @@ def reopen_receipt(tx: Transaction, id: str) -> int | None:
     """
     row = tx.execute(_REOPEN, (tx.instance, id)).fetchone()
     return None if row is None else int(row[0])
+
+
+def spend(tx: Transaction, id: str, amount_nano_usd: int) -> None:
+    """Count what a use has cost that was interrupted; what the receipt is charged in the end comes on top."""
+    tx.execute(_SPEND, (amount_nano_usd, id))
 
 
 def set_paid(tx: Transaction, id: str, paid_nano_usd: int) -> None:
@@ -247,7 +257,7 @@ def get(tx: Transaction, id: str) -> ReceiptView | None:
     row = tx.execute(_VIEW, (id,)).fetchone()
     if row is None:
         return None
-    return ReceiptView(*(*row[:8], orjson.loads(row[8]), *row[9:]))
+    return ReceiptView(*(*row[:9], orjson.loads(row[9]), *row[10:]))
 
 
 def _timestamp(at_ms: int) -> str:

@@ -92,6 +92,7 @@ class Attempting:
         try:
             return await self._ask(request, target, log, began, deadline)
         except AttemptFailed as error:
+            log.asked = None
             log.failed(target.candidate.id, error.failure.code, error.failure.http_status, began)
             raise
 
@@ -103,7 +104,7 @@ class Attempting:
         keep_open = False
         try:
             async with asyncio.timeout_at(min(patient_until, deadline)):
-                response = await self._upstream.send(target.upstream_request)
+                response = await self._upstream.send(target.upstream_request, lambda: _note_asked(log, target))
                 if response.status != 200:
                     raise AttemptFailed(await _read_error(response))
                 if not request.stream:
@@ -187,6 +188,10 @@ class Attempting:
 
     def _count_pieces(self, tokenizer: TokenizerFamily, pieces: list[str]) -> int:
         return self._count_text("".join(pieces), tokenizer)
+
+
+def _note_asked(log: AttemptLog, target: Target) -> None:
+    log.asked = target.candidate
 
 
 def _pieces(answer: Answer) -> list[str]:

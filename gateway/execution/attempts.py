@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gateway.routing.catalog import Candidate
+
 AttemptStatus = Literal["ok", "failed", "skipped"]
 
 
@@ -50,6 +52,8 @@ class AttemptLog:
         self._loop = asyncio.get_running_loop()
         self.began = self._loop.time()
         self.attempts: list[Attempt] = []
+        self.asked: Candidate | None = None
+        """Whose provider has the request and has not refused it: it bills the input, whoever hangs up now."""
 
     @property
     def tried(self) -> int:

@@ -28,6 +28,7 @@ from gateway.providers.registry import Registry
 from gateway.providers.upstream import Upstream
 from gateway.routing.catalog import Candidate
 from gateway.settings import Settings, TokenizerFamily
+from payments.money import Usage
 
 
 class Executor:
@@ -55,19 +56,27 @@ class Executor:
         self._attempts_max = settings.routing.attempts_max
         self._total_s = settings.timeouts.total_ms / 1000
         self._upstream = Upstream(connect_timeout_s=settings.timeouts.connect_ms / 1000)
+        self._count_input = count_input
         self._attempting = Attempting(settings.timeouts, self._upstream, count_text, count_input)
 
     async def aclose(self) -> None:
         """Close the connections to all upstreams."""
         await self._upstream.aclose()
 
-    async def start(self, request: ChatRequest, candidates: Sequence[Candidate], max_output_tokens: int) -> Running:
+    async def start(
+        self,
+        request: ChatRequest,
+        candidates: Sequence[Candidate],
+        max_output_tokens: int,
+        log: AttemptLog | None = None,
+    ) -> Running:
         """Get an answer under way, or the whole of it where it is not streamed.
 
         Args:
             request: What is asked.
             candidates: Whom to ask, in order.
             max_output_tokens: The limit that is sent upstream, per choice; a candidate's own limit bounds it further.
+            log: Gets the attempts.
 
         Returns:
             The answer, which must be closed with `aclose`. Cancelling the call closes the upstream at once.
@@ -76,7 +85,7 @@ class Executor:
             ExecutionFailed: Nobody answered.
             CallerFault: The request is at fault.
         """
-        log = AttemptLog()
+        log = AttemptLog() if log is None else log
         pursuit = _Pursuit(log, log.began + self._total_s)
         for candidate in candidates:
             target = self._target(request, candidate, max_output_tokens, pursuit)
@@ -99,6 +108,12 @@ class Executor:
                 if self._is_over(pursuit):
                     break
         raise pursuit.verdict()
+
+    def cost_so_far(self, request: ChatRequest, log: AttemptLog) -> int:
+        """Nano-USD that an execution which was cancelled before its answer is billed for: its input, if a provider has it."""
+        if log.asked is None:
+            return 0
+        return log.asked.price.cost(Usage(input_tokens=self._count_input(request, log.asked.tokenizer)))
 
     def _is_over(self, pursuit: _Pursuit) -> bool:
         return pursuit.is_hopeless or pursuit.log.tried >= self._attempts_max

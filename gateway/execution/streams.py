@@ -340,7 +340,7 @@ class Running:
         self._stream.close()
         self.finish = self._stream.finish
         self.failure = None if failure is None else failure.code
-        self._settle_usage(self._stream.reported, whole=self.finish is not None)
+        self._settle_usage(self._stream.reported, whole=self.finish is not None, hung_up=hung_up)
         error_code = "caller_hung_up" if hung_up else self.failure
         self._log.ended("ok" if failure is None else "failed", error_code, self._began)
         if failure is not None and failure.trips:
@@ -350,9 +350,10 @@ class Running:
         else:
             self._breaker.succeeded()
 
-    def _settle_usage(self, reported: Usage | None, *, whole: bool) -> None:
-        """The provider's record of a whole answer; else our count of what was delivered, which is nothing if nothing was."""
-        if not self._delivered:
+    def _settle_usage(self, reported: Usage | None, *, whole: bool, hung_up: bool = False) -> None:
+        """The provider's record of a whole answer; else our count of what was delivered, which is nothing if nothing was; if it
+        was the caller that did not wait, at least the input."""
+        if not self._delivered and not hung_up:
             return
         if whole and reported is not None and reported.output_tokens > 0:
             self.usage, self.usage_source = reported, "provider"

@@ -8,7 +8,7 @@ cookies, no proxies from the environment. Deadlines are the executor's business,
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -56,6 +56,19 @@ class UpstreamRequest:
     url: str
     headers: Mapping[str, str]
     body: bytes
+
+
+def _nothing() -> None:
+    return
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What is learnt of a request while it is sent."""
+
+    sent: Callable[[], object]
+    reused: bool = False
+    """Whether its connection was used before."""
 
 
 class UpstreamResponse:
@@ -116,6 +129,7 @@ class Upstream:
         # aiohttp sets TCP_NODELAY itself. The pool's bound is above what the gateway admits, so that it is never waited for.
         trace = aiohttp.TraceConfig()
         trace.on_connection_reuseconn.append(_note_reuse)
+        trace.on_request_chunk_sent.append(_note_sent)
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=CONNECTIONS_MAX, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=DNS_CACHE_S, use_dns_cache=True
@@ -130,8 +144,12 @@ class Upstream:
             trace_configs=[trace],
         )
 
-    async def send(self, request: UpstreamRequest) -> UpstreamResponse:
+    async def send(self, request: UpstreamRequest, sent: Callable[[], object] = _nothing) -> UpstreamResponse:
         """Send a request and wait for the headers of its answer. Cancelling it closes the connection.
+
+        Args:
+            request: What is sent.
+            sent: Called when it is on its way: from then on the provider may work on it.
 
         Raises:
             ConnectFailed: Nothing was sent.
@@ -141,7 +159,7 @@ class Upstream:
         session = self._session
         if session is None:
             session = self._session = self._open()
-        reuse: list[None] = []
+        notes = _Notes(sent)
         try:
             response = await session.request(
                 "POST",
@@ -149,14 +167,14 @@ class Upstream:
                 data=request.body,
                 headers=request.headers,
                 allow_redirects=False,
-                trace_request_ctx=reuse,
+                trace_request_ctx=notes,
             )
         except aiohttp.ConnectionTimeoutError as error:
             raise ConnectTimedOut(_words(error)) from error
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
             raise ConnectFailed(_words(error)) from error
         except (aiohttp.ClientConnectionError, OSError) as error:
-            raise (StaleConnection if reuse else Disconnected)(_words(error)) from error
+            raise (StaleConnection if notes.reused else Disconnected)(_words(error)) from error
         except aiohttp.ClientError as error:
             raise NotHttp(_words(error)) from error
         return UpstreamResponse(response)
@@ -170,8 +188,14 @@ class Upstream:
 
 async def _note_reuse(session: object, context: object, params: object) -> None:
     notes = getattr(context, "trace_request_ctx", None)
-    if isinstance(notes, list):
-        notes.append(None)
+    if isinstance(notes, _Notes):
+        notes.reused = True
+
+
+async def _note_sent(session: object, context: object, params: object) -> None:
+    notes = getattr(context, "trace_request_ctx", None)
+    if isinstance(notes, _Notes):
+        notes.sent()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -40,7 +40,7 @@ TRANSITIONS: dict[str, frozenset[str]] = {
 }
 
 USES_MAX = 16
-"""Uses of one payment. Each may cost the operator an inference that is not charged if the caller hangs up before its end."""
+"""Uses of one payment. What the operator spends on one that the caller hangs up on is charged, see `closing.interrupt`."""
 
 _INSERT = (
     "INSERT INTO payment_authorization (identity, digest, receipt_id, payer, state, value_nano_usd, exposed_nano_usd,"
@@ -48,7 +48,7 @@ _INSERT = (
 )
 _FIND = """
     SELECT reservation.digest, reservation.state, receipt.id, receipt.state, receipt.reason, receipt.asset,
-           receipt.quoted_nano_usd, receipt.paid_nano_usd,
+           receipt.quoted_nano_usd, receipt.paid_nano_usd, receipt.spent_nano_usd,
            EXISTS (SELECT 1 FROM settlement WHERE settlement.reference = receipt.id)
     FROM payment_authorization AS reservation JOIN receipt ON receipt.id = reservation.receipt_id
     WHERE reservation.identity = ?
@@ -77,7 +77,8 @@ _SAID_BY_STATE: dict[UseState, tuple[str, str]] = {
     ),
     "released": (
         "payment_already_credited",
-        "this payment's request failed and its whole amount is your wallet's credit; sign in to spend it",
+        "this payment's request is over without an answer; all that its receipt does not say was charged is your wallet's"
+        " credit; sign in to spend it",
     ),
     "credited": (
         "payment_already_credited",
@@ -249,7 +250,7 @@ def mark(tx: Transaction, receipt_id: str, to: State) -> bool:
 def _find_first_use(
     tx: Transaction, identity: str, digest: bytes, payer: str, details: dict[str, Any]
 ) -> Reservation | AlreadyUsed:
-    first_digest, state, receipt_id, receipt_state, reason, asset, quoted, paid, written = tx.execute(
+    first_digest, state, receipt_id, receipt_state, reason, asset, quoted, paid, spent, written = tx.execute(
         _FIND, (identity,)
     ).fetchone()
     if bytes(first_digest) != digest:
@@ -269,13 +270,16 @@ def _find_first_use(
     use = Use(receipt_id, asset, details, number)
     if state == "reserved":
         if written:
-            return Reservation(use, "settling", quoted)
+            return Reservation(use, "settling", quoted - spent)
         others = tuple(other for other in promises.under_way(tx, payer) if other.id != receipt_id)
         return Reservation(use, "new", quoted, earlier=others)
     if number > USES_MAX:
         receipts.release_unsettled(tx, receipt_id, "interrupted_too_often")
         return AlreadyUsed(receipt_id, "released")
-    amount = min(quoted, paid)
+    amount = min(quoted, paid) - spent
+    if amount <= 0:
+        receipts.release_unsettled(tx, receipt_id, "spent_on_hang_ups")
+        return AlreadyUsed(receipt_id, "released")
     try:
         closing.place(tx, use, payer_account(payer, asset), amount)
     except InsufficientFunds:

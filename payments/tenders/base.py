@@ -97,9 +97,14 @@ class Hold(Protocol):
             HoldEnded: It was captured or interrupted before.
         """
 
-    async def interrupt(self, outcome: Outcome) -> None:
-        """Give up before there is anything to charge or to tell. The money is free; where the tender knows a second use of
-        the same payment, that use takes the request up again."""
+    async def interrupt(self, outcome: Outcome, spent_nano_usd: int = 0) -> None:
+        """Give up before there is anything to tell. The money is free; where the tender knows a second use of the same payment,
+        that use takes the request up again.
+
+        Args:
+            outcome: What the receipt keeps.
+            spent_nano_usd: What it has cost all the same, because the caller did not wait: charged, at most what is held.
+        """
 
     def payment_response(self, charge_nano_usd: int | None = None) -> dict[str, Any] | None:
         """What the `PAYMENT-RESPONSE` header says, decoded; None for tenders that are not x402, and while nothing is known.

@@ -28,7 +28,7 @@ from payments.settlement import outbox
 from payments.settlement.orders import SettlementOrder
 from payments.store import StoreBusy, Transaction
 from payments.tenders.authorizations import AlreadyUsed
-from payments.tenders.base import Also, Charge, Outcome
+from payments.tenders.base import Also, Charge, HoldEnded, Outcome
 from payments.tenders.closing import LedgerHold, because, release_if_open
 from payments.verification.vouchers import erc3009_deposit_nonce
 from payments.x402.channels import (
@@ -315,10 +315,20 @@ class ChannelHold(LedgerHold):
 
         return await self._store.write_surely(unit, self._over)
 
-    async def interrupt(self, outcome: Outcome) -> None:
-        """Give the voucher back: the same payment sent again is a new use."""
+    async def interrupt(self, outcome: Outcome, spent_nano_usd: int = 0) -> None:
+        """Charge what was spent; else give the voucher back: the same payment sent again is a new use then."""
+        announced = self._announced(spent_nano_usd)
+
+        def unit(tx: Transaction) -> None:
+            # Without its deposit the channel holds nothing that could be charged.
+            if not spent_nano_usd or not self._certain:
+                release_if_open(tx, self._use, outcome)
+                return
+            with contextlib.suppress(HoldEnded):
+                requests.capture(tx, self._use, self._channel.id, spent_nano_usd, outcome, announced)
+
         with contextlib.suppress(StoreBusy):
-            await self._store.write_surely(lambda tx: release_if_open(tx, self._use, outcome), lambda _: self._end())
+            await self._store.write_surely(unit, lambda _: self._end())
 
     def payment_response(self, charge_nano_usd: int | None = None) -> dict[str, Any] | None:
         """What the payer is told: the charge, or for a stream the most that it can be; the next answer makes up for it."""

@@ -97,15 +97,39 @@ def release(tx: Transaction, use: Use, outcome: Outcome) -> Charge:
     return _charge(tx, use)
 
 
-def interrupt(tx: Transaction, use: Use, outcome: Outcome) -> bool:
-    """Free what is held and leave the receipt to be taken up again. False, with nothing changed, if the use has ended."""
+def interrupt(tx: Transaction, use: Use, outcome: Outcome, spent_nano_usd: int = 0) -> bool:
+    """Charge what was spent, free the rest and leave the receipt to be taken up again. False, with nothing changed, if the use
+    has ended.
+
+    What is not held yet, because the payment has not arrived, is charged when it does: see `charge_spent`.
+    """
     details, reason = _merged(use, outcome)
     if not receipts.close_receipt(
         tx, use.receipt_id, use.number, "interrupted", charged_nano_usd=None, details=details, reason=reason
     ):
         return False
-    _free(tx, use)
+    held = transfers.find(tx, use.hold_id)
+    spent = spent_nano_usd if held is None else min(spent_nano_usd, held.amount)
+    if spent:
+        receipts.spend(tx, use.receipt_id, spent)
+    if held is not None and spent:
+        transfers.capture(tx, use.hold_id, spent)
+    else:
+        _free(tx, use)
     return True
+
+
+def charge_spent(tx: Transaction, receipt_id: str, asset: str, account: str, amount_nano_usd: int) -> None:
+    """Charge what was spent before the payment that pays for it had arrived; once."""
+    if amount_nano_usd:
+        transfers.post(
+            tx,
+            id=f"{hold_id(receipt_id, 1)}:spent",
+            debit=account,
+            credit=account_id("revenue", asset),
+            amount=amount_nano_usd,
+            reference=receipt_id,
+        )
 
 
 def because(reason: str) -> Outcome:
@@ -165,11 +189,11 @@ class LedgerHold:
         """See `payments.tenders.base.Hold`."""
         return await self._store.write_surely(lambda tx: _with(tx, also, release(tx, self._use, outcome)), self._over)
 
-    async def interrupt(self, outcome: Outcome) -> None:
-        """Release it: the caller has nothing that could be sent again."""
+    async def interrupt(self, outcome: Outcome, spent_nano_usd: int = 0) -> None:
+        """Charge what was spent, else release it: the caller has nothing that could be sent again."""
         # The background goes on if the database cannot be written to now; nobody waits for the result.
         with contextlib.suppress(StoreBusy):
-            await self._store.write_surely(lambda tx: release_if_open(tx, self._use, outcome))
+            await self._store.write_surely(lambda tx: _end_if_open(tx, self._use, outcome, spent_nano_usd))
 
     def _over(self, charge: Charge) -> None:
         """The hold has ended, durably."""
@@ -185,6 +209,14 @@ def release_if_open(tx: Transaction, use: Use, outcome: Outcome) -> None:
         release(tx, use, outcome)
     except HoldEnded:
         return
+
+
+def _end_if_open(tx: Transaction, use: Use, outcome: Outcome, spent_nano_usd: int) -> None:
+    if not spent_nano_usd:
+        release_if_open(tx, use, outcome)
+        return
+    with contextlib.suppress(HoldEnded):
+        capture(tx, use, spent_nano_usd, outcome)
 
 
 def _with(tx: Transaction, also: Also | None, charge: Charge) -> Charge:

@@ -18,7 +18,7 @@ from payments.tenders.closing import Use
 
 _FIND = """
     SELECT reservation.state, reservation.value_nano_usd, receipt.state, receipt.uses, receipt.payer, receipt.asset,
-           receipt.quoted_nano_usd, receipt.paid_nano_usd
+           receipt.quoted_nano_usd, receipt.paid_nano_usd, receipt.spent_nano_usd
     FROM payment_authorization AS reservation JOIN receipt ON receipt.id = reservation.receipt_id
     WHERE reservation.receipt_id = ?
 """
@@ -37,6 +37,7 @@ class _Paid:
     asset: str
     quoted_nano_usd: int
     paid_nano_usd: int
+    spent_nano_usd: int
 
     @property
     def custody(self) -> str:
@@ -76,9 +77,12 @@ def on_mined(tx: Transaction, row: dict[str, Any]) -> None:
     receipts.set_paid(tx, receipt_id, received_nano_usd)
     if found.state == "failed":
         receipts.explain(tx, receipt_id, PAID_LATE)
-    if found.receipt_state == "open":
-        use = Use(receipt_id, found.asset, {}, found.uses)
-        closing.place(tx, use, found.account, min(found.quoted_nano_usd, received_nano_usd))
+    # A failed request's payment that arrives all the same is whole: nothing was charged when it was closed.
+    spent = 0 if found.receipt_state == "released" else min(found.spent_nano_usd, received_nano_usd)
+    closing.charge_spent(tx, receipt_id, found.asset, found.account, spent)
+    left = min(found.quoted_nano_usd, received_nano_usd) - spent
+    if found.receipt_state == "open" and left:
+        closing.place(tx, Use(receipt_id, found.asset, {}, found.uses), found.account, left)
 
 
 def on_failed(tx: Transaction, row: dict[str, Any]) -> None:
@@ -97,11 +101,10 @@ def on_failed(tx: Transaction, row: dict[str, Any]) -> None:
         return
     if found.state == "paid":
         _take_back(tx, row["id"], found)
-        receipts.set_paid(tx, receipt_id, 0)
-        # A use that is running holds its share still and ends by itself.
-        if found.receipt_state == "open":
-            return
-    receipts.release_unsettled(tx, receipt_id, row.get("reason") or "its transfer failed")
+    # A use that is running on money that was there holds its share still and ends by itself.
+    if found.state != "paid" or found.receipt_state != "open":
+        receipts.release_unsettled(tx, receipt_id, row.get("reason") or "its transfer failed")
+    receipts.set_paid(tx, receipt_id, 0)
 
 
 def _find(tx: Transaction, receipt_id: str) -> _Paid:

@@ -280,9 +280,11 @@ class ExactHold(LedgerHold):
             )
         self._certain = True
 
-    async def interrupt(self, outcome: Outcome) -> None:
-        """See `payments.tenders.base.Hold`: the same payment sent again goes on from here."""
-        await self._give_up(lambda tx: closing.interrupt(tx, self._use, outcome))
+    async def interrupt(self, outcome: Outcome, spent_nano_usd: int = 0) -> None:
+        """See `payments.tenders.base.Hold`: the same payment sent again goes on from here, with what it has left."""
+        # Of a payment that is not there yet something must be left to be held when it is.
+        spent = min(spent_nano_usd, self.maximum_nano_usd - (0 if self._certain else 1))
+        await self._give_up(lambda tx: closing.interrupt(tx, self._use, outcome, spent))
 
     async def _give_up(self, unit: Callable[[Transaction], object]) -> None:
         """Until it is durable, the same payment sent again waits: it would find a use that nobody works on."""

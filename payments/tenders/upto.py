@@ -162,15 +162,24 @@ class UptoHold:
 
         return await self._services.store.write_surely(unit, lambda _: self._end())
 
-    async def interrupt(self, outcome: Outcome) -> None:
-        """Release it, if it has not ended: nothing was paid that a second use could go on with."""
+    async def interrupt(self, outcome: Outcome, spent_nano_usd: int = 0) -> None:
+        """Take what was spent, else release it, if it has not ended: nothing was paid that a second use could go on with."""
 
-        def unit(tx: Transaction) -> None:
+        def unit(tx: Transaction) -> pledges.Taken | None:
             with contextlib.suppress(HoldEnded):
+                if spent_nano_usd:
+                    return self._capture(tx, spent_nano_usd, outcome, None)
                 pledges.release(tx, self._use, outcome)
+            return None
+
+        def done(taken: pledges.Taken | None) -> None:
+            if taken is None:
+                self._end()
+            else:
+                self._captured(taken)
 
         with contextlib.suppress(StoreBusy):  # the background goes on
-            await self._services.store.write_surely(unit, lambda _: self._end())
+            await self._services.store.write_surely(unit, done)
 
     async def forget(self) -> None:
         """End it before anybody was told of it, as if it had never been."""

@@ -128,14 +128,15 @@ async def test_closing_a_stream_stops_the_upstream_and_counts_what_was_delivered
     assert [frames async for frames in running.frames()] == []
 
 
-async def test_stream_of_which_nothing_was_delivered_costs_nothing() -> None:
+async def test_stream_that_its_caller_did_not_wait_for_costs_its_input() -> None:
     async with (
         scripted(after_hello(OPENAI, Wire.hang)) as upstream,
         executing({"up": ("openai_chat", upstream.url)}) as executor,
     ):
         running = await executor.start(chat(stream=True), [candidate("up")], 10)
         await running.aclose()
-    assert running.usage == Usage()
+    # And what had come of it: the provider bills that, too.
+    assert running.usage == Usage(input_tokens=77, output_tokens=1)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["complete", "streamed"])
