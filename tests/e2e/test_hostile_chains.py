@@ -148,8 +148,9 @@ def test_a_claim_that_a_reorganisation_takes_away_is_claimed_again(ground: Groun
     ground.check_quiet()
     treasury = ground.balance(USDC, ground.stack.pay_to)
     (block,) = ground.query("SELECT MAX(block_number) FROM settlement WHERE kind = 'channel_claim'")[0]
-    ground.rpc("anvil_reorg", int(ground.rpc("eth_blockNumber"), 16) - block + 1, [])
-    assert ground.balance(USDC, ground.stack.pay_to) < treasury
+    with ground.stopped():
+        ground.rpc("anvil_reorg", int(ground.rpc("eth_blockNumber"), 16) - block + 1, [])
+        assert ground.balance(USDC, ground.stack.pay_to) < treasury
     wait_until(lambda: ground.balance(USDC, ground.stack.pay_to) == treasury, "it is claimed again")
     ground.mine(3)
     ground.check_quiet()
