@@ -60,10 +60,7 @@ SETTLEMENTS = (
     Mutation(
         "a Transfer proves a payment without its nonce",
         _EVIDENCE,
-        (
-            "        if _is_eip3009(order) and not any(_uses_nonce(log, order) for log in logs):\n"
-            "            return None\n"
-        ),
+        "        if _is_eip3009(order) and not any(_uses_nonce(log, order) for log in logs):\n            return None\n",
         "",
         ("tests/payments/test_evidence.py",),
     ),
@@ -133,9 +130,9 @@ SETTLEMENTS = (
     ),
     Mutation(
         "what a reorganisation took away is not sent again",
-        _ENGINE,
-        "        for transaction in transactions:\n            self._adopt(transaction)\n\n    async def _housekeeping",
-        "        del transactions\n\n    async def _housekeeping",
+        _FINALITY,
+        "        for transaction in transactions:\n            self._adopt(transaction)\n",
+        "        del transactions\n",
         MACHINE,
     ),
     Mutation(
@@ -188,13 +185,6 @@ SETTLEMENTS = (
         MACHINE,
     ),
     Mutation(
-        "a dropped transaction is not sent again",
-        _COURIER,
-        "            if outgoing.last_sent and now - outgoing.last_sent >",
-        "            if False and now - outgoing.last_sent >",
-        MACHINE,
-    ),
-    Mutation(
         "a broadcast that failed is not repeated",
         _COURIER,
         (
@@ -207,33 +197,30 @@ SETTLEMENTS = (
     ),
     Mutation(
         "a restart forgets what is queued",
-        _LOADING,
-        '("queued", "submitted", "mined", "superseded")',
-        '("submitted", "mined", "superseded")',
+        _OUTBOX,
+        "WHERE state='queued' AND chain_id=? AND kind IN",
+        "WHERE state='queued' AND chain_id<>? AND kind IN",
         MACHINE,
     ),
     Mutation(
         "a restart forgets what is mined and not final",
         _LOADING,
-        '("queued", "submitted", "mined", "superseded")',
-        '("queued", "submitted")',
+        "if ours(signer) and entry.kind in kinds and entry.block_number is not None",
+        "if ours(signer) and entry.kind in kinds and entry.block_number is None",
         MACHINE,
     ),
     Mutation(
         "a restart leaves undecided what was killed between block and decision",
         _LOADING,
-        (
-            "    for transaction in outgoing.load(tx, stranded, accounts) if stranded else ():\n"
-            "        outgoing.exclude(tx, transaction)\n"
-        ),
+        "    for transaction in outgoing.load(tx, stranded, accounts):\n        outgoing.exclude(tx, transaction)\n",
         "    del stranded\n",
         MACHINE,
     ),
     Mutation(
         "an order is written a second time",
         _OUTBOX,
-        '    if not _insert(tx, order, "submitted", head, transaction_id, position):\n        return None\n',
-        '    _insert(tx, order, "submitted", head, transaction_id, position)\n',
+        '    if not _insert(tx, order, "submitted", from_block, transaction_id, position):\n        return None\n',
+        '    _insert(tx, order, "submitted", from_block, transaction_id, position)\n',
         MACHINE,
     ),
     Mutation(
@@ -260,15 +247,15 @@ SETTLEMENTS = (
     Mutation(
         "a payment is booked without a look at its state",
         _JUDGE,
-        "        if states.move(tx, entry.id, state, **columns):\n            told",
-        "        if states.move(tx, entry.id, state, **columns) or True:\n            told",
+        "        if not states.move(tx, entry.id, state, **columns):\n            return state, []\n        told",
+        "        states.move(tx, entry.id, state, **columns)\n        told",
         MACHINE,
     ),
     Mutation(
         "a payment's state moves without its booking",
         _JUDGE,
-        "            self._kinds[entry.kind].on_paid(tx, entry.row() | columns | told)\n",
-        "            del told\n",
+        "        self._kinds[entry.kind].on_paid(tx, entry.row() | columns | told)\n",
+        "        del told\n",
         MACHINE,
     ),
     Mutation(

@@ -13,9 +13,19 @@ from eth_utils.address import to_checksum_address
 
 from contracts.devnet import Devnet, approve_permit2, balance_of, call_data, rpc, send_signed
 from payments.chain.networks import MULTICALL3_ADDRESS, Network, Token
-from payments.chain.transactions import encode_aggregate3, selector, settle_call, word
+from payments.chain.transactions import (
+    AUTHORIZATION_USED_TOPIC,
+    TRANSFER_TOPIC,
+    address_topic,
+    encode_aggregate3,
+    selector,
+    settle_call,
+    word,
+)
+from payments.settlement import outbox, states
 from payments.settlement.engine import Settlements
-from payments.store import Store
+from payments.settlement.evidence import PaymentProof
+from payments.store import Store, Transaction
 from payments.verification.eip712 import token_domain_separator
 from payments.verification.signatures import keccak256
 from payments.x402.wire import Payment
@@ -222,3 +232,41 @@ async def test_a_superseded_payment_does_not_hold_up_the_signer(
         rpc(chain.rpc_url, "evm_setAutomine", True)
         assert (await settlements.outcome(following.id, SETTLED_S)).paid
         await until(lambda: settlements.signers[0].in_flight == 0)
+
+
+def test_a_transfer_in_our_own_transaction_proves_nothing_without_the_use_of_the_nonce(
+    chain: Devnet, network: Network
+) -> None:
+    """As a token that skips what it has seen would leave it: a Transfer of the right amount, for another authorization."""
+    token = network.tokens[0]
+    order, other = (order_for(pay(chain.wallets[1], token, 5), token) for _ in range(2))
+    transfer = {
+        "address": token.address,
+        "topics": [TRANSFER_TOPIC, address_topic(order.payer), address_topic(order.pay_to)],
+        "data": "0x" + word(5).hex(),
+        "logIndex": "0x1",
+    }
+    used = {
+        "address": token.address,
+        "topics": [AUTHORIZATION_USED_TOPIC, address_topic(order.payer), f"0x{order.authorization_nonce:064x}"],
+        "data": "0x",
+        "logIndex": "0x0",
+    }
+    receipt = {"transactionHash": "0x01", "blockNumber": "0x5", "blockHash": "0x05", "status": "0x1"}
+    assert PaymentProof().of_call(order, receipt, [used, transfer]) is not None
+    assert PaymentProof().of_call(other, receipt, [used, transfer]) is None
+
+
+async def test_a_transfer_that_proves_one_settlement_proves_no_other(
+    chain: Devnet, network: Network, store: Store
+) -> None:
+    first, second = (order_for(pay(chain.wallets[1], network.tokens[0], 5), network.tokens[0]) for _ in range(2))
+
+    def unit(tx: Transaction) -> list[bool]:
+        assert outbox.enqueue(tx, first)
+        assert outbox.enqueue(tx, second)
+        assert states.move(tx, first.id, "superseded", transaction_hash="0x01", transfer_log_index=7)
+        entries = [outbox.find(tx, order.id) for order in (first, second)]
+        return [outbox.is_evidence_of_another(tx, each, "0x01", at) for each in entries if each for at in (7, 8)]
+
+    assert await store.write(unit) == [False, False, True, False]
