@@ -19,6 +19,7 @@ import httpx
 from tests.crashes.operations import Operation
 from tests.crashes.steps import Step
 from tests.crashes.world import PATIENCE_S, Run, World
+from tests.databases import PostgresServer
 
 AT_ONCE = 6
 """Runs under way: most of their time they wait."""
@@ -29,12 +30,20 @@ Operations = Mapping[str, Callable[[], Operation]]
 
 
 @contextlib.contextmanager
-def opened(world: World, directory: Path, operation: Operation) -> Iterator[Run]:
-    """A run of an operation, with a chain of its own if need be."""
+def opened(
+    world: World, directory: Path, operation: Operation, postgres: PostgresServer | None = None
+) -> Iterator[Run]:
+    """A run of an operation: with its own chain if need be; on PostgreSQL with another gateway beside the one that dies."""
     with contextlib.ExitStack() as cleanup:
         if operation.own_chain:
             world = cleanup.enter_context(world.with_its_own_chain())
-        run = Run(world, directory, operation.settings, operation.loops)
+        if postgres is None:
+            run = Run(world, directory, operation.settings, operation.loops)
+        else:
+            database = postgres.new_database()
+            cleanup.callback(postgres.drop, database)
+            run = Run(world, directory, dict(operation.settings) | {"FAREBOX_LEASE_S": "3"}, operation.loops, database)
+            run.another_gateway()
         cleanup.callback(run.close)
         yield run
 
@@ -42,6 +51,8 @@ def opened(world: World, directory: Path, operation: Operation) -> Iterator[Run]
 def live_through(run: Run, operation: Operation, kill_at: Step | None) -> list[Step]:
     """The first life, until it is killed or has nothing left to do. Returns the steps that it came to."""
     run.gateway.live(kill_at, pause_at=operation.pause_at)
+    for another in run.gateways[1:]:
+        another.live()
     operation.prepare(run)
     run.gateway.arm()
     with _intervening(run, operation):
@@ -80,8 +91,10 @@ def _intervening(run: Run, operation: Operation) -> Iterator[None]:
 
 
 def live_on(run: Run, operation: Operation) -> None:
-    """A life that nothing ends: everything comes to its end in it, and every promise has been kept."""
-    run.gateway.live()
+    """A life that nothing ends, or another gateway's: everything comes to its end in it, and every promise has been kept."""
+    *_, run.gateway = run.gateways
+    if not run.gateway.alive:
+        run.gateway.live()
     operation.resume(run)
     run.until_settled()
     assert run.findings() == []
@@ -133,6 +146,17 @@ def kill_again_at_every_step(
     _kill_all(world, directory, operations, name, [[first, step] for step in steps])
 
 
+def kill_one_of_two(world: World, postgres: PostgresServer, directory: Path, operations: Operations, name: str) -> None:
+    """Run an operation with two gateways on one database, and kill the one that works on it at every step that lasts: the other
+    one puts right what it left behind, and answers in its place."""
+    with opened(world, directory / "whole", operations[name](), postgres) as run:
+        operation = operations[name]()
+        steps = worth_a_kill(live_through(run, operation, None))
+        live_on(run, operation)
+    lasting = [step for step in steps if is_own_write(step) or "sendRawTransaction" in step.name]
+    _kill_all(world, directory, operations, name, [[step] for step in lasting], postgres)
+
+
 def is_own_write(step: Step) -> bool:
     """Whether a step is a durable write that the operation always makes: not one of a loop that looks at whatever there is."""
     return step.name.startswith("wrote ") or step.name.endswith(", to some effect")
@@ -143,10 +167,17 @@ def worth_a_kill(steps: list[Step]) -> list[Step]:
     return [step for step in dict.fromkeys(steps) if step.occurrence <= OCCURRENCES_MAX]
 
 
-def _kill_all(world: World, directory: Path, operations: Operations, name: str, plans: list[list[Step]]) -> None:
+def _kill_all(
+    world: World,
+    directory: Path,
+    operations: Operations,
+    name: str,
+    plans: list[list[Step]],
+    postgres: PostgresServer | None = None,
+) -> None:
     def survive(plan: tuple[int, list[Step]]) -> str | None:
         number, kills = plan
-        return _survives(world, directory / str(number), operations[name](), kills)
+        return _survives(world, directory / str(number), operations[name](), kills, postgres)
 
     with ThreadPoolExecutor(AT_ONCE) as several:
         problems = [problem for problem in several.map(survive, enumerate(plans)) if problem is not None]
@@ -155,10 +186,12 @@ def _kill_all(world: World, directory: Path, operations: Operations, name: str, 
     assert not problems, f"{len(problems)} of {len(plans)} kills:\n" + "\n".join(problems)
 
 
-def _survives(world: World, directory: Path, operation: Operation, kills: list[Step]) -> str | None:
+def _survives(
+    world: World, directory: Path, operation: Operation, kills: list[Step], postgres: PostgresServer | None
+) -> str | None:
     """Kill a run of an operation, then each recovery from that; None if all is well in the end, else what is not."""
     try:
-        with opened(world, directory, operation) as run:
+        with opened(world, directory, operation, postgres) as run:
             live_through(run, operation, kills[0])
             for kill_at in kills[1:]:
                 recover_through(run, kill_at)
