@@ -83,6 +83,7 @@ class Vanished(Operation):
     before: int = 0
     vanished: bool = False
     own_chain = True
+    kills_from = "asking sendRawTransaction"
     loops: ClassVar[Collection[str]] = ("finality",)
 
     def prepare(self, run: Run) -> None:

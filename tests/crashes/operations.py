@@ -32,6 +32,8 @@ class Operation:
     """What it is about of that which gateways do by the clock, see `tests.crashes.steps`."""
     own_chain: ClassVar[bool] = False
     """Whether it does to the chain what other runs could not bear."""
+    kills_from: ClassVar[str] = ""
+    """How the name of the first step begins that is worth a kill; what is before it is another operation's matter."""
     pause_at: ClassVar[str | None] = None
     """The step at which the gateway waits while something happens, see `intervene`."""
 
@@ -251,8 +253,7 @@ def words(answer: httpx.Response) -> str:
 
 PAYMENTS: Mapping[str, Callable[[], Operation]] = {
     "exact, EIP-3009": Exact,
-    "exact, Permit2": lambda: Exact(USDT),
-    "exact, streamed": lambda: Exact(USDC, {"stream": True}),
+    "exact, Permit2, streamed": lambda: Exact(USDT, {"stream": True}),
     "released": Released,
     "refunded": Refunded,
 }

@@ -41,7 +41,7 @@ from payments.migrate import upgrade
 from payments.reconciliation import reconcile
 from payments.store import Store
 from tests.crashes.forks import Forks, alive, end
-from tests.crashes.steps import Step, steps_of
+from tests.crashes.steps import DRIVEN_BY, Step, steps_of
 
 CHAIN_ID = 84532
 MILLION_USD = 10**12
@@ -128,7 +128,7 @@ class Gateway:
             self._file("armed"),
             kill_at,
             self._loops,
-            self._loops,
+            {*self._loops, *(DRIVEN_BY[loop] for loop in self._loops if loop in DRIVEN_BY)},
             None if pause_at is None else (pause_at, self._file("paused")),
         )
         deadline = time.monotonic() + PATIENCE_S
