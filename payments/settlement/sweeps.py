@@ -121,17 +121,18 @@ class Sweeps:
 
     async def _sweep(self, token: Token) -> bool:
         now = time.monotonic()
+        unswept, over = await self._store.read(
+            lambda tx: (forwarders.unswept(tx, token.chain_id, token.asset, self._threshold), _count_over(tx, token))
+        )
         candidates = [
             each
-            for each, _ in await self._store.read(
-                lambda tx: forwarders.unswept(tx, token.chain_id, token.asset, self._threshold)
-            )
+            for each, _ in unswept
             if each.factory == self._deposits.factory and now >= self._not_before.get((each.address, token.asset), 0.0)
         ][:ACCOUNTS_MAX]
         full = await self._still_full(token, candidates)
         if not full:
             return False
-        settlement_id = await self._store.write(lambda tx: self._begin(tx, token, full))
+        settlement_id = await self._store.write(lambda tx: self._begin(tx, token, full, over))
         if settlement_id is None:
             return False
         for each, _ in full:
@@ -153,13 +154,14 @@ class Sweeps:
             if atomic_to_nano_down(value, token.decimals) >= self._threshold
         ]
 
-    def _begin(self, tx: Transaction, token: Token, full: list[tuple[Address, int]]) -> str | None:
+    def _begin(self, tx: Transaction, token: Token, full: list[tuple[Address, int]], over: int) -> str | None:
         under_way = tx.execute(
             "SELECT 1 FROM settlement WHERE kind = 'sweep' AND chain_id = ? AND token = ?"
             " AND state IN ('queued', 'submitted')",
             (token.chain_id, token.address),
         ).fetchone()
-        if under_way is not None:
+        # One that was mined while the chain was asked has emptied what was seen: another process's, or one from before a start.
+        if under_way is not None or _count_over(tx, token) != over:
             return None
         settlement_id = f"sweep_{secrets.token_hex(16)}"
         order = SettlementOrder(
@@ -191,6 +193,16 @@ class Sweeps:
 def kind() -> Kind:
     """How the settlement engine carries sweeps: any signer, no effect on the ledger."""
     return Kind(SweepProof(), _nothing, _nothing, _gas)
+
+
+def _count_over(tx: Transaction, token: Token) -> int:
+    """How many sweeps of a token have come to their end."""
+    row = tx.execute(
+        "SELECT COUNT(*) FROM settlement WHERE kind = 'sweep' AND chain_id = ? AND token = ?"
+        " AND state NOT IN ('queued', 'submitted')",
+        (token.chain_id, token.address),
+    ).fetchone()
+    return int(row[0])
 
 
 def _gas(order: SettlementOrder) -> int:

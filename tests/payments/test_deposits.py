@@ -369,6 +369,28 @@ async def test_an_address_that_the_token_blocks_holds_nobody_up_and_is_not_tried
     assert (await proof(deposits, store)).findings == []
 
 
+async def test_what_another_sweep_has_emptied_since_it_was_looked_at_is_not_swept_again(
+    chain: Devnet, store: Store, deposits: Deposits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give(chain, chain.usdc, await deposits.register(chain.wallets[1].address.lower()), 200 * CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    await deposits.catch_up()
+    async with sweeping(chain, store, deposits) as first:
+        second = Sweeps(store, first._settlements, deposits, threshold_nano_usd=USD, interval_s=60)
+        look = second._still_full
+
+        async def slowly(*arguments: Any) -> Any:
+            seen = await look(*arguments)
+            if seen:
+                assert await first.round() == 1
+                await decided(store)
+            return seen
+
+        monkeypatch.setattr(second, "_still_full", slowly)
+        assert await second.round() == 0
+    assert len(await rows(store, "id")) == 1
+
+
 async def test_of_a_token_that_takes_a_fee_what_arrived_is_credited_and_the_sweeps_fee_is_the_operators(
     chain: Devnet, store: Store, deposits: Deposits, treasury: Wallet
 ) -> None:
