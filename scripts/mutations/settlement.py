@@ -97,7 +97,7 @@ SETTLEMENTS = (
         _OUTBOX,
         "    return row is not None\n\n\ndef find(",
         "    return False\n\n\ndef find(",
-        ("tests/payments/test_settlement.py", "tests/payments/test_evidence.py"),
+        ("tests/payments/test_evidence.py",),
     ),
     Mutation(
         "evidence that vanished is not noticed",
@@ -126,7 +126,7 @@ SETTLEMENTS = (
             "                self.watched.pop(entry.id, None)\n"
             "            yield verdicts\n"
         ),
-        MACHINE,
+        ("tests/payments/test_finality.py",),
     ),
     Mutation(
         "what a reorganisation took away is not sent again",
@@ -242,13 +242,13 @@ SETTLEMENTS = (
         "payments/settlement/states.py",
         '    "failed": frozenset({"mined", "superseded"}),',
         '    "failed": frozenset(),',
-        MACHINE,
+        ("tests/payments/test_second_looks.py", "tests/payments/test_late_executions.py"),
     ),
     Mutation(
         "a payment is booked without a look at its state",
         _JUDGE,
-        "        if not states.move(tx, entry.id, state, **columns):\n            return state, []\n        told",
-        "        states.move(tx, entry.id, state, **columns)\n        told",
+        "        if not states.move(tx, entry.id, state, **columns, watch_again_ms=None):\n            return state, []\n",
+        "        states.move(tx, entry.id, state, **columns, watch_again_ms=None)\n",
         MACHINE,
     ),
     Mutation(
@@ -263,6 +263,6 @@ SETTLEMENTS = (
         _SECOND_LOOKS,
         "                await self._judge.record(entry, found)",
         "                pass",
-        MACHINE,
+        ("tests/payments/test_second_looks.py",),
     ),
 )

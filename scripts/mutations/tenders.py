@@ -74,7 +74,7 @@ TENDERS = (
         _AUTHORIZATIONS,
         "        closing.place(tx, use, payer_account(payer, asset), amount)\n",
         "        pass\n",
-        MACHINE,
+        ("tests/payments/test_tenders_exact.py",),
     ),
     Mutation(
         "exposure by upto is not looked at",
@@ -88,7 +88,7 @@ TENDERS = (
         _PLEDGES,
         "    _check_debts(tx, payer)\n",
         "",
-        MACHINE,
+        ("tests/payments/test_upto_losses.py",),
     ),
     Mutation(
         "a captured pledge is not earned",
@@ -130,7 +130,14 @@ TENDERS = (
         _UPTO,
         '        if state in ("defaulted", "repaid"):',
         "        if False:",
-        ("tests/payments/test_upto.py", *MACHINE),
+        ("tests/payments/test_upto_losses.py",),
+    ),
+    Mutation(
+        "what was repaid from the balance is kept when the money comes after all",
+        _UPTO,
+        '        if state == "repaid":\n',
+        "        if False:\n",
+        ("tests/payments/test_upto_losses.py",),
     ),
     Mutation(
         "what is paid rounds down",
