@@ -44,12 +44,12 @@ def open_store(directory: Path) -> Store:
     """A store on the database in `directory`, which is made if it is not there."""
     path = directory / "farebox.db"
     if not path.exists():
-        path.write_bytes(_empty_database())
+        path.write_bytes(empty_database())
     return Store(path)
 
 
 @functools.cache
-def _empty_database() -> bytes:
+def empty_database() -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "empty.db"
         migrate.upgrade(path)

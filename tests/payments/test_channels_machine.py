@@ -10,21 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
-import tempfile
-from collections.abc import Coroutine
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
 
 import coincurve
 import hypothesis.strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import initialize, precondition, rule
 
-from payments import kinds
 from payments.chain.channel_contract import ChannelState, encode_config
-from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, Network, Token
-from payments.chain.rpc import RpcError, RpcUnavailable
+from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS
 from payments.chain.signers import Signer
 from payments.chain.transactions import Call, address_of, selector, word
 from payments.channels import book
@@ -34,36 +27,23 @@ from payments.channels.requests import OutOfStep
 from payments.channels.services import ChannelServices
 from payments.errors import PaymentError
 from payments.leases import Leases
-from payments.ledger import books
 from payments.ledger.accounts import account_id
-from payments.migrate import upgrade
-from payments.reconciliation import open_books, reconcile
-from payments.recovery import recover
-from payments.settlement.engine import Settlements
+from payments.reconciliation import reconcile
 from payments.store import StoreBusy
 from payments.tenders.base import Outcome
 from payments.tenders.channel_scheme import ChannelScheme
-from payments.tenders.exact_services import ExactServices
 from payments.verification import vouchers
-from payments.verification.chain_state import ChainStates
 from payments.x402.channels import ChannelConfig, ChannelPayment, Deposit, Erc3009Deposit, PayloadType, Voucher, hex32
 from tests.payments.exact_samples import quote_of
-from tests.payments.fake_chain import FakeChain
 from tests.payments.fake_contracts import FINALIZE, INITIATE
-from tests.payments.simulation import Killed, Process, World, exploring
+from tests.payments.machines import CHAIN_ID, CONFIRMATIONS, NANO, NETWORK, SIGNER_KEYS, STRANGER, TOKEN, GatewayMachine
+from tests.payments.simulation import exploring
 
-T = TypeVar("T")
-
-CHAIN_ID = 84532
-TOKEN = Token("USDC", CHAIN_ID, "0x" + "03" * 20, 6, "eip3009", "USDC", "2")
-BATCH, STRANGER, TREASURY = ("0x" + byte * 20 for byte in ("ba", "5a", "7e"))
-SIGNER_KEYS = ["0x" + "51" * 32, "0x" + "52" * 32]
+TREASURY = "0x" + "7e" * 20
 AUTHORIZER = Signer.from_hex(SIGNER_KEYS[0])
-NETWORK = Network(CHAIN_ID, None, (TOKEN,), block_time_ms=1_000)
 KEYS = [coincurve.PrivateKey(bytes([number]) * 32) for number in (0xA1, 0xA2)]
-CONFIRMATIONS, NANO, FUNDS, DELAY_S = 2, 1_000, 1_000_000, 200
+FUNDS, DELAY_S = 1_000_000, 200
 ROUNDS_MAX = 200
-TEMPLATE = Path(tempfile.mkdtemp(prefix="farebox-channels-")) / "farebox.db"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,54 +88,32 @@ class Client:
         return hex32(self.number)
 
 
-class ChannelsMachine(RuleBasedStateMachine):
+class ChannelsMachine(GatewayMachine):
     """One gateway's channels, again and again, on one database and one chain."""
+
+    rounds_max = ROUNDS_MAX
+    calm_blocks = CONFIRMATIONS + 8
+    treasury = TREASURY
+    undecided = (
+        *GatewayMachine.undecided,
+        "SELECT id, state FROM channel WHERE claim_id IS NOT NULL OR refund_id IS NOT NULL OR marks <> synced_marks"
+        " OR unclaimed_since_ms IS NOT NULL",
+    )
 
     @initialize(seed=st.integers(0, 2**32), deposit=st.sampled_from((1_000, 5_000)), wanted=wishes)
     def start(self, seed: int, deposit: int, wanted: list[Wish]) -> None:
-        if not TEMPLATE.exists():
-            upgrade(TEMPLATE)
-        self.world = World(seed)
-        self.database = Path(tempfile.mkdtemp(prefix="farebox-channels-")) / "farebox.db"
-        shutil.copy(TEMPLATE, self.database)
         self.clients = [Client(key) for key in KEYS]
-        balances = {client.address: FUNDS for client in self.clients}
-        self.chain = FakeChain(TOKEN.address, BATCH, balances, self.world.time)
         self.payments: list[tuple[ChannelPayment, Wish]] = []
-        self.wrong: list[BaseException] = []
         self.waited = False
-        self.open_process()
+        self.prepare(seed, {client.address: FUNDS for client in self.clients})
         for payer in range(len(self.clients)):
             self.requests_at_once([Wish(payer, 100, 50, deposit, "all", "capture")])
         self.time_passes(2, True, False)
         self.requests_at_once(wanted)
 
-    # --- the process --------------------------------------------------------------------------------------------------
-
-    def open_process(self) -> None:
-        while True:
-            self.process = Process(self.world, self.database, self.chain)
-            try:
-                self.process.run(self.begin())
-            except (Killed, StoreBusy, RpcUnavailable, RpcError):
-                self.process.bury()
-                self.world.busy = 0  # whoever runs it tries again when the database is there
-            else:
-                return
-
     async def begin(self) -> None:
         store, rpc = self.process.store, self.process.rpc
-        await recover(store)
-        await open_books(store, rpc, NETWORK, TREASURY)
-        self.engine = Settlements(store, rpc, NETWORK, SIGNER_KEYS, batch_contract=BATCH, confirmations=CONFIRMATIONS)
-        kinds.register(self.engine, store)
-        payers = ExactServices(
-            store=store,
-            settlements=self.engine,
-            chain_states=ChainStates(rpc, NETWORK),
-            payer_exposure_nano_usd=10**12,
-            settlement_wait_s=8,
-        )
+        payers = await self.open_services(10**12)
         self.services = ChannelServices(
             store=store,
             settlements=self.engine,
@@ -180,20 +138,6 @@ class ChannelsMachine(RuleBasedStateMachine):
         await self.engine.start()
         await self.keeper.start()
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T | None:
-        try:
-            return self.process.run(work)
-        except Killed:
-            self.process.bury()
-            self.open_process()
-            return None
-        finally:
-            self.check_always()
-
-    def read(self, query: str) -> list[Any]:
-        found: list[Any] = self.process.store._database.read(lambda tx: tx.execute(query).fetchall())
-        return found
-
     def channel(self, client: Client) -> book.Channel | None:
         return self.process.store._database.read(lambda tx: book.find(tx, client.id))
 
@@ -212,13 +156,6 @@ class ChannelsMachine(RuleBasedStateMachine):
         body = b"other".ljust(32) if other else payment.digest
         self.spawn(self.request(payment, wish, body))
         self.run(asyncio.sleep(0.2))
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        self.process.loop.create_task(work).add_done_callback(self.ended)
-
-    def ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.wrong.append(error)
 
     def sign(self, wish: Wish, type: PayloadType | None = None) -> ChannelPayment:
         client = self.clients[wish.payer]
@@ -319,43 +256,10 @@ class ChannelsMachine(RuleBasedStateMachine):
             to, call_data = rows[data.draw(st.integers(0, len(rows) - 1))]
             self.chain.act(STRANGER, Call(to, bytes(call_data), 500_000))
 
-    # --- what happens besides -----------------------------------------------------------------------------------------
-
-    @rule(seconds=st.integers(1, 10), blocks=st.booleans(), busy=st.booleans())
-    def time_passes(self, seconds: int, blocks: bool, busy: bool) -> None:
-        self.world.busy = 1_000_000 if busy else 0
-        for _ in range(seconds):
-            self.run(asyncio.sleep(1))
-            if blocks:
-                self.chain.mine()
-        self.world.busy = 0
-
-    @rule(after=st.integers(0, 30), pause_s=st.sampled_from((0.1, 1)), block=st.booleans())
-    def a_kill(self, after: int, pause_s: float, block: bool) -> None:
-        if block:
-            self.chain.mine()
-        self.world.kill_in = after
-        self.run(asyncio.sleep(pause_s))
-
-    @rule(depth=st.integers(1, CONFIRMATIONS), keep=st.booleans(), pause_s=st.sampled_from((0, 0.3, 2)))
-    def mine_and_reorganise(self, depth: int, keep: bool, pause_s: float) -> None:
-        self.chain.mine()
-        self.run(asyncio.sleep(pause_s))
-        self.chain.reorganise(depth, keep=keep)
-
-    @rule(batches=st.integers(1, 2))
-    def batches_run_out_of_gas(self, batches: int) -> None:
-        self.chain.contracts.batches_out_of_gas = batches
-
-    @rule(refuse=st.integers(0, 3), lose=st.integers(0, 3))
-    def the_node_fails(self, refuse: int, lose: int) -> None:
-        self.process.rpc.refuse, self.process.rpc.lose = refuse, lose
-
     # --- what must be so ----------------------------------------------------------------------------------------------
 
     def check_always(self) -> None:
-        assert self.wrong == []
-        assert self.process.store._database.read(books.check) == []
+        super().check_always()
         for client in self.clients:
             channel = self.channel(client)
             claimed = self.chain.state.channels.get(client.number, ChannelState(0, 0, 0, 0, 0)).total_claimed
@@ -363,32 +267,10 @@ class ChannelsMachine(RuleBasedStateMachine):
                 assert channel.charged_nano_usd <= client.signed * NANO, "charged more than was signed for"
                 assert claimed * NANO <= channel.charged_nano_usd, "claimed more than was charged"
 
-    def teardown(self) -> None:
-        try:
-            self.finish()
-            self.check()
-        finally:
-            self.process.bury()
-            shutil.rmtree(self.database.parent)
-
     def finish(self) -> None:
         """Requests end, the chain behaves, and everything that is due is claimed."""
-        self.world.kill_in, self.world.busy = None, 0
-        self.process.rpc.refuse = self.process.rpc.lose = self.chain.contracts.batches_out_of_gas = 0
-        self.chain.mine()
-        calm = rounds = 0
-        while calm < CONFIRMATIONS + 8:
-            self.run(asyncio.sleep(1))
-            self.chain.mine()
-            undecided = self.read("SELECT id, state FROM settlement WHERE state IN ('queued', 'submitted', 'mined')")
-            undecided += self.read("SELECT id, state FROM receipt WHERE state='open'")
-            undecided += self.read(
-                "SELECT id, state FROM channel WHERE claim_id IS NOT NULL OR refund_id IS NOT NULL OR marks <> synced_marks"
-                " OR unclaimed_since_ms IS NOT NULL"
-            )
-            calm = 0 if undecided or self.engine._care.transactions else calm + 1
-            rounds += 1
-            assert rounds < ROUNDS_MAX, f"never decided: {undecided}, {self.engine._care.transactions}"
+        self.put_right()
+        self.wait_until_decided()
 
     def check(self) -> None:
         claimed = 0

@@ -8,54 +8,50 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
-import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Coroutine
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import hypothesis.strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import initialize, precondition, rule
 
-from payments.chain.networks import Network, Token
-from payments.chain.rpc import RpcError, RpcUnavailable
 from payments.chain.signers import IN_FLIGHT_MAX, Signer
 from payments.chain.transactions import AUTHORIZATION_USED_TOPIC, Call, encode_transfer_with_authorization, word
 from payments.errors import SettlementUnavailable
 from payments.ledger import books, transfers
 from payments.ledger.accounts import account_id, payer_account
-from payments.migrate import upgrade
 from payments.money import divide_up
-from payments.settlement import outbox, states, stories
+from payments.settlement import outbox, states
 from payments.settlement.engine import Settlements
 from payments.settlement.evidence import PaymentProof
 from payments.settlement.orders import Kind, SettlementOrder
 from payments.settlement.outbox import order_gas
 from payments.store import StoreBusy, Transaction
 from payments.x402.wire import Eip3009Authorization
-from tests.payments.fake_chain import GWEI, FakeChain, Sent
+from tests.payments.fake_chain import GWEI, Sent
 from tests.payments.fake_contracts import CANCEL, calls_of
-from tests.payments.simulation import Killed, Process, World, exploring
+from tests.payments.machines import (
+    BATCH,
+    CHAIN_ID,
+    CONFIRMATIONS,
+    NANO,
+    NETWORK,
+    SIGNER_KEYS,
+    STRANGER,
+    THIEF,
+    TOKEN,
+    Machine,
+)
+from tests.payments.simulation import exploring
 
-T = TypeVar("T")
-
-CHAIN_ID = 84532
-TOKEN = Token("USDC", CHAIN_ID, "0x" + "03" * 20, 6, "eip3009", "USDC", "2")
-BATCH, TREASURY, STRANGER, THIEF = ("0x" + byte * 20 for byte in ("ba", "7e", "5a", "7f"))
+TREASURY = "0x" + "7e" * 20
 PAYERS = tuple(f"0x{number:040x}" for number in (0xA1, 0xA2, 0xA3, 0xA4))
-SIGNER_KEYS = ["0x" + "51" * 32, "0x" + "52" * 32]
-NETWORK = Network(CHAIN_ID, None, (TOKEN,), block_time_ms=1_000)
 CUSTODY = account_id("custody", TOKEN.asset)
-CONFIRMATIONS = 2
 FUNDS = 10_000
-NANO_PER_ATOMIC = 1_000
 ROUNDS_MAX = 120
 """Blocks after which everything is decided once nothing is in the way; a deadline and its margin are among them."""
 LONG_S, SHORT_S = 3_600, 12
 DEADLINE_ROUNDS = 20
 """Seconds after a deadline by which it is decided."""
-TEMPLATE = Path(tempfile.mkdtemp(prefix="farebox-machine-")) / "farebox.db"
 
 # Few amounts: a payment must not take another one's Transfer of the same amount for its own.
 payers, values = st.sampled_from(PAYERS), st.sampled_from((1, 300, 300, 1_500, 4_000))
@@ -77,7 +73,7 @@ def failed(tx: Transaction, row: dict[str, Any]) -> None:
 
 
 def book(tx: Transaction, row: dict[str, Any], times: int, debit: str, credit: str) -> None:
-    amount, name = int(row["value"]) * NANO_PER_ATOMIC, f"settle:{row['id']}:{times}"
+    amount, name = int(row["value"]) * NANO, f"settle:{row['id']}:{times}"
     transfers.post(tx, id=name, debit=debit, credit=credit, amount=amount, reference=row["id"])
 
 
@@ -86,17 +82,13 @@ def entries_of(tx: Transaction, settlement_id: str) -> int:
     return int(tx.execute("SELECT COUNT(*) FROM ledger_transfer WHERE reference=?", (settlement_id,)).fetchone()[0])
 
 
-class SettlementMachine(RuleBasedStateMachine):
+class SettlementMachine(Machine):
     """One engine, again and again, on one database and one chain."""
+
+    rounds_max = ROUNDS_MAX
 
     @initialize(seed=st.integers(0, 2**32), wanted=wanted_orders)
     def start(self, seed: int, wanted: list[tuple[str, int, int]]) -> None:
-        if not TEMPLATE.exists():
-            upgrade(TEMPLATE)
-        self.world = World(seed)
-        self.database = Path(tempfile.mkdtemp(prefix="farebox-machine-")) / "farebox.db"
-        shutil.copy(TEMPLATE, self.database)
-        self.chain = FakeChain(TOKEN.address, BATCH, dict.fromkeys(PAYERS, FUNDS), self.world.time)
         self.orders: dict[str, SettlementOrder] = {}
         self.accepted: set[str] = set()
         self.unknown: set[str] = set()
@@ -106,45 +98,20 @@ class SettlementMachine(RuleBasedStateMachine):
         """Executed by a stranger before we gave them up: they are found without being asked for."""
         self.final: set[str] = set()
         self.waited = False
-        self.open_process()
+        self.prepare(seed, dict.fromkeys(PAYERS, FUNDS))
         self.submit_orders(wanted, enqueue=False)
 
-    # --- the process --------------------------------------------------------------------------------------------------
-
-    def open_process(self) -> None:
-        while True:
-            self.process = Process(self.world, self.database, self.chain)
-            self.engine = Settlements(
-                self.process.store,
-                self.process.rpc,
-                NETWORK,
-                SIGNER_KEYS,
-                batch_contract=BATCH,
-                confirmations=CONFIRMATIONS,
-            )
-            self.engine.handle("payment", Kind(PaymentProof(), paid, failed, order_gas, batchable=True))
-            try:
-                self.process.run(self.engine.start())
-            except (Killed, StoreBusy, RpcUnavailable, RpcError):
-                self.process.bury()
-                self.world.busy = 0  # whoever runs it tries again when the database is there
-            else:
-                return
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """Do it; after a kill begin anew, with nothing said about what was done."""
-        try:
-            return self.process.run(work)
-        except Killed:
-            self.process.bury()
-            self.open_process()
-            return None
-        finally:
-            self.check_finality()
-
-    def read(self, query: str) -> list[Any]:
-        found: list[Any] = self.process.store._database.read(lambda tx: tx.execute(query).fetchall())
-        return found
+    async def begin(self) -> None:
+        self.engine = Settlements(
+            self.process.store,
+            self.process.rpc,
+            NETWORK,
+            SIGNER_KEYS,
+            batch_contract=BATCH,
+            confirmations=CONFIRMATIONS,
+        )
+        self.engine.handle("payment", Kind(PaymentProof(), paid, failed, order_gas, batchable=True))
+        await self.engine.start()
 
     # --- what the operator and its callers do -------------------------------------------------------------------------
 
@@ -157,8 +124,7 @@ class SettlementMachine(RuleBasedStateMachine):
         with contextlib.suppress(StoreBusy):
             self.run(self.process.store.write(lambda tx: outbox.enqueue(tx, order)))
         self.a_stranger_executes(order)
-        self.process.bury()
-        self.open_process()
+        self.reopen()
 
     @rule(wanted=wanted_orders, enqueue=st.booleans())
     def submit_orders(self, wanted: list[tuple[str, int, int]], enqueue: bool) -> None:
@@ -206,12 +172,7 @@ class SettlementMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.integers(0, 6), blocks=st.booleans(), busy=st.booleans())
     def time_passes(self, seconds: int, blocks: bool, busy: bool) -> None:
-        self.world.busy = 1_000_000 if busy else 0
-        for _ in range(seconds):
-            self.run(asyncio.sleep(1))
-            if blocks:
-                self.chain.mine()
-        self.world.busy = 0
+        self.let_time_pass(seconds, blocks, busy)
 
     @precondition(lambda self: not self.waited)
     @rule()
@@ -230,8 +191,7 @@ class SettlementMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         self.run(self.engine.stop())
         self.process.store.close()
-        self.process.bury()
-        self.open_process()
+        self.reopen()
 
     @rule(after=st.integers(0, 12), pause_s=st.sampled_from((0.05, 1)))
     def a_block_and_a_kill(self, after: int, pause_s: float) -> None:
@@ -247,10 +207,6 @@ class SettlementMachine(RuleBasedStateMachine):
     def the_database_takes_nothing(self, writes: int) -> None:
         self.world.busy = writes
 
-    @rule(refuse=st.integers(0, 3), lose=st.integers(0, 3))
-    def the_node_fails(self, refuse: int, lose: int) -> None:
-        self.process.rpc.refuse, self.process.rpc.lose = refuse, lose
-
     # --- what the chain does ------------------------------------------------------------------------------------------
 
     @rule()
@@ -259,10 +215,7 @@ class SettlementMachine(RuleBasedStateMachine):
 
     @rule(depth=st.integers(1, CONFIRMATIONS), keep=st.booleans(), pause_s=st.sampled_from((0, 0.05, 0.5, 2)))
     def mine_and_reorganise(self, depth: int, keep: bool, pause_s: float) -> None:
-        """The evidence may be seen in the block that is then taken away, or not."""
-        self.chain.mine()
-        self.run(asyncio.sleep(pause_s))
-        self.chain.reorganise(min(depth, len(self.chain.blocks) - 1), keep=keep)
+        self.mine_and_take_away(depth, keep, pause_s)
 
     @rule()
     def what_is_pending_is_dropped(self) -> None:
@@ -271,10 +224,6 @@ class SettlementMachine(RuleBasedStateMachine):
     @rule(gwei=st.sampled_from((1, 4, 30)))
     def fees_change(self, gwei: int) -> None:
         self.chain.base_fee = gwei * GWEI
-
-    @rule(batches=st.integers(1, 2))
-    def batches_run_out_of_gas(self, batches: int) -> None:
-        self.chain.contracts.batches_out_of_gas = batches
 
     @rule(payer=payers)
     def a_payer_uses_all_gas(self, payer: str) -> None:
@@ -286,8 +235,7 @@ class SettlementMachine(RuleBasedStateMachine):
         signer = self.engine.signers[which].address
         nonce = int(str(self.chain.answer("eth_getTransactionCount", (signer, "pending"))), 16)
         self.chain.mempool[signer, nonce] = Sent("0x00", signer, nonce, 0, 0, Call(THIEF, b"", 21_000))
-        self.process.bury()
-        self.open_process()
+        self.reopen()
         self.chain.mempool.pop((signer, nonce), None)
 
     @rule(which=st.integers(0, 1))
@@ -342,19 +290,9 @@ class SettlementMachine(RuleBasedStateMachine):
 
     # --- what must be so ----------------------------------------------------------------------------------------------
 
-    def teardown(self) -> None:
-        try:
-            self.finish()
-            self.check()
-        finally:
-            self.process.bury()
-            shutil.rmtree(self.database.parent)
-
     def finish(self) -> None:
         """Nothing more happens but blocks: everything is decided for good, by itself. Then a person asks for second looks."""
-        self.world.kill_in, self.world.busy = None, 0
-        self.process.rpc.refuse = self.process.rpc.lose = self.chain.contracts.batches_out_of_gas = 0
-        self.chain.mine()
+        self.put_right()
         self.wait_until_decided()
         for signer in self.engine.signers:
             self.send_one_more(signer)
@@ -367,10 +305,7 @@ class SettlementMachine(RuleBasedStateMachine):
             used = (order.payer, order.authorization_nonce) in self.chain.state.used
             late = order.valid_before < self.world.time()
             assert state != "failed" or tried or used or late, f"{order_id} has failed for no reason"
-        failed_ids = [row[0] for row in self.read("SELECT id FROM settlement WHERE state='failed'")]
-        for settlement_id in failed_ids:
-            self.run(self.process.store.write(lambda tx, wished=settlement_id: stories.ask_again(tx, wished)))  # type: ignore[misc]
-        self.wait_until_decided()
+        self.ask_again_for_all_that_failed()
 
     def send_one_more(self, signer: Signer) -> None:
         """What a reorganisation took of an account's transactions, with nobody waiting for them, shows with its next one."""
@@ -383,17 +318,6 @@ class SettlementMachine(RuleBasedStateMachine):
         for other in others:
             other.in_flight -= IN_FLIGHT_MAX
         self.wait_until_decided()
-
-    def wait_until_decided(self) -> None:
-        calm = rounds = 0
-        # Decided and unchanged for a while: whatever was reorganised away has been noticed by then.
-        while calm < CONFIRMATIONS + 3:
-            self.run(asyncio.sleep(1))
-            self.chain.mine()
-            undecided = self.read("SELECT id, state FROM settlement WHERE state IN ('queued', 'submitted', 'mined')")
-            calm = 0 if undecided or self.engine._care.transactions else calm + 1
-            rounds += 1
-            assert rounds < ROUNDS_MAX, f"never decided: {undecided}, {self.engine._care.transactions}"
 
     def check(self) -> None:
         found: dict[str, str] = dict(self.read("SELECT id, state FROM settlement"))
@@ -408,7 +332,7 @@ class SettlementMachine(RuleBasedStateMachine):
         for order_id in found:
             order = self.orders[order_id]
             if (order.payer, order.authorization_nonce) in executed:
-                expected[order.payer] += order.value * NANO_PER_ATOMIC
+                expected[order.payer] += order.value * NANO
         credits = dict(self.read("SELECT id, balance FROM ledger_account WHERE kind='payer' AND balance<>0"))
         assert credits == {payer_account(payer, TOKEN.asset): owed for payer, owed in expected.items()}
         self.check_transactions()
@@ -458,8 +382,8 @@ class SettlementMachine(RuleBasedStateMachine):
                     fell[call].add(sent.call.data)
         assert all(len(found) <= 1 + len(fell[call]) for call, found in carriers.items()), "it was carried twice"
 
-    def check_finality(self) -> None:
-        """What is final is as deep as it must be: asked whenever the process has done something and the chain nothing yet."""
+    def check_always(self) -> None:
+        """What is final is as deep as it must be."""
         rows = self.read("SELECT id, block_number FROM settlement WHERE state='final'")
         head = self.chain.head.number
         assert all(head - block >= CONFIRMATIONS for order_id, block in rows if order_id not in self.final)

@@ -10,55 +10,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import hypothesis.strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import initialize, precondition, rule
 
-from payments import kinds, withdrawals
-from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS, Network, Token
+from payments import withdrawals
+from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS
 from payments.chain.rpc import RpcError, RpcUnavailable
 from payments.chain.signers import Signer
 from payments.chain.transactions import TRANSFER_TOPIC, Call, encode_transfer
 from payments.errors import PaymentError
-from payments.ledger import books
 from payments.ledger.accounts import account_id, payer_account
 from payments.ledger.books import Finding
-from payments.migrate import upgrade
-from payments.reconciliation import open_books, reconcile
-from payments.recovery import recover
-from payments.settlement import stories
-from payments.settlement.engine import Settlements
+from payments.reconciliation import reconcile
 from payments.store import StoreBusy
 from payments.tenders.base import Charge, Hold, Outcome
 from payments.tenders.exact import ExactTender
-from payments.tenders.exact_services import ExactServices
 from payments.tenders.prepaid import PrepaidTender
 from payments.tenders.upto import UptoTender
-from payments.verification.chain_state import ChainStates
 from payments.withdrawals import Limits, WithdrawalRefused
 from payments.x402.wire import Eip3009Authorization, Payment, Requirement, UptoAuthorization
 from tests.payments.exact_samples import quote_of
-from tests.payments.fake_chain import FakeChain
-from tests.payments.simulation import Killed, Process, World, exploring
+from tests.payments.machines import BATCH, CONFIRMATIONS, NANO, NETWORK, STRANGER, THIEF, TOKEN, GatewayMachine
+from tests.payments.simulation import exploring
 
-T = TypeVar("T")
-
-CHAIN_ID = 84532
-TOKEN = Token("USDC", CHAIN_ID, "0x" + "03" * 20, 6, "eip3009", "USDC", "2")
-BATCH, STRANGER, THIEF = ("0x" + byte * 20 for byte in ("ba", "5a", "7f"))
 PAYERS = tuple(f"0x{number:040x}" for number in (0xA1, 0xA2, 0xA3))
-SIGNER_KEYS, TREASURY_KEY = ["0x" + "51" * 32, "0x" + "52" * 32], "0x" + "7e" * 32
+TREASURY_KEY = "0x" + "7e" * 32
 TREASURY = Signer.from_hex(TREASURY_KEY).address
-NETWORK = Network(CHAIN_ID, None, (TOKEN,), block_time_ms=1_000)
-CONFIRMATIONS = 2
-NANO = 1_000
 FUNDS = 5_000
 OWNED = 777
 """What the treasury had before, in atomic units."""
@@ -67,7 +48,6 @@ EXPOSURE, LIMIT = 600 * NANO, 1_000 * NANO
 WITHDRAWALS = Limits(minimum=1, maximum=10**12, daily=10**12, review=10**12, fee=7)
 ROUNDS_MAX = 150
 VALID_S = 90
-TEMPLATE = Path(tempfile.mkdtemp(prefix="farebox-tenders-")) / "farebox.db"
 
 Way = Literal["exact", "upto", "prepaid"]
 Ending = Literal["capture", "capture twice", "release", "interrupt"]
@@ -101,85 +81,32 @@ wishes = st.lists(
 )
 
 
-class TendersMachine(RuleBasedStateMachine):
+class TendersMachine(GatewayMachine):
     """One gateway's payments, again and again, on one database and one chain."""
+
+    rounds_max = ROUNDS_MAX
+    treasury, treasury_key = TREASURY, TREASURY_KEY
 
     @initialize(seed=st.integers(0, 2**32), wanted=wishes)
     def start(self, seed: int, wanted: list[Wish]) -> None:
-        if not TEMPLATE.exists():
-            upgrade(TEMPLATE)
-        self.world = World(seed)
-        self.database = Path(tempfile.mkdtemp(prefix="farebox-tenders-")) / "farebox.db"
-        shutil.copy(TEMPLATE, self.database)
-        balances = dict.fromkeys(PAYERS, FUNDS) | {TREASURY: OWNED}
-        self.chain = FakeChain(TOKEN.address, BATCH, balances, self.world.time)
         self.payments: list[tuple[Payment, Wish]] = []
         self.served: Counter[str] = Counter()
-        self.wrong: list[BaseException] = []
-        """What requests ended with and should not have."""
-        self.open_process()
+        self.prepare(seed, dict.fromkeys(PAYERS, FUNDS) | {TREASURY: OWNED})
         self.requests_at_once(wanted)
 
-    # --- the process --------------------------------------------------------------------------------------------------
-
-    def open_process(self) -> None:
-        while True:
-            self.process = Process(self.world, self.database, self.chain)
-            try:
-                self.process.run(self.begin())
-            except (Killed, StoreBusy, RpcUnavailable, RpcError):
-                self.process.bury()
-                self.world.busy = 0  # whoever runs it tries again when the database is there
-            else:
-                return
-
     async def begin(self) -> None:
-        store, rpc = self.process.store, self.process.rpc
-        await recover(store)
-        await open_books(store, rpc, NETWORK, TREASURY)
-        self.engine = Settlements(
-            store,
-            rpc,
-            NETWORK,
-            SIGNER_KEYS,
-            treasury_key=TREASURY_KEY,
-            batch_contract=BATCH,
-            confirmations=CONFIRMATIONS,
-        )
-        kinds.register(self.engine, store)
-        self.services = ExactServices(
-            store=store,
-            settlements=self.engine,
-            chain_states=ChainStates(rpc, NETWORK),
-            payer_exposure_nano_usd=EXPOSURE,
-            settlement_wait_s=8,
-        )
+        self.services = await self.open_services(EXPOSURE)
         await self.engine.start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T | None:
-        try:
-            return self.process.run(work)
-        except Killed:
-            self.process.bury()
-            self.open_process()
-            return None
-        finally:
-            self.check_always()
-
-    def read(self, query: str) -> list[Any]:
-        found: list[Any] = self.process.store._database.read(lambda tx: tx.execute(query).fetchall())
-        return found
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
     @rule(wanted=wishes)
     def requests_at_once(self, wanted: list[Wish]) -> None:
-        """They go on in the background when the rule is over."""
         for wish in wanted:
             payment = self.sign(wish)
             if payment is not None:
                 self.payments.append((payment, wish))
-            self.begin_request(payment, wish)
+            self.spawn(self.request(payment, wish))
         self.run(asyncio.sleep(0.2))
 
     @precondition(lambda self: self.payments)
@@ -187,17 +114,10 @@ class TendersMachine(RuleBasedStateMachine):
     def a_payment_is_sent_again(self, data: st.DataObject, other_request: bool, copies: int) -> None:
         payment, wish = self.payments[data.draw(st.integers(0, len(self.payments) - 1))]
         for _ in range(copies):
-            self.begin_request(payment, wish, b"other" if other_request else b"first")
+            self.spawn(self.request(payment, wish, b"other" if other_request else b"first"))
         self.run(asyncio.sleep(0.2))
 
-    def begin_request(self, payment: Payment | None, wish: Wish, body: bytes = b"first") -> None:
-        self.process.loop.create_task(self.request(payment, wish, body)).add_done_callback(self.request_ended)
-
-    def request_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.wrong.append(error)
-
-    async def request(self, payment: Payment | None, wish: Wish, body: bytes) -> None:
+    async def request(self, payment: Payment | None, wish: Wish, body: bytes = b"first") -> None:
         """What the gateway does with a request."""
         quote = quote_of(wish.quoted)
         with contextlib.suppress(PaymentError, StoreBusy):
@@ -280,36 +200,6 @@ class TendersMachine(RuleBasedStateMachine):
 
     # --- what happens besides -----------------------------------------------------------------------------------------
 
-    @rule(seconds=st.integers(1, 8), blocks=st.booleans(), busy=st.booleans())
-    def time_passes(self, seconds: int, blocks: bool, busy: bool) -> None:
-        self.world.busy = 1_000_000 if busy else 0
-        for _ in range(seconds):
-            self.run(asyncio.sleep(1))
-            if blocks:
-                self.chain.mine()
-        self.world.busy = 0
-
-    @rule(after=st.integers(0, 30), pause_s=st.sampled_from((0.1, 1)), block=st.booleans())
-    def a_kill(self, after: int, pause_s: float, block: bool) -> None:
-        if block:
-            self.chain.mine()
-        self.world.kill_in = after
-        self.run(asyncio.sleep(pause_s))
-
-    @rule(depth=st.integers(1, CONFIRMATIONS), keep=st.booleans(), pause_s=st.sampled_from((0, 0.3, 2)))
-    def mine_and_reorganise(self, depth: int, keep: bool, pause_s: float) -> None:
-        self.chain.mine()
-        self.run(asyncio.sleep(pause_s))
-        self.chain.reorganise(depth, keep=keep)
-
-    @rule(batches=st.integers(1, 2))
-    def batches_run_out_of_gas(self, batches: int) -> None:
-        self.chain.contracts.batches_out_of_gas = batches
-
-    @rule(refuse=st.integers(0, 3), lose=st.integers(0, 3))
-    def the_node_fails(self, refuse: int, lose: int) -> None:
-        self.process.rpc.refuse, self.process.rpc.lose = refuse, lose
-
     @rule(payer=st.sampled_from(PAYERS), all_of_it=st.booleans())
     def a_wallet_is_emptied(self, payer: str, all_of_it: bool) -> None:
         left = self.chain.state.balances[payer]
@@ -351,8 +241,7 @@ class TendersMachine(RuleBasedStateMachine):
     # --- what must be so ----------------------------------------------------------------------------------------------
 
     def check_always(self) -> None:
-        assert self.wrong == []
-        assert self.process.store._database.read(books.check) == []
+        super().check_always()
         at_risk = self.read(
             "SELECT receipt.payer, SUM(CASE receipt.state WHEN 'open' THEN quoted_nano_usd ELSE charged_nano_usd END)"
             " FROM receipt LEFT JOIN settlement ON settlement.reference = receipt.id WHERE tender='upto'"
@@ -360,40 +249,16 @@ class TendersMachine(RuleBasedStateMachine):
         )
         assert all(risk <= LIMIT for _, risk in at_risk), at_risk
 
-    def teardown(self) -> None:
-        try:
-            self.finish()
-            self.check_money()
-        finally:
-            self.process.bury()
-            shutil.rmtree(self.database.parent)
-
     def finish(self) -> None:
         """Requests end, the chain behaves, and whoever asks is given a second look."""
-        self.world.kill_in, self.world.busy = None, 0
-        self.process.rpc.refuse = self.process.rpc.lose = self.chain.contracts.batches_out_of_gas = 0
-        self.chain.mine()
+        self.put_right()
         self.wait_until_decided()
-        for (settlement_id,) in self.read("SELECT id FROM settlement WHERE state='failed'"):
-            self.run(self.process.store.write(lambda tx, wished=settlement_id: stories.ask_again(tx, wished)))  # type: ignore[misc]
-        self.wait_until_decided()
-        self.process.bury()
-        self.open_process()
+        self.ask_again_for_all_that_failed()
+        self.reopen()
         self.the_books_are_compared_with_the_chain()
         assert self.findings == []
 
-    def wait_until_decided(self) -> None:
-        calm = rounds = 0
-        while calm < CONFIRMATIONS + 3:
-            self.run(asyncio.sleep(1))
-            self.chain.mine()
-            undecided = self.read("SELECT id, state FROM settlement WHERE state IN ('queued', 'submitted', 'mined')")
-            undecided += self.read("SELECT id, state FROM receipt WHERE state='open'")
-            calm = 0 if undecided or self.engine._care.transactions else calm + 1
-            rounds += 1
-            assert rounds < ROUNDS_MAX, f"never decided: {undecided}, {self.engine._care.transactions}"
-
-    def check_money(self) -> None:
+    def check(self) -> None:
         """Every wallet: what it paid on chain and was paid, what it was charged, and what it has to its credit."""
         paid_in: Counter[str] = Counter()
         for receipt in self.chain.receipts():
