@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,7 +120,7 @@ class Offers:
         quote: Quote,
         error: str,
         refused: PaymentRefused | None = None,
-        only: Collection[str] = (),
+        only: Sequence[str] = (),
     ) -> wire.PaymentRequiredAnswer:
         """The 402 for anything that has a quote.
 
@@ -129,12 +129,12 @@ class Offers:
             quote: What it costs.
             error: Why it is not served.
             refused: What its payment was refused with; a payer that is out of step is told where it stands.
-            only: The only schemes to offer; by default those asked for and the configured ones.
+            only: The schemes that can be offered; the first of them is, if none was asked for or configured.
         """
         accept_payment = call.header(b"accept-payment")
         networks, schemes = self._offered(accept_payment)
         if only:
-            schemes = [name for name in schemes if name in only] or list(only)
+            schemes = [name for name in schemes if name in only] or list(only[:1])
         if isinstance(refused, OutOfStep):
             networks = list(dict.fromkeys([*networks, *self._networks]))
             schemes = list(dict.fromkeys([SCHEME, *schemes]))
@@ -213,6 +213,11 @@ class Offers:
         """What a payment is worth for what `quote` is of; errors and `refusal` as for `Scheme.tender`."""
         requirement = sent.scheme.requirement(sent.token, quote.maximum_nano_usd, self._timeout_s)
         return sent.scheme.tender(sent.payment, sent.token, requirement, quote.request_digest, now, refusal)
+
+    def topup(self, sent: SentPayment, quote: Quote, now: int, refusal: PaymentRefused | None = None) -> Tender:
+        """The same of a payment that is to become its payer's balance."""
+        requirement = sent.scheme.requirement(sent.token, quote.maximum_nano_usd, self._timeout_s)
+        return sent.scheme.topup(sent.payment, sent.token, requirement, quote.request_digest, now, refusal)
 
     def claim(self, sent: SentPayment, digest: bytes, now: int) -> tuple[QuoteClaim | None, int, PaymentRefused | None]:
         """The quote that came back with a payment, what it was for in nano-USD, and the refusal that its age deserves if nobody

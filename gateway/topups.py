@@ -26,8 +26,8 @@ from payments.tenders.base import Hold, Outcome, Tender
 from payments.tenders.closing import because
 from payments.x402.answers import describe_quote
 
-SCHEMES = frozenset({"exact"})
-"""Whose payments arrive whole. What `upto` and channels promise is settled for an answer's cost, and here there is none."""
+SCHEMES = ("exact", "upto")
+"""Whose payments arrive whole."""
 RESUMES_MAX = 3
 ANOTHER_USE_WAIT_S = 30.0
 
@@ -77,10 +77,10 @@ class TopUps:
             if sent is None:
                 raise PaymentRefused("payment_required", "this is what has to be paid to top up")
             if sent.scheme.name not in SCHEMES:
-                raise PaymentRefused("wrong_scheme", "a top-up is paid by the scheme exact")
+                raise PaymentRefused("wrong_scheme", "a top-up is paid by the scheme exact or upto")
             await self._require_own(call, sent)
             _, _, refusal = self._offers.claim(sent, quote.request_digest, now)
-            await self._take(call, sent, self._offers.tender(sent, quote, now, refusal), quote)
+            await self._take(call, sent, self._offers.topup(sent, quote, now, refusal), quote)
         except PaymentRefused as refused:
             self._limiter.count(call.client)
             answer = self._offers.required_for(call, quote, f"{refused.code}: {refused.message}", only=SCHEMES)

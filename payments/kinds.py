@@ -15,7 +15,7 @@ from payments.settlement.engine import Settlements
 from payments.settlement.orders import Kind
 from payments.sponsoring import funding
 from payments.store import Store
-from payments.tenders import upto_settlement
+from payments.tenders import upto_settlement, upto_topup
 from payments.tenders.exact import PAYMENT
 
 
@@ -38,6 +38,7 @@ def every_kind(store: Store, network: Network, *, batches: bool) -> dict[str, Ki
     }
     if batches:
         kinds[upto_settlement.KIND] = upto_settlement.kind(network)
+        kinds[upto_topup.KIND] = upto_topup.TOP_UP
     return kinds
 
 

@@ -52,7 +52,9 @@ _SPEND = "UPDATE receipt SET spent_nano_usd = spent_nano_usd + ? WHERE id = ?"
 _SET_PAID = "UPDATE receipt SET paid_nano_usd = ? WHERE id = ?"
 _EXPLAIN = "UPDATE receipt SET reason = ? WHERE id = ? AND state = 'released'"
 _INTERRUPT_ORPHANS = (
-    "UPDATE receipt SET state = 'interrupted', reason = ? WHERE state = 'open' AND tender = 'exact'"
+    "UPDATE receipt SET state = 'interrupted', reason = ? WHERE state = 'open' AND (tender = 'exact' OR (tender = 'upto'"
+    " AND EXISTS (SELECT 1 FROM payment_authorization AS whole WHERE whole.receipt_id = receipt.id"
+    " AND whole.state IN ('reserved', 'paid', 'failed'))))"
     " AND NOT EXISTS (SELECT 1 FROM lease WHERE lease.name = 'instance:' || receipt.instance) RETURNING id"
 )
 _RELEASE_ORPHANS = (
@@ -66,7 +68,7 @@ _VIEW = """
            receipt.created_ms, receipt.closed_ms, settlement.state, settlement.transaction_hash, settlement.chain_id,
            settlement.block_number
     FROM receipt
-    LEFT JOIN settlement ON settlement.reference = receipt.id AND settlement.kind IN ('payment', 'upto')
+    LEFT JOIN settlement ON settlement.reference = receipt.id AND settlement.kind IN ('payment', 'upto', 'upto_topup')
     WHERE receipt.id = ?
 """
 
@@ -99,13 +101,18 @@ class ReceiptView:
         """What went back: of an on-chain payment to the payer's balance, of another tender's hold to where it came from."""
         if self.state == "open":
             return 0
-        taken = self.paid_nano_usd if self.tender == "exact" else self.quoted_nano_usd
+        taken = self.paid_nano_usd if self._comes_whole else self.quoted_nano_usd
         return max(taken - (self.spent_nano_usd if self.charged_nano_usd is None else self.charged_nano_usd), 0)
+
+    @property
+    def _comes_whole(self) -> bool:
+        """Whether the whole payment arrives, and not only what is charged."""
+        return self.tender == "exact" or self.details.get("kind") == "topup"
 
     def as_json(self) -> dict[str, Any]:
         """What `GET /v1/receipts/{id}` answers."""
         charged = self.charged_nano_usd if self.charged_nano_usd is not None else self.spent_nano_usd or None
-        short = self.quoted_nano_usd - self.paid_nano_usd if self.tender == "exact" and self.paid_nano_usd else 0
+        short = self.quoted_nano_usd - self.paid_nano_usd if self._comes_whole and self.paid_nano_usd else 0
         known = {
             "id": self.id,
             "state": self.state,

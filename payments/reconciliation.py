@@ -34,7 +34,7 @@ _OPEN = "SELECT 1 FROM settlement WHERE chain_id=? AND token=? AND payer=? AND p
 _ANY_OPEN = "SELECT 1 FROM settlement WHERE chain_id=? AND token=? AND state IN ('queued', 'submitted')"
 _SETTLED_ABOVE = (
     f"SELECT kind, value, received_value FROM settlement WHERE chain_id=? AND token=? AND state IN {_PAID}"  # noqa: S608
-    " AND kind IN ('payment', 'upto', 'refund', 'withdrawal', 'channel_claim') AND block_number>?"
+    " AND kind IN ('payment', 'upto', 'upto_topup', 'refund', 'withdrawal', 'channel_claim') AND block_number>?"
 )
 
 

@@ -131,6 +131,7 @@ def reserve(
     exposure_max_nano_usd: int,
     refusal: PaymentRefused | None = None,
     identifier: str | None = None,
+    tender: Literal["exact", "upto"] = "exact",
 ) -> Reservation | AlreadyUsed:
     """Bind an authorization to a payload and a request, or take its interrupted use up again.
 
@@ -147,6 +148,7 @@ def reserve(
             arrived; above that the transfer comes first.
         refusal: Why it does not do for a first use, if it does not: then only an earlier use is found.
         identifier: The payer's own name for it, if it has one.
+        tender: What the receipt says that it is paid by.
 
     Returns:
         The reservation; or, if the first use has ended or is under way, what it came to. That is returned and not raised
@@ -168,7 +170,7 @@ def reserve(
     receipt_id = receipts.new_receipt_id()
     # The receipt first, for the reservation's reference to it; repeated payments are rare and pay for taking it back.
     receipts.open_receipt(
-        tx, id=receipt_id, tender="exact", payer=payer, asset=asset, quoted_nano_usd=quoted_nano_usd, details=details
+        tx, id=receipt_id, tender=tender, payer=payer, asset=asset, quoted_nano_usd=quoted_nano_usd, details=details
     )
     row = (identity, digest, receipt_id, payer, value_nano_usd, exposed, _now_ms())
     if tx.execute(_INSERT, row).fetchone() is not None:

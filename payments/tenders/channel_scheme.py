@@ -65,6 +65,18 @@ class ChannelScheme:
                 refusal = error
         return ChannelTender(self.services, payment, token, request_digest, refusal)
 
+    def topup(
+        self,
+        payment: PaymentHeader,
+        token: Token,
+        requirement: Requirement,
+        request_digest: bytes,
+        now: int,
+        refusal: PaymentRefused | None = None,
+    ) -> ChannelTender:
+        """See `payments.tenders.schemes.Scheme`: what a voucher promises arrives with a claim later, and is no balance."""
+        raise PaymentRefused("wrong_scheme", "a top-up is paid by the scheme exact or upto")
+
     def check(self, payment: ChannelPayment, token: Token, requirement: Requirement) -> None:
         """Check that a payment's channel is one of ours, and its voucher signed.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from payments.chain.networks import Network, Token
 from payments.chain.transactions import settle_call
@@ -76,7 +76,11 @@ class ExactTender:
         request_digest: Of the request, see `payments.quotes.request_digest`: the first use binds the payment to it.
         refusal: Why the checks refused it, if they did: then only an earlier use of it is found, and none is begun.
         unproven: Why its signature is bad unless the payer is a contract that takes it, if it is no key's.
+        tops_up: Whether it becomes balance: then there is nothing to begin early, and nothing to lose.
     """
+
+    scheme: Literal["exact", "upto"] = "exact"
+    kind = "payment"
 
     def __init__(
         self,
@@ -88,6 +92,8 @@ class ExactTender:
         request_digest: bytes,
         refusal: PaymentRefused | None = None,
         unproven: PaymentRefused | None = None,
+        *,
+        tops_up: bool = False,
     ) -> None:
         assert token.chain_id == network.chain_id
         assert refusal is not None or payment.authorization.recipient == requirement.pay_to.lower()
@@ -96,6 +102,7 @@ class ExactTender:
         self._refusal = refusal
         self._unproven = unproven
         self._token = token
+        self._exposure_max_nano_usd = 0 if tops_up else services.payer_exposure_nano_usd
         self._pay_to = requirement.pay_to.lower()
         self._value_nano_usd = atomic_to_nano_down(payment.authorization.value, token.decimals)
         self._digest = use_digest(payment, request_digest)
@@ -150,9 +157,10 @@ class ExactTender:
             quoted_nano_usd=quote.maximum_nano_usd,
             value_nano_usd=self._value_nano_usd,
             details=details,
-            exposure_max_nano_usd=self._services.payer_exposure_nano_usd,
+            exposure_max_nano_usd=self._exposure_max_nano_usd,
             refusal=self._refusal,
             identifier=self._payment.identifier,
+            tender=self.scheme,
         )
 
     async def _settle(self, hold: ExactHold, earlier: Earlier) -> None:
@@ -193,17 +201,17 @@ class ExactTender:
     async def _settle_after_approval(self, hold: ExactHold, sponsor: Sponsor, required: AllowanceRequired) -> None:
         """The approval that came along goes first. Its order and the payment's are one commit: whoever hangs up has paid."""
         order = self._order(hold.receipt_id, deploy=False)
-        wanted = await sponsor.consider(self._payment.approval, required, self._token, order)
+        wanted = await sponsor.consider(self._payment.approval, required, self._token, order, self.sender)
         await hold.settle_first()
         funding_id = await self._services.store.write(lambda tx: sponsor.begin(tx, wanted, order))
         sponsor.begun(funding_id, order.id)
 
     def _order(self, receipt_id: str, *, deploy: bool) -> SettlementOrder:
         authorization = self._payment.authorization
-        call_to, call_data = settle_call(self._payment, self._token, deploy=deploy)
+        call_to, call_data = self._call(deploy=deploy)
         return SettlementOrder(
             id=settlement_id(receipt_id),
-            kind="payment",
+            kind=self.kind,
             reference=receipt_id,
             chain_id=self._token.chain_id,
             token=self._token.address,
@@ -215,6 +223,14 @@ class ExactTender:
             call_data=call_data,
             valid_before=authorization.expires_at,
         )
+
+    @property
+    def sender(self) -> str | None:
+        """Who alone can make its call, lower-case hex; None if anybody can."""
+        return None
+
+    def _call(self, *, deploy: bool) -> tuple[str, bytes]:
+        return settle_call(self._payment, self._token, deploy=deploy)
 
 
 class ExactHold(LedgerHold):

@@ -54,6 +54,18 @@ class Scheme(Protocol):
             PaymentMalformed: It cannot be a payment.
         """
 
+    def topup(
+        self,
+        payment: PaymentHeader,
+        token: Token,
+        requirement: Requirement,
+        request_digest: bytes,
+        now: int,
+        refusal: PaymentRefused | None = None,
+    ) -> Tender:
+        """What a payment is worth that becomes its payer's balance, whole: all that `requirement` asks for is taken, and its
+        hold captures 0. Arguments and errors are those of `tender`."""
+
     async def first_outcome(self, payment: PaymentHeader, token: Token, request_digest: bytes) -> AlreadyUsed | None:
         """What became of a payment that was used before for this very request; None if it was not, or may be tried again."""
 

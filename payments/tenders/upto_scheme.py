@@ -11,6 +11,7 @@ from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.exact import use_digest
 from payments.tenders.exact_services import ExactServices
 from payments.tenders.upto import UptoTender
+from payments.tenders.upto_topup import UptoTopUp
 from payments.verification import checks
 from payments.x402.requirements import Requirement, requirement_for, signing_domain
 from payments.x402.wire import Payment, PaymentHeader
@@ -68,14 +69,24 @@ class UptoScheme:
     ) -> UptoTender:
         """See `payments.tenders.schemes.Scheme`."""
         assert isinstance(payment, Payment)
-        try:
-            checks.check_offline(payment, requirement, self.network, token, now=now, valid_s=self._answer_s)
-        except PaymentRefused as error:
-            # Times pass. Whoever used it in time is told what it came to.
-            if error.code not in checks.TOO_LATE:
-                raise
-            refusal = error
+        refusal = self._check(payment, token, requirement, now) or refusal
         return UptoTender(self._services, payment, token, request_digest, self._exposure_max_nano_usd, refusal)
+
+    def topup(
+        self,
+        payment: PaymentHeader,
+        token: Token,
+        requirement: Requirement,
+        request_digest: bytes,
+        now: int,
+        refusal: PaymentRefused | None = None,
+    ) -> UptoTopUp:
+        """See `payments.tenders.schemes.Scheme`."""
+        assert isinstance(payment, Payment)
+        refusal = self._check(payment, token, requirement, now) or refusal
+        return UptoTopUp(
+            self._services, payment, token, self.network, requirement, request_digest, refusal, tops_up=True
+        )
 
     async def first_outcome(self, payment: PaymentHeader, token: Token, request_digest: bytes) -> AlreadyUsed | None:
         """See `payments.tenders.schemes.Scheme`."""
@@ -86,3 +97,13 @@ class UptoScheme:
     async def use_ended(self, receipt_id: str, timeout_s: float) -> bool:
         """See `payments.tenders.schemes.Scheme`."""
         return await self._services.use_ended(receipt_id, timeout_s)
+
+    def _check(self, payment: Payment, token: Token, requirement: Requirement, now: int) -> PaymentRefused | None:
+        try:
+            checks.check_offline(payment, requirement, self.network, token, now=now, valid_s=self._answer_s)
+        except PaymentRefused as error:
+            # Times pass. Whoever used it in time is told what it came to.
+            if error.code not in checks.TOO_LATE:
+                raise
+            return error
+        return None

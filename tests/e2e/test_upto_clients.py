@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from agents_sdk import Agent, SpendingPolicy
 from contracts.devnet import USDC, approve_permit2, balance_of, mint, rpc
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
-from tests.e2e.clients import JSON, UPTO, ask, decoded, sign_upto
+from payments.money import usd_to_nano
+from tests.e2e.clients import JSON, UPTO, ask, available, decoded, sign_in, sign_upto
 from tests.e2e.conftest import QUESTION
 from tests.e2e.test_failover import wait_for_breakers
 from tests.e2e.test_typescript_client import next_event, node
@@ -131,6 +133,34 @@ def test_a_failed_request_costs_nothing_and_burns_the_authorization(
     again = ask(http, QUESTION, headers)
     assert (again.status_code, again.json()["error"]["code"]) == (409, "authorization_spent")
     assert balance_of(stack.rpc_url, USDC, approved.address) == before
+
+
+def test_a_top_up_takes_the_whole_authorization_once(stack: Stack, http: httpx.Client, approved: LocalAccount) -> None:
+    def top_up(headers: dict[str, str]) -> httpx.Response:
+        return http.post("/v1/wallet/topups", json={"amount_usd": "0.75"}, headers=UPTO | headers)
+
+    before, session = balance_of(stack.rpc_url, USDC, approved.address), sign_in(http, approved)
+    had = usd_to_nano(available(http, session).get("USDC", "0"))
+    asked = top_up({})
+    offers = decoded(asked.headers["payment-required"])["accepts"]
+    assert offers[0]["scheme"] == "upto"
+    assert {offer["scheme"] for offer in offers} == {"upto", "exact"}
+    payment = sign_upto(approved, asked)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: top_up(payment), range(8)))
+    answers.append(top_up(payment))
+    assert {answer.status_code for answer in answers} == {200}, [answer.text for answer in answers]
+    assert len({answer.json()["receipt"] for answer in answers}) == 1
+    assert {answer.json()["credited_usd"] for answer in answers} == {"0.75"}
+    told = [decoded(answer.headers["payment-response"]) for answer in answers if "payment-response" in answer.headers]
+    assert [(each["success"], each["amount"]) for each in told] == [(True, "750000")]
+    assert before - balance_of(stack.rpc_url, USDC, approved.address) == 750_000
+    assert usd_to_nano(available(http, session)["USDC"]) - had == 750_000_000
+    receipt = settled(http, answers[0].json()["receipt"])
+    assert (receipt["tender"], receipt["paid_usd"], receipt["charged_usd"]) == ("upto", "0.75", "0.00")
+    assert told[0]["transaction"] == receipt["transaction"]["hash"] == answers[0].json()["transaction"]
+    as_answer = ask(http, QUESTION, UPTO | payment)
+    assert (as_answer.status_code, "quote_mismatch" in as_answer.text) == (402, True), as_answer.text
 
 
 def test_beyond_the_limit_the_402_asks_for_exact_and_says_why(

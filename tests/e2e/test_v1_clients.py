@@ -19,7 +19,8 @@ from eth_account.signers.local import LocalAccount
 from contracts.devnet import USDC, balance_of
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
-from tests.e2e.clients import ask, decoded, sse_text
+from payments.money import usd_to_nano
+from tests.e2e.clients import ask, available, decoded, sign_in, sse_text
 from tests.e2e.conftest import QUESTION
 
 HERE = Path(__file__).parent
@@ -52,6 +53,21 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
+def _paid(v1_python: Path, client: str, wallet: LocalAccount, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What the old client was answered, and had sent, when it had paid."""
+    done = subprocess.run(
+        [str(v1_python), str(HERE / "v1" / "pay.py"), client, url, json.dumps(body)],
+        env=os.environ | {"WALLET_KEY": wallet.key.hex()},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("client", ["httpx", "requests"])
 def test_a_v1_client_pays_usdc(
@@ -65,22 +81,7 @@ def test_a_v1_client_pays_usdc(
 ) -> None:
     before = balance_of(stack.rpc_url, USDC, wallet.address)
     body = QUESTION | {"stream": True} if stream else QUESTION
-    done = subprocess.run(
-        [
-            str(v1_python),
-            str(HERE / "v1" / "pay.py"),
-            client,
-            f"{stack.gateway_url}/v1/chat/completions",
-            json.dumps(body),
-        ],
-        env=os.environ | {"WALLET_KEY": wallet.key.hex()},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
+    answer = _paid(v1_python, client, wallet, f"{stack.gateway_url}/v1/chat/completions", body)
     assert answer["status"] == 200, answer["text"]
     assert "payment-response" not in answer["headers"]
 
@@ -100,6 +101,25 @@ def test_a_v1_client_pays_usdc(
         assert "sky" in sse_text(answer["text"])
     else:
         assert "sky" in json.loads(answer["text"])["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("client", ["httpx", "requests"])
+def test_a_v1_client_tops_up_its_wallet(
+    stack: Stack, http: httpx.Client, wallet: LocalAccount, v1_python: Path, client: str
+) -> None:
+    before, session = balance_of(stack.rpc_url, USDC, wallet.address), sign_in(http, wallet)
+    had = usd_to_nano(available(http, session).get("USDC", "0"))
+    url, body = f"{stack.gateway_url}/v1/wallet/topups", {"amount_usd": "0.25"}
+    answer = _paid(v1_python, client, wallet, url, body)
+    assert answer["status"] == 200, answer["text"]
+    paid, told = answer["payment_response"], json.loads(answer["text"])
+    assert (paid["success"], paid["network"], told["credited_usd"]) == (True, "base-sepolia", "0.25")
+    assert paid["transaction"] == told["transaction"]
+
+    again = http.post("/v1/wallet/topups", content=json.dumps(body), headers={"X-PAYMENT": answer["sent"]})
+    assert (again.status_code, again.json()["receipt"]) == (200, told["receipt"]), again.text
+    assert before - balance_of(stack.rpc_url, USDC, wallet.address) == 250_000
+    assert usd_to_nano(available(http, session)["USDC"]) - had == 250_000_000
 
 
 def test_the_v1_body_and_the_v2_header_ask_for_the_same(http: httpx.Client) -> None:

@@ -23,10 +23,10 @@ async def with_httpx(account: Any, url: str, body: str) -> dict[str, Any]:
     async with x402HttpxClient(account=account, timeout=30) as client:
         if not json.loads(body).get("stream"):
             answer = await client.post(url, content=body, headers=HEADERS)
-            return {"status": answer.status_code, "headers": dict(answer.headers), "text": answer.text}
+            return _told(answer, answer.text)
         async with client.stream("POST", url, content=body, headers=HEADERS) as answer:
             lines = [line async for line in answer.aiter_lines()]
-            return {"status": answer.status_code, "headers": dict(answer.headers), "text": "\n".join(lines)}
+            return _told(answer, "\n".join(lines))
 
 
 def with_requests(account: Any, url: str, body: str) -> dict[str, Any]:
@@ -37,11 +37,14 @@ def with_requests(account: Any, url: str, body: str) -> dict[str, Any]:
         streamed = bool(json.loads(body).get("stream"))
         answer = session.post(url, data=body, headers=HEADERS, stream=streamed, timeout=30)
         text = "\n".join(answer.iter_lines(decode_unicode=True)) if streamed else answer.text
-    return {
-        "status": answer.status_code,
-        "headers": {name.lower(): value for name, value in answer.headers.items()},
-        "text": text,
-    }
+    return _told(answer, text)
+
+
+def _told(answer: Any, text: str) -> dict[str, Any]:
+    """What was answered, and the payment that was answered."""
+    headers = {name.lower(): value for name, value in answer.headers.items()}
+    sent = answer.request.headers["X-PAYMENT"]
+    return {"status": answer.status_code, "headers": headers, "text": text, "sent": sent}
 
 
 def main() -> None:
