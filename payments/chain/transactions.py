@@ -138,6 +138,9 @@ def _tail(data: bytes) -> bytes:
 
 TRANSFER_TOPIC = topic("Transfer(address,address,uint256)")
 AUTHORIZATION_USED_TOPIC = topic("AuthorizationUsed(address,bytes32)")
+AUTHORIZATION_CANCELED_TOPIC = topic("AuthorizationCanceled(address,bytes32)")
+NONCES_INVALIDATED_TOPIC = topic("UnorderedNonceInvalidation(address,uint256,uint256)")
+"""Of Permit2: the word of the bitmap, and the bits that were set in it."""
 
 TRANSFER_WITH_AUTHORIZATION = selector(
     "transferWithAuthorization(address,address,uint256,uint256,uint256,bytes32,uint8,bytes32,bytes32)"

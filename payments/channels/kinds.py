@@ -37,7 +37,7 @@ from payments.channels import book
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id
 from payments.money import atomic_to_nano_down
-from payments.settlement.evidence import is_used, nonce_read
+from payments.settlement.evidence import is_explained, is_used, nonce_read
 from payments.settlement.orders import Evidence, Kind, NoEvidence, NonceRead, SettlementOrder
 from payments.store import Store, Transaction
 
@@ -54,9 +54,12 @@ class DepositProof:
 
     async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
         """See `payments.settlement.orders.Proof`. If somebody else submitted the deposit, it is in the channel all the same."""
-        if not await is_used(rpc, deposit_nonce(order), head):
+        nonce = deposit_nonce(order)
+        if not await is_used(rpc, nonce, head):
             return NoEvidence(nonce_consumed=False)
-        return await _search(rpc, DEPOSITED_TOPIC, order, from_block, head) or NoEvidence(nonce_consumed=True)
+        explained = await is_explained(rpc, nonce, order.payer, from_block, head)
+        evidence = await _search(rpc, DEPOSITED_TOPIC, order, from_block, head)
+        return evidence or NoEvidence(nonce_consumed=True, explained=explained)
 
 
 class RefundProof:

@@ -13,13 +13,17 @@ from payments.chain.logs import Log, get_logs, receipt_with, transferred
 from payments.chain.networks import PERMIT2_ADDRESS
 from payments.chain.rpc import Rpc, RpcError, RpcUnavailable
 from payments.chain.transactions import (
+    AUTHORIZATION_CANCELED_TOPIC,
     AUTHORIZATION_USED_TOPIC,
+    NONCES_INVALIDATED_TOPIC,
     TRANSFER_TOPIC,
+    WORD,
     address_topic,
     decode_revert,
     encode_authorization_state,
     encode_nonce_bitmap,
     last_call,
+    nonce_is_set,
     proxy_terms,
 )
 from payments.settlement.orders import Evidence, NoEvidence, NonceRead, SettlementOrder
@@ -43,12 +47,14 @@ class PaymentProof:
         """See `Proof`. If somebody else submitted the authorization, it is paid all the same, also if that was before the order
         was given a transaction of ours: a nonce is used once, so that what used it before `from_block` proves as much."""
         find = _find_eip3009 if _is_eip3009(order) else _find_permit2
-        if not await is_used(rpc, payment_nonce(order), head):
+        nonce = payment_nonce(order)
+        if not await is_used(rpc, nonce, head):
             return NoEvidence(nonce_consumed=False)
+        explained = await is_explained(rpc, nonce, order.payer, from_block, head)
         evidence = await find(rpc, order, from_block, head)
         if evidence is None and from_block > 0:
             evidence = await find(rpc, order, max(from_block - EARLIER_BLOCKS, 0), from_block - 1)
-        return evidence or NoEvidence(nonce_consumed=True)
+        return evidence or NoEvidence(nonce_consumed=True, explained=explained)
 
 
 class TransferProof:
@@ -80,6 +86,25 @@ def nonce_read(order: SettlementOrder, *, permit2: bool) -> NonceRead:
 async def is_used(rpc: Rpc, nonce: NonceRead, block: int) -> bool:
     """Whether an authorization was used or cancelled up to a block; errors as for `Rpc.call`."""
     return nonce.is_used(await rpc.call(*nonce.request(block)))
+
+
+async def is_explained(rpc: Rpc, nonce: NonceRead, payer: str, from_block: int, head: int) -> bool:
+    """Whether a log says what consumed a nonce: that it was cancelled or, at the token, used.
+
+    Asked before evidence is looked for: a node that has this log has the earlier ones. A nonce of Permit2 that was used for
+    something else leaves none.
+
+    Raises:
+        RpcError: A node refused.
+        RpcUnavailable: No node answered.
+    """
+    start = max(from_block - EARLIER_BLOCKS, 0)
+    if not nonce.in_bitmap:
+        ends = [AUTHORIZATION_USED_TOPIC, AUTHORIZATION_CANCELED_TOPIC]
+        return bool(await get_logs(rpc, nonce.to, [ends, address_topic(payer), f"0x{nonce.nonce:064x}"], start, head))
+    logs = await get_logs(rpc, nonce.to, [NONCES_INVALIDATED_TOPIC, address_topic(payer)], start, head)
+    words = ((int(log["data"][2 : 2 + 2 * WORD], 16), int(log["data"][2 + 2 * WORD :], 16)) for log in logs)
+    return any(place == nonce.nonce >> 8 and nonce_is_set(mask, nonce.nonce) for place, mask in words)
 
 
 def of_foreign_transaction(receipt: dict[str, Any], order: SettlementOrder) -> Evidence | None:

@@ -25,6 +25,9 @@ from payments.store import Store, StoreBusy, Transaction
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
+UNEXPLAINED_S = 10.0
+"""How long a nonce that is used without a log that says for what is no failure: the node's logs may lag behind its state. It
+fails then, since some tokens leave no logs, and what was paid all the same is found later: see `payments.settlement.late`."""
 FIRST_LOOK_MS = 2_000
 """After a failure, whether somebody executed the authorization all the same: see `payments.settlement.late`."""
 
@@ -119,13 +122,19 @@ class Judge:
 
         Somebody else may have executed the authorization: then it is paid all the same. Otherwise it has failed.
         """
+        unexplained_until = None
         while entry.state in states.OPEN:
             try:
                 found = await self.search(entry, head)
                 if isinstance(found, Evidence):
                     if await self.record(entry, found):
                         return
-                    found = NoEvidence(nonce_consumed=True)
+                    found = NoEvidence(nonce_consumed=True, explained=True)
+                if found.nonce_consumed and not found.explained:
+                    now = asyncio.get_running_loop().time()
+                    unexplained_until = unexplained_until or now + UNEXPLAINED_S
+                    if now < unexplained_until:
+                        raise RpcUnavailable("a node says that the nonce is used, and has no log of it")
                 await self._fail(entry, await self._reason(entry, found, sender, reverted))
             except (RpcUnavailable, RpcError) as error:
                 log.warning("cannot look for evidence of %s: %s", entry.id, error)

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 LOOKS_MAX = 100
 """In one round, and so in one round trip."""
 INTERVAL_MAX_MS = 600_000
+UNEXPLAINED_MS = 3_600_000
+"""How long after the failure a nonce is looked at that is used and of which no log says for what: logs come late, or never."""
 AGE_PER_INTERVAL = 4
 """The interval grows with the time since the failure: most are executed soon after it, if ever."""
 LOOK_BACK_BLOCKS = 50_000
@@ -42,6 +44,7 @@ _END = "UPDATE settlement SET watch_again_ms=NULL WHERE id=? AND state='failed'"
 class _Watched:
     entry: Entry
     nonce: NonceRead
+    failed_ms: int
 
 
 class LateExecutions:
@@ -111,7 +114,9 @@ class LateExecutions:
             return not await self._judge.record(entry, found)
         # Cancelled, unless a reorganisation takes that away again.
         settled = await self._judge.search(entry, final)
-        return isinstance(settled, NoEvidence) and settled.nonce_consumed
+        if not isinstance(settled, NoEvidence) or not settled.nonce_consumed:
+            return False
+        return settled.explained or states.now_ms() > each.failed_ms + UNEXPLAINED_MS
 
     def _due(self, tx: Transaction) -> list[tuple[str, int]]:
         rows = tx.execute(_DUE, (self._chain_id, states.now_ms(), LOOKS_MAX)).fetchall()
@@ -132,7 +137,7 @@ class LateExecutions:
             kind = self._kinds.get(entry.kind)
             nonce = None if kind is None else kind.nonce(entry.order)
             if nonce is not None:
-                taken.append(_Watched(entry, nonce))
+                taken.append(_Watched(entry, nonce, failed_ms))
             elif kind is not None:
                 tx.execute(_END, (settlement_id,))
         return taken

@@ -67,6 +67,8 @@ class NoEvidence:
 
     nonce_consumed: bool
     """Whether the authorization can never be executed any more."""
+    explained: bool = False
+    """Whether logs say what consumed it. A node whose logs lag behind its state has none, and then it may have been paid."""
 
 
 @dataclass(frozen=True, slots=True)

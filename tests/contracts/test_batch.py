@@ -20,12 +20,12 @@ from payments.chain.batches import (
     logs_of_calls,
 )
 from payments.chain.transactions import TRANSFER_TOPIC, Call
+from tests.contracts import hostile_code
 from tests.contracts.calls import authorization, encoded, events, read, selector, sign_authorization
 
 TRANSFER = "transferWithAuthorization(address,address,uint256,uint256,uint256,bytes32,uint8,bytes32,bytes32)"
 GAS_EACH = 150_000
-BURNER = "0x00000000000000000000000000000000000b0413"
-BOMBER = "0x00000000000000000000000000000000000b0b0b"
+HOSTILE = "0x00000000000000000000000000000000000b0b0b"
 
 Encode = Callable[[Sequence[Call]], bytes]
 BOTH = pytest.mark.parametrize("encode", [encode_execute, encode_batch])
@@ -113,19 +113,50 @@ def test_a_payment_that_fails_undoes_only_itself(chain: Devnet, batch: str, enco
     assert results[1].logs == []
 
 
-def test_a_call_that_burns_all_it_gets_leaves_the_others_theirs(chain: Devnet, batch: str) -> None:
-    rpc(chain.rpc_url, "anvil_setCode", BURNER, "0x5b600056")  # jumps to itself for ever
-    # Returns a megabyte of zeros: reading it would cost the caller more than making it.
-    rpc(chain.rpc_url, "anvil_setCode", BOMBER, "0x620a00006000f3")
-    calls = [payment(chain, 0, 5), Call(BURNER, b"", GAS_EACH), Call(BOMBER, b"", 4_000_000), payment(chain, 1, 7)]
+@pytest.mark.parametrize(
+    ("code", "gas", "success"),
+    [
+        (hostile_code.BURNS_ALL, GAS_EACH, False),
+        (hostile_code.RETURNS_MEGABYTES, 10_000_000, True),
+        (hostile_code.REVERTS_WITH_MEGABYTES, 10_000_000, False),
+        (hostile_code.REVERTS_WITH_MEGABYTES, GAS_EACH, False),
+        (hostile_code.RETURNS_FALSE, GAS_EACH, True),
+    ],
+    ids=["burns all", "returns megabytes", "reverts with megabytes", "runs out of gas for them", "returns false"],
+)
+def test_a_hostile_token_leaves_the_others_theirs_and_uses_no_more_gas_than_it_was_given(
+    chain: Devnet, batch: str, code: str, gas: int, success: bool
+) -> None:
+    rpc(chain.rpc_url, "anvil_setCode", HOSTILE, code)
+    calls = [payment(chain, 0, 5), Call(HOSTILE, b"", gas), payment(chain, 1, 7)]
 
     mined = execute(chain, batch, calls)
 
-    results = results_of(mined, 4)
+    results = results_of(mined, 3)
     assert results is not None
-    assert [result.success for result in results] == [True, False, True, True]
-    spent = int(mined["gasUsed"], 16)
-    assert spent < 2 * 120_000 + GAS_EACH + 4_000_000
+    assert [result.success for result in results] == [True, success, True]
+    assert results[1].logs == []  # success alone proves nothing
+    assert int(mined["gasUsed"], 16) < 2 * 120_000 + gas
+
+
+def test_a_token_that_calls_back_settles_nothing_more_and_cannot_speak_for_the_contract(
+    chain: Devnet, batch: str
+) -> None:
+    rpc(chain.rpc_url, "anvil_setCode", HOSTILE, hostile_code.CALLS_BACK)
+    treasury = chain.wallets[7].address
+    before = balance_of(chain.rpc_url, chain.usdc, treasury)
+    for number, encode in enumerate((encode_execute, encode_batch)):
+        inner = encode([payment(chain, 3, 900)])
+        calls = [payment(chain, 0, 5, number), Call(HOSTILE, inner, 500_000), payment(chain, 1, 7, number)]
+
+        results = results_of(execute(chain, batch, calls), 3)
+
+        assert results is not None
+        assert [result.success for result in results] == [True, True, True]
+        # What it says in its own name is a log of its own call, and no border between calls.
+        assert [log["address"].lower() for log in results[1].logs] == [HOSTILE]
+        assert rpc(chain.rpc_url, "eth_getStorageAt", HOSTILE, "0x0", "latest") == "0x" + "00" * 32
+    assert balance_of(chain.rpc_url, chain.usdc, treasury) - before == 2 * (5 + 7)
 
 
 @BOTH

@@ -7,12 +7,14 @@ import dataclasses
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from eth_utils.address import to_checksum_address
 
 from contracts.devnet import Devnet, approve_permit2, balance_of, call_data, rpc, send_signed
 from payments.chain.networks import MULTICALL3_ADDRESS, Network, Token
+from payments.chain.rpc import Rpc
 from payments.chain.transactions import (
     AUTHORIZATION_USED_TOPIC,
     TRANSFER_TOPIC,
@@ -22,7 +24,7 @@ from payments.chain.transactions import (
     settle_call,
     word,
 )
-from payments.settlement import outbox, states
+from payments.settlement import judge, outbox, states
 from payments.settlement.engine import Settlements
 from payments.settlement.evidence import PaymentProof
 from payments.store import Store, Transaction
@@ -210,6 +212,45 @@ async def test_an_invalidated_permit_is_not_paid_by_the_payers_other_payment(
     outcome = await settlements.outcome(order_id, SETTLED_S)
     assert outcome.state == "failed"
     assert books.mined == []
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["USDC", "USDT"])
+async def test_a_nonce_that_a_node_calls_used_before_it_has_the_logs_is_no_cancellation(
+    chain: Devnet,
+    network: Network,
+    store: Store,
+    books: Books,
+    settlements: Settlements,
+    monkeypatch: pytest.MonkeyPatch,
+    which: int,
+) -> None:
+    """Its logs lag behind its state: the same payment may have been executed by somebody else."""
+    token, payer, looks = network.tokens[which], chain.wallets[1], 0
+    if which == 1:
+        approve_permit2(chain.rpc_url, chain.usdt, payer.private_key)
+        mine(chain.rpc_url)
+    true_call = Rpc.call
+
+    async def lagging(self: Rpc, method: str, *arguments: Any) -> Any:
+        nonlocal looks
+        if method != "eth_getLogs":
+            return await true_call(self, method, *arguments)
+        looks += 1
+        return []
+
+    monkeypatch.setattr(judge, "RETRY_S", 0.02)
+    payment = pay(payer, token, 700)
+    order_id = await submit(settlements, payment, token)
+    monkeypatch.setattr(Rpc, "call", lagging)
+    theirs = submit_elsewhere(chain, [settle_call(payment, token)])
+    let_ours_be_mined(chain, settlements)
+    await until(lambda: looks > 6)
+    assert (await settlements.outcome(order_id, 0.1)).state == "submitted"
+    assert books.failed == []
+    monkeypatch.setattr(Rpc, "call", true_call)
+    outcome = await settlements.outcome(order_id, SETTLED_S)
+    assert (outcome.state, outcome.transaction_hash, outcome.paid) == ("superseded", theirs, True)
+    assert await credit(store, payer, token) == 700_000
 
 
 async def test_a_superseded_payment_does_not_hold_up_the_signer(

@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -171,6 +172,34 @@ async def test_what_nobody_can_execute_any_more_is_watched_no_more(
         rpc(chain.rpc_url, "anvil_mine", "0x3")
         await until_watched(services.store, False)
         assert [row[0] for row in await rows(services.store, "state")] == ["failed"]
+
+
+async def test_what_is_failed_because_logs_came_too_late_is_credited_when_they_come(
+    chain: Devnet, network: Network, database: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nonce is used in a block that is final, and the node has no logs of that for longer than we wait."""
+    token, payer = network.tokens[0], chain.wallets[1].address.lower()
+    payment, looks = pay(chain.wallets[1], token, VALUE), 0
+    true_call = Rpc.call
+
+    async def lagging(self: Rpc, method: str, *arguments: Any) -> Any:
+        nonlocal looks
+        if method != "eth_getLogs":
+            return await true_call(self, method, *arguments)
+        looks += 1
+        return []
+
+    async with gateway(database, chain, network) as services:
+        await fails(services, chain, network, payment, token)
+        monkeypatch.setattr(Rpc, "call", lagging)
+        execute(chain, payment, token)
+        rpc(chain.rpc_url, "anvil_mine", "0x3")
+        await until(lambda: looks > 6)
+        await until_watched(services.store, True)
+        monkeypatch.setattr(Rpc, "call", true_call)
+        await until_watched(services.store, False)
+        assert await credit_of(services.store, payer, token.asset) == Balance(QUOTED, 0)
+        await checked(services, chain, network)
 
 
 def cancel(chain: Devnet, wallet: Wallet, payment: Payment) -> None:

@@ -24,9 +24,11 @@ from payments.chain.networks import Network
 from payments.ledger import books as ledger_books
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, native_asset
-from payments.settlement import dispatcher
+from payments.settlement import dispatcher, judge
 from payments.settlement.orders import SettlementOrder
+from payments.settlement.outbox import order_gas
 from payments.store import Store
+from tests.contracts import hostile_code
 from tests.payments.settling import (
     PAY_TO,
     Books,
@@ -309,3 +311,54 @@ async def test_a_paused_token_fails_its_payments_and_no_others(
     ) as settlements:
         outcomes = await settle_all(settlements, orders)
     assert [outcome.state for outcome in outcomes] == ["failed", "mined", "failed", "mined"]
+
+
+@pytest.mark.parametrize("name", ["RETURNS_FALSE", "BURNS_ALL", "REVERTS_WITH_MEGABYTES", "CALLS_BACK"])
+async def test_a_token_that_turns_hostile_pays_nothing_and_the_others_of_its_batch_are_paid(
+    chain: Devnet, network: Network, store: Store, books: Books, batch_contract: str, name: str
+) -> None:
+    usdc, usdt = network.tokens
+    approve_permit2(chain.rpc_url, chain.usdt, chain.wallets[7].private_key)
+    rpc(chain.rpc_url, "anvil_setCode", chain.usdt.address, getattr(hostile_code, name))
+    orders = [order_for(pay(chain.wallets[2 + i], usdc, 1_000 + i), usdc) for i in range(4)]
+    bad = order_for(pay(chain.wallets[7], usdt, 2_000), usdt)
+    signer = chain.wallets[0]
+    before = int(rpc(chain.rpc_url, "eth_getBalance", signer.address, "latest"), 16)
+    async with engine(store, network, chain.rpc_url, [signer], books, batch_contract=batch_contract) as settlements:
+        *outcomes, failed = await settle_all(settlements, [*orders, bad])
+    assert all(outcome.paid for outcome in outcomes)
+    assert (failed.state, failed.paid) == ("failed", False)
+    assert {row["id"] for row in books.mined} == {order.id for order in orders}
+    assert await credit(store, chain.wallets[7], usdt) == 0
+    used = sum(int(gas) for (gas,) in await transactions(store, "gas_used"))
+    assert used < 4 * 150_000 + 3 * order_gas(bad), "once in the batch, perhaps once more alone"
+    assert before > int(rpc(chain.rpc_url, "eth_getBalance", signer.address, "latest"), 16)
+
+
+async def test_a_token_that_takes_a_nonce_and_says_nothing_has_paid_nothing(
+    chain: Devnet,
+    network: Network,
+    store: Store,
+    books: Books,
+    batch_contract: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It succeeds at whatever it is asked, also with a nonce that is used, and calls every nonce used."""
+    monkeypatch.setattr(judge, "UNEXPLAINED_S", 0.2)
+    monkeypatch.setattr(judge, "RETRY_S", 0.05)
+    usdc, first = network.tokens[0], chain.wallets[2]
+    payment = pay(first, usdc, 1_000)
+    orders = [order_for(payment, usdc), order_for(pay(first, usdc, 1_000), usdc)]
+    again = order_for(payment, usdc)
+    code = rpc(chain.rpc_url, "eth_getCode", chain.usdc.address, "latest")
+    async with engine(
+        store, network, chain.rpc_url, [chain.wallets[0]], books, batch_contract=batch_contract
+    ) as settlements:
+        assert [outcome.paid for outcome in await settle_all(settlements, orders[:1])] == [True]
+        rpc(chain.rpc_url, "anvil_setCode", chain.usdc.address, hostile_code.RETURNS_TRUE)
+        outcomes = await settle_all(settlements, [orders[1], again])
+    rpc(chain.rpc_url, "anvil_setCode", chain.usdc.address, code)
+    assert [outcome.state for outcome in outcomes] == ["failed", "failed"]
+    assert [row["id"] for row in books.mined] == [orders[0].id]
+    assert await credit(store, first, usdc) == 1_000_000
+    assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) == 1_000
