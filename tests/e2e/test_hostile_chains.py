@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from eth_account import Account
 
 from contracts.devnet import USDC, call_data
 from tests.e2e import chain_acts
+from tests.e2e.clients import available, sign_in
 from tests.e2e.conftest import QUESTION
 from tests.e2e.grounds import Ground, amount_of, error_of, turn, wait_until
 from tests.e2e.grounds import ground as new_ground
@@ -15,6 +17,8 @@ from tests.e2e.payers import DEV_TOKENS, RICH, WAYS, Payer, Way
 
 TOPUPS, TOPUP = "/v1/wallet/topups", {"amount_usd": "2.00"}
 ELSEWHERE = "0x" + "e1" * 20
+SMALL = 50_000
+"""Atomic units: five cents, which is too little to be swept."""
 PROMPT: tuple[Way, ...] = ("exact USDC", "exact USDT", "channel USDC", "channel USDT")
 
 
@@ -171,4 +175,69 @@ def test_a_top_up_that_a_reorganisation_takes_away_is_credited_once_in_the_end(g
     ground.mine(3)
     ground.check_quiet()
     assert credit(ground, payer) == 2_000_000_000
+    ground.check_books()
+
+
+def session_of(ground: Ground, payer: Payer) -> dict[str, str]:
+    return sign_in(ground.http, Account.from_key(payer.key.secret))
+
+
+def test_a_deposit_that_a_deep_reorganisation_takes_away_is_taken_back_and_counts_when_it_comes_again(
+    ground: Ground,
+) -> None:
+    """It was credited, and a part of it spent: the part is our loss, and the balance is not below zero."""
+    payer = Payer(ground.stack)
+    session = session_of(ground, payer)
+    asked = ground.http.post("/v1/wallet/deposit-addresses", headers=session).json()
+    address = asked["deposit_addresses"][0]["address"]
+    before = int(ground.rpc("eth_blockNumber"), 16)
+    payer.acts(USDC.address, "transfer(address,uint256)", address, SMALL)
+    ground.mine(4)
+    wait_until(lambda: available(ground.http, session)["USDC"] == "0.05", "it is credited")
+    assert ground.ask(session, QUESTION).status_code == 200
+    assert "0.04" < available(ground.http, session)["USDC"] < "0.05"
+    with ground.stopped():
+        ground.rpc("anvil_reorg", int(ground.rpc("eth_blockNumber"), 16) - before, [])
+    assert ground.balance(USDC, address) == 0
+    ground.mine(4)
+    wait_until(lambda: available(ground.http, session)["USDC"] == "0.00", "it is taken back")
+    assert ground.ask(session, QUESTION).status_code == 402
+    ground.check_books()
+    payer.acts(USDC.address, "transfer(address,uint256)", address, SMALL)
+    ground.mine(4)
+    wait_until(lambda: available(ground.http, session)["USDC"] == "0.05", "what came again is credited")
+    assert ground.ask(session, QUESTION).status_code == 200
+    ground.check_books()
+
+
+@pytest.mark.parametrize("forgotten", [False, True], ids=["sent again at once", "the pool forgets it too"])
+def test_a_withdrawal_that_a_reorganisation_takes_away_is_sent_again_and_paid_once(
+    ground: Ground, forgotten: bool
+) -> None:
+    payer = Payer(ground.stack)
+    session = session_of(ground, payer)
+    headers = payer.pay(ground.http, "exact USDC", TOPUP, path=TOPUPS)
+    assert ground.ask(headers, TOPUP, TOPUPS).status_code == 200
+    ground.mine(3)
+    ground.check_quiet()
+    order, named = {"asset": "USDC", "amount_usd": "all"}, session | {"idempotency-key": payer.address}
+    made = ground.ask(named, order, "/v1/wallet/withdrawals")
+    assert made.status_code == 200, made.text
+    poll = made.json()["poll"]
+    wait_until(lambda: ground.http.get(poll, headers=session).json()["state"] == "paid", "it is paid")
+    assert ground.balance(USDC, payer.address) == RICH
+    with ground.stopped():
+        ground.rpc("anvil_reorg", 1, [])
+        assert ground.balance(USDC, payer.address) == RICH - 2_000_000
+        # Nobody can spend meanwhile what is on its way back to the wallet.
+        assert available(ground.http, session)["USDC"] == "0.00"
+        if forgotten:
+            ground.rpc("anvil_dropAllTransactions")
+    wait_until(lambda: ground.balance(USDC, payer.address) == RICH, "it is sent again")
+    ground.mine(3)
+    ground.check_quiet()
+    assert ground.ask(named, order, "/v1/wallet/withdrawals").json()["id"] == made.json()["id"]
+    assert ground.http.get(poll, headers=session).json()["state"] == "paid"
+    ground.mine(3)
+    assert (ground.balance(USDC, payer.address), available(ground.http, session)["USDC"]) == (RICH, "0.00")
     ground.check_books()

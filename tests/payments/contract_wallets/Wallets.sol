@@ -6,6 +6,8 @@ pragma solidity 0.8.37;
 contract Wallet {
     address public owner;
     uint256 public mood;
+    /// The last block in which mood 7 signs.
+    uint256 public until;
 
     constructor(address owner_) {
         owner = owner_;
@@ -21,6 +23,10 @@ contract Wallet {
         if (mood == 3) assembly { return(0, 100000) }
         // Honest to whoever only asks: gas costs nothing in a simulation.
         if (mood == 4 && tx.gasprice > 0) return 0xffffffff;
+        if (mood == 5 && tx.gasprice > 0) while (true) {}
+        if (mood == 6 && tx.gasprice > 0) revert();
+        if (mood == 7 && block.number > until) return 0xffffffff;
+        if (mood == 8) revert();
         bytes32 r = bytes32(signature[0:32]);
         bytes32 s = bytes32(signature[32:64]);
         // An account that delegates to this (EIP-7702) has no owner of its own in storage: it is its own.

@@ -29,7 +29,7 @@ const code = ({evm}) => ({created: evm.bytecode.object, deployed: evm.deployedBy
 console.log(JSON.stringify(Object.fromEntries(Object.entries(output.contracts.wallets).map(([name, c]) => [name, code(c)]))));
 """
 FACTORY = "0x" + "fa" * 20
-NEVER, BURNING, BOMB, FICKLE = 1, 2, 3, 4
+NEVER, BURNING, BOMB, FICKLE, FICKLE_BURNING, FICKLE_REVERTING, LATER, REVERTING = range(1, 9)
 
 
 @functools.cache
