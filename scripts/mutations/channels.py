@@ -45,7 +45,7 @@ CHANNELS = (
         _KEEPER,
         "if current is not None and current.claim_id is None and claim.total",
         "if current is not None and claim.total",
-        MACHINE,
+        ("tests/payments/test_channels_on_chain.py",),
     ),
     Mutation(
         "a withdrawing channel is not claimed early",

@@ -214,7 +214,7 @@ SETTLEMENTS = (
         _LOADING,
         "    for transaction in outgoing.load(tx, stranded, accounts):\n        outgoing.exclude(tx, transaction)\n",
         "    del stranded\n",
-        MACHINE,
+        ("tests/payments/test_second_looks.py",),
     ),
     Mutation(
         "an order is written a second time",

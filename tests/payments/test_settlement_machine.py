@@ -410,3 +410,34 @@ def test_what_a_reverted_batch_carried_goes_out_alone_after_a_long_outage() -> N
     machine.chain.mine()
     machine.time_passes(15, blocks=False, busy=True)
     machine.teardown()
+
+
+def test_an_order_that_the_database_refused_to_bind_to_a_transaction_is_bound_later() -> None:
+    machine = SettlementMachine()
+    machine.start(seed=1, wanted=[(PAYERS[0], 300, LONG_S)])
+    machine.let_time_pass(3, blocks=True, busy=False)
+    order = machine.order(PAYERS[1], 300, LONG_S)
+    machine.orders[order.id] = order
+    machine.accepted.add(order.id)
+
+    async def queue() -> None:
+        await machine.process.store.write(lambda tx: outbox.enqueue(tx, order))
+        machine.world.busy = 1
+        machine.engine.take_queued(order.id)
+
+    machine.run(queue())
+    machine.run(asyncio.sleep(0.5))
+    assert machine.world.busy == 0, "nothing was refused"
+    machine.teardown()
+
+
+def test_a_broadcast_that_reached_no_node_is_repeated() -> None:
+    machine = SettlementMachine()
+    machine.start(seed=1, wanted=[(PAYERS[0], 300, LONG_S)])
+    machine.let_time_pass(5, blocks=True, busy=False)
+    machine.process.rpc.refuse = refused = 1_000_000
+    machine.submit_orders([(PAYERS[1], 300, LONG_S)], enqueue=False)
+    machine.run(asyncio.sleep(3))
+    assert machine.process.rpc.refuse < refused
+    assert machine.chain.mempool == {}
+    machine.teardown()
