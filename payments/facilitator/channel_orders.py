@@ -14,13 +14,12 @@ from payments.chain.channel_contract import encode_claim, encode_multicall, enco
 from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, Token
 from payments.chain.transactions import WORD, decode_revert
 from payments.errors import PaymentRefused
-from payments.facilitator import kinds, records
+from payments.facilitator import kinds
 from payments.facilitator.channel_chain import ChannelChain, state_json
 from payments.facilitator.records import Record
-from payments.facilitator.schemes import AlreadyDone, Checked, Told
+from payments.facilitator.schemes import AlreadyDone, Checked, Told, order_of
 from payments.promises import Earlier
 from payments.settlement import states
-from payments.settlement.orders import SettlementOrder
 from payments.settlement.outcomes import SettlementOutcome
 from payments.verification.vouchers import channel_id
 from payments.x402 import channels as wire
@@ -64,7 +63,7 @@ class FacilitatedClaims:
 
     async def check_chain(self, earlier: Earlier) -> Checked:
         """See `payments.facilitator.schemes.Facilitated`."""
-        ((call_to, call_data),) = self.calls
+        ((_, call_data),) = self.calls
         found, succeeded, returned, _ = await self.chain.simulate(self._numbers, call_data)
         gain = sum(max(claim.total - state.total_claimed, 0) for claim, state in zip(self.claims, found, strict=True))
         if not gain:
@@ -73,21 +72,7 @@ class FacilitatedClaims:
             raise PaymentRefused(wire.EXCEEDS_BALANCE, "a channel holds less than is to be claimed of it")
         if not succeeded:
             raise PaymentRefused(wire.CLAIM_SIMULATION, f"the contract refuses the claims: {decode_revert(returned)}")
-        order = SettlementOrder(
-            id=records.settlement_id(self.identity),
-            kind=kinds.CLAIM,
-            reference=self.identity,
-            chain_id=self.token.chain_id,
-            token=self.token.address,
-            payer=self.payer,
-            pay_to=self.claims[0].config.receiver,
-            value=gain,
-            authorization_nonce=None,
-            call_to=call_to,
-            call_data=call_data,
-            valid_before=0,
-        )
-        return Checked(order, None)
+        return Checked(order_of(self, kinds.CLAIM, self.claims[0].config.receiver, gain), None)
 
     async def told(self, record: Record, outcome: SettlementOutcome | None) -> Told:
         """See `payments.facilitator.schemes.Facilitated`."""
@@ -121,7 +106,7 @@ class FacilitatedSettle:
 
     async def check_chain(self, earlier: Earlier) -> Checked:
         """See `payments.facilitator.schemes.Facilitated`."""
-        ((call_to, call_data),) = self.calls
+        ((_, call_data),) = self.calls
         more = [receiver_call(self.payer, self.token.address)]
         _, succeeded, returned, (received,) = await self.chain.simulate([], call_data, more)
         value = int.from_bytes(received[:WORD], "big") - int.from_bytes(received[WORD : 2 * WORD], "big")
@@ -129,21 +114,7 @@ class FacilitatedSettle:
             raise PaymentRefused(wire.NOTHING_TO_SETTLE, "nothing is claimed that was not sent to the receiver")
         if not succeeded:
             raise PaymentRefused(wire.SETTLE_SIMULATION, f"the contract refuses: {decode_revert(returned)}")
-        order = SettlementOrder(
-            id=records.settlement_id(self.identity),
-            kind=kinds.SETTLE,
-            reference=self.identity,
-            chain_id=self.token.chain_id,
-            token=self.token.address,
-            payer=self.payer,
-            pay_to=self.payer,
-            value=value,
-            authorization_nonce=None,
-            call_to=call_to,
-            call_data=call_data,
-            valid_before=0,
-        )
-        return Checked(order, None)
+        return Checked(order_of(self, kinds.SETTLE, self.payer, value), None)
 
     async def told(self, record: Record, outcome: SettlementOutcome | None) -> Told:
         """See `payments.facilitator.schemes.Facilitated`."""
@@ -194,7 +165,7 @@ class FacilitatedRefund:
     async def check_chain(self, earlier: Earlier) -> Checked:
         """See `payments.facilitator.schemes.Facilitated`."""
         action = self.action
-        ((call_to, call_data),) = self.calls
+        ((_, call_data),) = self.calls
         (state,), succeeded, returned, _ = await self.chain.simulate([self._channel], call_data)
         claimed = max([state.total_claimed, *(claim.total for claim in action.claims)])
         if state.refund_nonce == action.nonce and claimed >= state.balance:
@@ -204,19 +175,13 @@ class FacilitatedRefund:
             if state.refund_nonce != action.nonce:
                 message = f"the channel's next refund has the nonce {state.refund_nonce}"
             raise PaymentRefused(wire.REFUND_SIMULATION, message)
-        order = SettlementOrder(
-            id=records.settlement_id(self.identity),
-            kind=kinds.REFUND,
+        order = order_of(
+            self,
+            kinds.REFUND,
+            action.config.payer,
+            action.amount,
             reference=hex32(self._channel),
-            chain_id=self.token.chain_id,
-            token=self.token.address,
-            payer=self.payer,
-            pay_to=action.config.payer,
-            value=action.amount,
             authorization_nonce=action.nonce,
-            call_to=call_to,
-            call_data=call_data,
-            valid_before=0,
         )
         return Checked(order, None)
 

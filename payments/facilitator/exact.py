@@ -10,13 +10,10 @@ from payments.chain.networks import Network
 from payments.errors import PaymentRefused
 from payments.facilitator import kinds
 from payments.facilitator.access import Client
-from payments.facilitator.transfers import Transfer, token_of
+from payments.facilitator.transfers import Transfer, Transfers, token_of, transfer_in
 from payments.facilitator.wire import FacilitatorCall
 from payments.sponsoring.sponsor import Sponsor
-from payments.verification import checks
 from payments.verification.chain_state import ChainStates
-from payments.verification.wallet_signatures import check_factory
-from payments.x402.wire import Payment
 
 
 class ExactFacilitation:
@@ -39,9 +36,8 @@ class ExactFacilitation:
         sponsor: Sponsor | None = None,
     ) -> None:
         self.network = network
-        self._chain_states = chain_states
-        self._sponsor = sponsor
-        self._wallet_factories = frozenset(address.lower() for address in wallet_factories)
+        factories = frozenset(address.lower() for address in wallet_factories)
+        self._transfers = Transfers(kinds.EXACT, network, chain_states, sponsor, factories)
 
     def kinds(self) -> list[dict[str, Any]]:
         """See `payments.facilitator.schemes.FacilitatedScheme`."""
@@ -56,31 +52,8 @@ class ExactFacilitation:
 
     def verifies(self, call: FacilitatorCall, client: Client, now: int) -> Transfer:
         """See `payments.facilitator.schemes.FacilitatedScheme`."""
-        payment, requirement = call.payment, call.requirement
-        if not isinstance(payment, Payment) or payment.scheme != requirement.scheme:
-            raise PaymentRefused("wrong_scheme", f"the payment's scheme must be {requirement.scheme}")
+        payment, requirement = transfer_in(call), call.requirement
         token = token_of(requirement, self.network, requirement.extra.get("assetTransferMethod", "eip3009"))
         if requirement.amount == 0:
             raise PaymentRefused("invalid_requirements", "the amount must be more than 0")
-        refusal: PaymentRefused | None = None
-        unproven: PaymentRefused | None = None
-        try:
-            checks.check_offline(payment, requirement, self.network, token, now=now)
-        except checks.SignatureUnproven as error:
-            check_factory(payment.signature, self._wallet_factories)
-            unproven = error
-        except PaymentRefused as error:
-            # Times pass: whoever settled in time is told of the outcome all the same.
-            if error.code not in checks.TOO_LATE:
-                raise
-            refusal = error
-        return Transfer(
-            kind=kinds.EXACT,
-            payment=payment,
-            token=token,
-            value=payment.authorization.value,
-            refusal=refusal,
-            unproven=unproven,
-            chain_states=self._chain_states,
-            sponsor=self._sponsor,
-        )
+        return self._transfers.read(payment, requirement, token, now)

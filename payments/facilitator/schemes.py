@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from payments.chain.networks import Network, Token
 from payments.errors import PaymentError, PaymentRefused
+from payments.facilitator import records
 from payments.facilitator.access import Client
 from payments.facilitator.records import Record
 from payments.facilitator.wire import FacilitatorCall
@@ -107,6 +108,46 @@ class Facilitated(Protocol):
         Raises:
             SettlementUnavailable: The chain cannot be asked.
         """
+
+
+def order_of(
+    payment: Facilitated,
+    kind: str,
+    pay_to: str,
+    value: int,
+    *,
+    reference: str | None = None,
+    authorization_nonce: int | None = None,
+    valid_before: int = 0,
+    call: int = 0,
+) -> SettlementOrder:
+    """What settles a payment.
+
+    Args:
+        payment: Which one.
+        kind: See `payments.facilitator.kinds`.
+        pay_to: Whom it pays, lower-case hex.
+        value: How much, in atomic units.
+        reference: What it belongs to, if that is not its identity.
+        authorization_nonce: What it uses up, if anything.
+        valid_before: When it is too late, in Unix seconds; 0 for never.
+        call: Which of the payment's calls makes it now.
+    """
+    call_to, call_data = payment.calls[call]
+    return SettlementOrder(
+        id=records.settlement_id(payment.identity),
+        kind=kind,
+        reference=reference or payment.identity,
+        chain_id=payment.token.chain_id,
+        token=payment.token.address,
+        payer=payment.payer,
+        pay_to=pay_to,
+        value=value,
+        authorization_nonce=authorization_nonce,
+        call_to=call_to,
+        call_data=call_data,
+        valid_before=valid_before,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from payments.chain.networks import Network, Token
 from payments.chain.transactions import settle_call
 from payments.errors import AllowanceRequired, PaymentRefused
-from payments.facilitator import records
 from payments.facilitator.records import Record
-from payments.facilitator.schemes import NEVER, Checked, Told
+from payments.facilitator.schemes import NEVER, Checked, Told, order_of
+from payments.facilitator.wire import FacilitatorCall
 from payments.promises import Earlier
 from payments.settlement.orders import SettlementOrder
 from payments.settlement.outcomes import SettlementOutcome
-from payments.sponsoring.sponsor import Approving, Sponsor
+from payments.sponsoring.sponsor import Sponsor
+from payments.verification import checks
 from payments.verification.chain_state import ChainStates
+from payments.verification.wallet_signatures import check_factory
 from payments.x402.requirements import Requirement
 from payments.x402.wire import Payment
 
@@ -70,12 +72,10 @@ class Transfer:
         except AllowanceRequired as required:
             if self.sponsor is None or not self.value:
                 raise
-            order = self._order(has_code=False)
+            order, approval = self._order(has_code=False), self.payment.approval
             facilitator = getattr(self.payment.authorization, "facilitator", None)
-            wanted = await self.sponsor.consider(
-                self.payment.approval, required, self.token, order, facilitator, self.client
-            )
-            return Checked(order, None, approval=Approving(self.sponsor, wanted))
+            approving = await self.sponsor.approving(approval, required, self.token, order, facilitator, self.client)
+            return Checked(order, None, approval=approving)
 
     async def _look(self, earlier: Earlier) -> Checked:
         if not self.value and self.unproven is None:
@@ -90,25 +90,75 @@ class Transfer:
 
     def _order(self, *, has_code: bool) -> SettlementOrder:
         authorization = self.payment.authorization
-        call_to, call_data = settle_call(self.payment, self.token, deploy=not has_code, amount=self.value)
-        return SettlementOrder(
-            id=records.settlement_id(self.identity),
-            kind=self.kind,
-            reference=self.identity,
-            chain_id=self.token.chain_id,
-            token=self.token.address,
-            payer=authorization.payer,
-            pay_to=authorization.recipient,
-            value=self.value,
+        return order_of(
+            self,
+            self.kind,
+            authorization.recipient,
+            self.value,
             authorization_nonce=authorization.nonce,
-            call_to=call_to,
-            call_data=call_data,
             valid_before=authorization.expires_at,
+            call=0 if has_code else 1,
         )
 
     async def told(self, record: Record, outcome: SettlementOutcome | None) -> Told:
         """See `payments.facilitator.schemes.Facilitated`."""
         return Told(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Transfers:
+    """Reads the transfers of one scheme on one network."""
+
+    kind: str
+    """Of their settlements."""
+    network: Network
+    chain_states: ChainStates
+    """Judges them by the chain."""
+    sponsor: Sponsor | None
+    """Brings payers' approvals of Permit2 to the chain, if anybody does."""
+    wallet_factories: frozenset[str] = frozenset()
+    """Deploy contract wallets that pay before they exist (ERC-6492), lower-case hex."""
+
+    def read(self, payment: Payment, requirement: Requirement, token: Token, now: int) -> Transfer:
+        """Check a payment offline, all of which is taken unless less is said; `now` in Unix seconds.
+
+        Raises:
+            PaymentRefused: It does not pay for the requirement.
+        """
+        refusal: PaymentRefused | None = None
+        unproven: PaymentRefused | None = None
+        try:
+            checks.check_offline(payment, requirement, self.network, token, now=now)
+        except checks.SignatureUnproven as error:
+            check_factory(payment.signature, self.wallet_factories)
+            unproven = error
+        except PaymentRefused as error:
+            # Times pass: whoever settled in time is told of the outcome all the same.
+            if error.code not in checks.TOO_LATE:
+                raise
+            refusal = error
+        return Transfer(
+            kind=self.kind,
+            payment=payment,
+            token=token,
+            value=payment.authorization.value,
+            refusal=refusal,
+            unproven=unproven,
+            chain_states=self.chain_states,
+            sponsor=self.sponsor,
+        )
+
+
+def transfer_in(call: FacilitatorCall) -> Payment:
+    """The payment of a call whose requirement is to be paid by a transfer.
+
+    Raises:
+        PaymentRefused: ``wrong_scheme``.
+    """
+    payment, scheme = call.payment, call.requirement.scheme
+    if not isinstance(payment, Payment) or payment.scheme != scheme:
+        raise PaymentRefused("wrong_scheme", f"the payment's scheme must be {scheme}")
+    return payment
 
 
 def token_of(requirement: Requirement, network: Network, method: str) -> Token:

@@ -15,14 +15,12 @@ from payments.chain.networks import Network
 from payments.errors import PaymentRefused
 from payments.facilitator import kinds
 from payments.facilitator.access import Client
-from payments.facilitator.transfers import Transfer, token_of
+from payments.facilitator.transfers import Transfer, Transfers, token_of, transfer_in
 from payments.facilitator.wire import FacilitatorCall
 from payments.sponsoring.sponsor import Sponsor
-from payments.verification import checks
 from payments.verification.chain_state import ChainStates
 from payments.verification.wallet_signatures import unwrap
 from payments.x402.requirements import Requirement
-from payments.x402.wire import Payment
 
 
 class UptoFacilitation:
@@ -41,8 +39,7 @@ class UptoFacilitation:
         self, network: Network, chain_states: ChainStates, facilitator: str, sponsor: Sponsor | None = None
     ) -> None:
         self.network = network
-        self._chain_states = chain_states
-        self._sponsor = sponsor
+        self._transfers = Transfers(kinds.UPTO, network, chain_states, sponsor)
         self._facilitator = facilitator.lower()
 
     def kinds(self) -> list[dict[str, Any]]:
@@ -66,9 +63,7 @@ class UptoFacilitation:
         return replace(transfer, value=taken, client=client.name)
 
     def _read(self, call: FacilitatorCall, requirement: Requirement, now: int) -> Transfer:
-        payment, requirement = call.payment, _plain(requirement)
-        if not isinstance(payment, Payment) or payment.scheme != requirement.scheme:
-            raise PaymentRefused("wrong_scheme", f"the payment's scheme must be {requirement.scheme}")
+        payment, requirement = transfer_in(call), _plain(requirement)
         assert payment.accepted is not None
         token = token_of(requirement, self.network, requirement.extra.get("assetTransferMethod", "permit2"))
         if token.transfer_method != "permit2":
@@ -77,28 +72,8 @@ class UptoFacilitation:
             raise PaymentRefused("wrong_facilitator", f"extra.facilitatorAddress must be {self._facilitator}")
         if unwrap(payment.signature)[1] is not None:
             raise PaymentRefused("unsupported_signature", "by upto only wallets that are deployed pay (no ERC-6492)")
-        refusal: PaymentRefused | None = None
-        unproven: PaymentRefused | None = None
-        try:
-            plain = replace(payment, accepted=_plain(payment.accepted))
-            checks.check_offline(plain, requirement, self.network, token, now=now)
-        except checks.SignatureUnproven as error:
-            unproven = error
-        except PaymentRefused as error:
-            # Times pass: whoever settled in time is told of the outcome all the same.
-            if error.code not in checks.TOO_LATE:
-                raise
-            refusal = error
-        return Transfer(
-            kind=kinds.UPTO,
-            payment=payment,
-            token=token,
-            value=payment.authorization.value,
-            refusal=refusal,
-            unproven=unproven,
-            chain_states=self._chain_states,
-            sponsor=self._sponsor,
-        )
+        plain = replace(payment, accepted=_plain(payment.accepted))
+        return self._transfers.read(plain, requirement, token, now)
 
 
 def _plain(requirement: Requirement) -> Requirement:

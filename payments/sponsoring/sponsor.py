@@ -3,8 +3,9 @@
 An ordinary node cannot carry funding, approval and settlement in one: each follows the other's block, so that a payer may take
 the coin and use its nonce for something else, or take its approval back before our settlement. What that can cost is bounded:
 coin is given once per payer and token, within a budget of the hour, and no more after a few losses; a settlement that reverts
-counts against its payer as any other. An exact payment is bound to its approval in the same commit, so that hanging up does
-not get anybody an approval for nothing; `upto` and channels take money later, and so may come to nothing.
+counts against its payer as any other. An exact payment, and whatever a facilitator settles, is bound to its approval in the
+same commit, so that hanging up does not get anybody an approval for nothing; a gateway's `upto` and channels take money later,
+and so may come to nothing.
 
 Every step is a state in the database (`records`), and whichever process looks carries on from there.
 """
@@ -127,6 +128,18 @@ class Sponsor:
             give_up_ms=min(states.now_ms() + PATIENCE_S * 1000, order.valid_before * 1000),
             client=client,
         )
+
+    async def approving(
+        self,
+        approval: Erc20Approval | None,
+        refused: AllowanceRequired,
+        token: Token,
+        order: SettlementOrder,
+        sender: str | None,
+        client: str,
+    ) -> Approving:
+        """As `consider`, for an order that is to be written together with its approval."""
+        return Approving(self, await self.consider(approval, refused, token, order, sender, client))
 
     def begin(self, tx: Transaction, wanted: Wanted, order: SettlementOrder | None) -> str | None:
         """See `payments.sponsoring.records.begin`; once it is durable, `begun` has to be told."""
