@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from payments.chain.channel_contract import ChannelState, encode_deposit
 from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, PERMIT2_ADDRESS, Token
 from payments.channels.looks import check_deposit
-from payments.errors import PaymentRefused
-from payments.facilitator import kinds, records
+from payments.errors import AllowanceRequired, PaymentRefused
+from payments.facilitator import kinds
 from payments.facilitator.channel_chain import ChannelChain, state_json
 from payments.facilitator.records import Record
-from payments.facilitator.schemes import NEVER, Checked, Told
-from payments.promises import Earlier
-from payments.settlement.orders import SettlementOrder
+from payments.facilitator.schemes import NEVER, Checked, Told, order_of
+from payments.promises import Cover, Earlier
 from payments.settlement.outcomes import SettlementOutcome
+from payments.sponsoring.sponsor import Approving, Sponsor
 from payments.tenders.channel import authorization_nonce
 from payments.x402 import channels as wire
 from payments.x402.channels import ChannelPayment, Deposit, Permit2Deposit, hex32
@@ -29,6 +29,10 @@ class FacilitatedDeposit:
     token: Token
     refusal: PaymentRefused | None
     chain: ChannelChain
+    sponsor: Sponsor
+    """Brings the approval to the chain that may have come along."""
+    client: str
+    """Who wants it settled."""
 
     once = True
     repeats = NEVER
@@ -63,26 +67,27 @@ class FacilitatedDeposit:
         """See `payments.facilitator.schemes.Facilitated`."""
         payment, deposit = self.payment, self.deposit
         channel = payment.voucher.channel_id
-        look = await check_deposit(
-            self.chain.rpc, channel, payment.config, deposit, self.token, earlier, payment.permit
-        )
-        check_amount(payment, look.state, look.state.balance + deposit.amount)
-        ((call_to, call_data),) = self.calls
-        order = SettlementOrder(
-            id=records.settlement_id(self.identity),
-            kind=kinds.DEPOSIT,
+        order = order_of(
+            self,
+            kinds.DEPOSIT,
+            BATCH_SETTLEMENT_ADDRESS,
+            deposit.amount,
             reference=hex32(channel),
-            chain_id=self.token.chain_id,
-            token=self.token.address,
-            payer=self.payer,
-            pay_to=BATCH_SETTLEMENT_ADDRESS,
-            value=deposit.amount,
             authorization_nonce=authorization_nonce(payment),
-            call_to=call_to,
-            call_data=call_data,
             valid_before=deposit.expires_at,
         )
-        return Checked(order, look.cover, state_json(channel, look.state))
+        approving: Approving | None = None
+        cover: Cover | None = None
+        try:
+            look = await check_deposit(
+                self.chain.rpc, channel, payment.config, deposit, self.token, earlier, payment.permit
+            )
+            state, cover = look.state, look.cover
+        except AllowanceRequired as required:
+            approving = await self.sponsor.approving(payment.approval, required, self.token, order, None, self.client)
+            state = await self.chain.state(channel)
+        check_amount(payment, state, state.balance + deposit.amount)
+        return Checked(order, cover, state_json(channel, state), approving)
 
     async def told(self, record: Record, outcome: SettlementOutcome | None) -> Told:
         """See `payments.facilitator.schemes.Facilitated`."""

@@ -19,6 +19,7 @@ from payments.facilitator.channel_orders import FacilitatedClaims, FacilitatedRe
 from payments.facilitator.schemes import Facilitated, Promise
 from payments.facilitator.transfers import token_of
 from payments.facilitator.wire import FacilitatorCall
+from payments.sponsoring.sponsor import Sponsor
 from payments.verification.channel_deposits import check_deposit
 from payments.verification.checks import TOO_LATE
 from payments.verification.vouchers import channel_id, claim_batch_digest, refund_digest, verify_voucher
@@ -34,12 +35,14 @@ class ChannelFacilitation:
     Args:
         network: Where it is.
         chain: Asks it, and signs.
+        sponsor: Brings payers' approvals of Permit2 to the chain.
     """
 
     name = wire.SCHEME
 
-    def __init__(self, network: Network, chain: ChannelChain) -> None:
+    def __init__(self, network: Network, chain: ChannelChain, sponsor: Sponsor) -> None:
         self.network = network
+        self._sponsor = sponsor
         self._chain = chain
 
     def kinds(self) -> list[dict[str, Any]]:
@@ -90,7 +93,7 @@ class ChannelFacilitation:
             if error.code not in (wire.DEPOSIT_EXPIRED, *TOO_LATE):
                 raise
             refusal = error
-        return FacilitatedDeposit(payment, payment.deposit, token, refusal, self._chain)
+        return FacilitatedDeposit(payment, payment.deposit, token, refusal, self._chain, self._sponsor, client.name)
 
     def _voucher(self, call: FacilitatorCall, payment: ChannelPayment, client: Client) -> Promise:
         token = self._check_payment(call, payment, client)

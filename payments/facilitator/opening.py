@@ -174,7 +174,7 @@ async def _schemes(
             log.warning("upto is not settled on %s: %s", network.caip2, missing)
     if engine.signers and await has_channels(rpc):
         authorizer = engine.signers[0] if signs else None
-        schemes.append(ChannelFacilitation(network, ChannelChain(rpc, authorizer)))
+        schemes.append(ChannelFacilitation(network, ChannelChain(rpc, authorizer), sponsor))
     return schemes
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from eth_account import Account
 from x402 import x402ClientSync
 from x402.extensions.eip2612_gas_sponsoring import declare_eip2612_gas_sponsoring_extension
 from x402.extensions.erc20_approval_gas_sponsoring import declare_erc20_approval_gas_sponsoring_extension
+from x402.mechanisms.evm.batch_settlement.client import BatchSettlementEvmScheme
 from x402.mechanisms.evm.exact.register import register_exact_evm_client
 from x402.mechanisms.evm.signers import EthAccountSignerWithRPC
 from x402.schemas import PaymentRequired
@@ -25,17 +27,27 @@ from contracts.wallets import Wallet
 from payments.chain.networks import Network
 from payments.facilitator.opening import NetworkOptions
 from payments.sponsoring.records import Budget
+from tests.payments.channelling import Channel
 from tests.payments.facilitating import SHOP, VALUE, Running, facilitator, requirement
 from tests.payments.settling import rows
 from tests.payments.sponsoring import BUDGET, penniless
 
 
 def signed_by_official_client(
-    chain: Devnet, network: Network, wallet: Wallet, value: int = VALUE, *, approval: bool = False
+    chain: Devnet,
+    network: Network,
+    wallet: Wallet,
+    value: int = VALUE,
+    *,
+    approval: bool = False,
+    deposit: bool = False,
 ) -> dict[str, Any]:
-    """The body of a call as the official client makes it: with a permit for USDC over Permit2, or an approval for USDT."""
-    wants = requirement(network.tokens[1 if approval else 0], network, value=value)
-    wants["extra"]["assetTransferMethod"] = "permit2"
+    """The body of a call as the official client makes it: with a permit for USDC over Permit2, or an approval for USDT; a
+    payment of `value`, or a deposit of some more into a new channel with a first voucher over it."""
+    token = dataclasses.replace(network.tokens[1 if approval else 0], transfer_method="permit2")
+    wants = requirement(token, network, value=value)
+    if deposit:
+        wants = Channel(network, wallet, chain.wallets[8], token).requirement(value)
     declared = declare_eip2612_gas_sponsoring_extension()
     if approval:
         declared = declare_erc20_approval_gas_sponsoring_extension()
@@ -50,7 +62,9 @@ def signed_by_official_client(
     )
     client = x402ClientSync()
     client.set_spend_controls({"allowed_assets": True})
-    register_exact_evm_client(client, EthAccountSignerWithRPC(Account.from_key(wallet.private_key), chain.rpc_url))
+    signer = EthAccountSignerWithRPC(Account.from_key(wallet.private_key), chain.rpc_url)
+    register_exact_evm_client(client, signer)
+    client.register("eip155:*", BatchSettlementEvmScheme(signer))
     payment = client.create_payment_payload(required).model_dump(by_alias=True, exclude_none=True)
     name, member = (
         ("erc20ApprovalGasSponsoring", "signedTransaction") if approval else ("eip2612GasSponsoring", "signature")
@@ -130,6 +144,52 @@ async def test_an_approval_goes_before_the_payment(chain: Devnet, network: Netwo
         assert (await running.settle(call))["errorReason"] == "duplicate_settlement"
         assert sorted(row[0].partition(":")[0] for row in await rows(running.services.store)) == ["facilitate", "fund"]
     assert balance_of(chain.rpc_url, chain.usdt, SHOP) == VALUE
+
+
+@pytest.mark.parametrize("approval", [True, False], ids=["USDT with an approval", "USDC with a permit"])
+async def test_a_deposit_into_a_channel_needs_no_coin_of_its_payers(
+    chain: Devnet, network: Network, database: Path | str, approval: bool
+) -> None:
+    wallet = penniless(chain)
+    call = signed_by_official_client(chain, network, wallet, approval=approval, deposit=True)
+    deposited = int(call["paymentPayload"]["payload"]["deposit"]["amount"])
+    coin = chain.usdt if approval else chain.usdc
+    before = balance_of(chain.rpc_url, coin, wallet.address)
+    async with sponsoring(chain, network, database) as running:
+        verified = await running.verify(call)
+        assert verified["isValid"], verified
+        assert verified["extra"]["balance"] == "0"
+        assert await rows(running.services.store) == [], "to verify gives nothing"
+        answers = await asyncio.gather(*(running.settle(call, idempotency_key="a") for _ in range(3)))
+        assert all(answer["success"] for answer in answers), answers
+        assert answers[0]["extra"]["channelState"]["balance"] == str(deposited)
+        assert await running.settle(call, idempotency_key="a") == answers[0]
+        assert (await running.settle(call))["errorReason"] == "duplicate_settlement"
+        kinds = sorted(kind for (kind,) in await rows(running.services.store, "kind"))
+        assert kinds == ["approval_funding"] * approval + ["facilitated_deposit"]
+    assert balance_of(chain.rpc_url, coin, wallet.address) == before - deposited
+
+
+async def test_nothing_is_given_for_a_deposit_that_would_not_do(
+    chain: Devnet, network: Network, sqlite_database: Path
+) -> None:
+    code = "invalid_batch_settlement_evm_"
+    call = signed_by_official_client(chain, network, penniless(chain), approval=True, deposit=True)
+    async with facilitator(chain, network, sqlite_database) as running:
+        assert await refused_everywhere(running, call) == f"{code}permit2_allowance_required"
+        assert await rows(running.services.store) == []
+    wallet = penniless(chain)
+    # Its first voucher is over more than the channel would hold.
+    over = Channel(network, wallet, chain.wallets[8], dataclasses.replace(network.tokens[1], transfer_method="permit2"))
+    overdrawn = over.deposits(VALUE, VALUE + 1)
+    overdrawn["paymentPayload"]["extensions"] = signed_by_official_client(
+        chain, network, wallet, approval=True, deposit=True
+    )["paymentPayload"]["extensions"]
+    async with sponsoring(chain, network, sqlite_database) as running:
+        assert await refused_everywhere(running, overdrawn) == f"{code}cumulative_exceeds_balance"
+        call["paymentPayload"]["extensions"]["erc20ApprovalGasSponsoring"]["info"]["amount"] = "1"
+        assert await refused_everywhere(running, call) == "erc20_approval_amount_too_small"
+        assert await rows(running.services.store) == []
 
 
 async def test_without_a_budget_approvals_are_neither_offered_nor_taken(
