@@ -39,7 +39,6 @@ _UNDER_WAY = """
     FROM settlement
     WHERE settlement.payer = ? AND settlement.state IN ('queued', 'submitted') AND settlement.kind NOT IN ('payment', 'upto')
     AND settlement.kind IN ('channel_deposit', 'facilitated', 'facilitated_upto', 'facilitated_deposit')
-    AND settlement.kind NOT IN ('facilitated_claim', 'facilitated_settle', 'facilitated_refund')
 """
 
 

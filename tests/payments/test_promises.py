@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 
@@ -30,10 +30,15 @@ from payments.channels.keeper import ChannelKeeper
 from payments.channels.services import ChannelServices
 from payments.errors import AllowanceRequired, PaymentError, PaymentRefused
 from payments.facilitator.access import Client
+from payments.facilitator.channel_chain import ChannelChain
+from payments.facilitator.channels import ChannelFacilitation
 from payments.facilitator.exact import ExactFacilitation
+from payments.facilitator.schemes import FacilitatedScheme
 from payments.facilitator.service import Facilitator
 from payments.recovery import put_right
 from payments.settlement.engine import Settlements
+from payments.sponsoring.records import Budget
+from payments.sponsoring.sponsor import Sponsor
 from payments.store import Store
 from payments.tenders.base import Hold, Outcome
 from payments.tenders.channel_scheme import ChannelScheme
@@ -43,6 +48,7 @@ from payments.tenders.exact_services import ExactServices
 from payments.tenders.upto_scheme import UptoScheme
 from payments.verification.chain_state import ChainStates
 from tests.payments import facilitating
+from tests.payments.channelling import Channel
 from tests.payments.exact_samples import (
     DETAILS,
     QUOTED,
@@ -95,7 +101,10 @@ class Process:
         )
         keeper = cast("ChannelKeeper", None)
         self.channel_desk = ChannelDesk(channels, engine, ChannelScheme(channels), keeper, self.token, self.wallet)
-        schemes = [ExactFacilitation(network, states)]
+        schemes: list[FacilitatedScheme] = [
+            ExactFacilitation(network, states),
+            ChannelFacilitation(network, ChannelChain(node, None), Sponsor(store, engine, Budget(0, 0))),
+        ]
         self.facilitator = Facilitator(store, {network.chain_id: engine}, schemes, settlement_wait_s=0)
 
     async def pay(self, scheme: str) -> Hold | dict[str, Any]:
@@ -135,6 +144,14 @@ class Process:
             raise PaymentRefused("insufficient_funds", answer["errorMessage"])
         assert answer["errorReason"] == "settlement_pending", answer
         return answer
+
+    async def facilitated_deposit(self, method: Literal["eip3009", "permit2"]) -> None:
+        token = dataclasses.replace(self.token, transfer_method=method)
+        channel = Channel(self.network, self.wallet, self.chain.wallets[8], token, salt=secrets.randbits(256))
+        call = self.facilitator.read(channel.deposits(VALUE, 1))
+        answer = await self.facilitator.settle(call, Client("shop"), None)
+        if answer["errorReason"] != "settlement_pending":
+            raise PaymentRefused(answer["errorReason"], answer["errorMessage"])
 
 
 def leave(chain: Devnet, token: Token, value: int) -> None:
@@ -211,6 +228,24 @@ async def test_the_allowance_of_permit2_is_promised_once_as_well(
         await process.exact(usdt)
         with pytest.raises(AllowanceRequired):
             await process.upto(usdt)
+
+
+async def test_a_facilitated_deposit_uses_the_allowance_only_if_it_is_made_by_permit2(
+    database: Path | str, chain: Devnet, network: Network
+) -> None:
+    required = "invalid_batch_settlement_evm_permit2_allowance_required"
+    usdc = network.tokens[0]
+    async with processes(database, chain, network, 1) as (process,):
+        approve_permit2(chain.rpc_url, chain.usdc, chain.wallets[PAYER].private_key, 2 * VALUE)
+        await process.facilitated_deposit("eip3009")
+        await process.upto(usdc)
+        await process.facilitated_deposit("permit2")
+        with pytest.raises(AllowanceRequired):
+            await process.upto(usdc)
+        with pytest.raises(PaymentRefused) as refused:
+            await process.facilitated_deposit("permit2")
+        assert refused.value.code == required
+        await process.facilitated_deposit("eip3009")
 
 
 async def test_what_has_arrived_or_failed_is_promised_no_more(store: Store) -> None:
