@@ -163,13 +163,6 @@ class Settlement(SQLModel, table=True):
         # One Transfer log is the evidence of at most one settlement, or one transfer could be credited twice.
         UniqueConstraint("chain_id", "transaction_hash", "transfer_log_index"),
         Index("settlement_open", "state"),
-        # What a payer has under way is asked for with every payment.
-        Index(
-            "settlement_of_payer",
-            "payer",
-            sqlite_where=text("state IN ('queued', 'submitted')"),
-            postgresql_where=text("state IN ('queued', 'submitted')"),
-        ),
         # Few are asked for at a time, and the engine looks for them all the time.
         Index(
             "settlement_look_again",
@@ -184,7 +177,8 @@ class Settlement(SQLModel, table=True):
             sqlite_where=text("watch_again_ms IS NOT NULL"),
             postgresql_where=text("watch_again_ms IS NOT NULL"),
         ),
-        # See `payments.promises`: of payments and pledges the authorizations tell more.
+        # What a payer has under way is asked for with every payment, see `payments.promises`: of payments and pledges the
+        # authorizations tell more.
         Index(
             "settlement_under_way",
             "payer",
