@@ -146,8 +146,6 @@ def test_the_typescript_client_pays_by_upto(market: Market, devnet: Devnet, wall
 def test_the_typescript_client_opens_uses_and_closes_a_channel(
     market: Market, devnet: Devnet, wallet: LocalAccount
 ) -> None:
-    if market.signed_here:
-        pytest.skip("the Python client shows it")
     wallet = Account.from_key(devnet.wallets[6].private_key)
     funds = held(devnet, wallet.address)
     told = json.loads(node("channel.mjs", wallet, f"{market.url}/channel", RPC_URL=devnet.rpc_url))
