@@ -245,13 +245,6 @@ SETTLEMENTS = (
         ("tests/payments/test_second_looks.py", "tests/payments/test_late_executions.py"),
     ),
     Mutation(
-        "a payment is booked without a look at its state",
-        _JUDGE,
-        "        if not states.move(tx, entry.id, state, **columns, watch_again_ms=None):\n            return state, []\n",
-        "        states.move(tx, entry.id, state, **columns, watch_again_ms=None)\n",
-        MACHINE,
-    ),
-    Mutation(
         "a payment's state moves without its booking",
         _JUDGE,
         "        self._kinds[entry.kind].on_paid(tx, entry.row() | columns | told)\n",

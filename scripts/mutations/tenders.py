@@ -16,9 +16,9 @@ TENDERS = (
     Mutation(
         "what a reorganisation took away stays credited",
         _EVIDENCE,
-        '    if found.state == "paid":\n        _take_back(tx, row["id"], found)\n',
-        '    if found.state == "paid":\n',
-        MACHINE,
+        '        _take_back(tx, row["id"], found)\n',
+        "        pass\n",
+        ("tests/payments/test_tenders_exact.py",),
     ),
     Mutation(
         "a payment credits what was quoted instead of what arrived",
