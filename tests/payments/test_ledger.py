@@ -135,8 +135,9 @@ async def test_account_of_no_known_kind_is_refused(store: Store, account: str) -
 async def test_check_finds_what_is_wrong_with_the_books(store: Store, corruption: str, codes: set[str]) -> None:
     def unit(tx: Transaction) -> None:
         fund(tx, ALICE, 100)
-        columns = "(id, state, uses, tender, payer, asset, quoted_nano_usd, paid_nano_usd, details, created_ms)"
-        tx.execute(f"INSERT INTO receipt {columns} VALUES ('r', 'open', 1, 'exact', '0xa', 'USD', 10, 0, '{{}}', 0)")
+        columns = "(id, state, uses, tender, payer, asset, quoted_nano_usd, paid_nano_usd, spent_nano_usd, details, created_ms)"
+        values = "('r', 'open', 1, 'exact', '0xa', 'USD', 10, 0, 0, '{}', 0)"
+        tx.execute(f"INSERT INTO receipt {columns} VALUES {values}")
         transfers.hold(tx, id="hold:r", debit=ALICE, credit=REVENUE, amount=10, reference="r")
 
     await store.write(unit)
