@@ -397,9 +397,8 @@ def _own_headers(headers: httpx.Headers, policy: SpendingPolicy) -> httpx.Header
     if not own.get("authorization", "").startswith(("Bearer fbk_", "Bearer fba_", "Bearer fbs_")):
         own.pop("authorization", None)
     own["accept-encoding"] = "identity"  # the receipt is read off the raw stream
-    asked = [*(() if tuple(policy.schemes) == ("exact",) else policy.schemes), *sorted(policy.networks or ())]
-    if asked:
-        own["accept-payment"] = ", ".join(asked)
+    # Also the usual one: an operator may offer others by default.
+    own["accept-payment"] = ", ".join([*policy.schemes, *sorted(policy.networks or ())])
     return own
 
 
