@@ -73,8 +73,13 @@ class PaymentNeeded(Exception):
 
     @property
     def error(self) -> str:
-        """What the 402 says is wrong: a code of the standard's own stands alone, for clients compare it."""
-        return self.code if self.code.startswith("invalid_") else f"{self.code}: {self.message}"
+        """What the 402 says is wrong."""
+        return error_text(self.code, self.message)
+
+
+def error_text(code: str, message: str) -> str:
+    """What a 402 says is wrong: a code of the standard's own stands alone, for clients compare it."""
+    return code if code.startswith("invalid_") else f"{code}: {message}"
 
 
 class Offers:

@@ -14,7 +14,7 @@ from gateway.access.keys import Access, WalletCaller, WalletKeyCaller
 from gateway.access.limits import QuoteLimiter
 from gateway.api.errors import ApiError
 from gateway.api.http import Call, read_json, send_json
-from gateway.offers import Offers, SentPayment
+from gateway.offers import Offers, SentPayment, error_text
 from payments import receipts, wallet_accounts
 from payments.errors import PaymentRefused
 from payments.money import nano_to_usd, usd_to_nano
@@ -26,8 +26,6 @@ from payments.tenders.base import Hold, Outcome, Tender
 from payments.tenders.closing import because
 from payments.x402.answers import describe_quote
 
-SCHEMES = ("exact", "upto")
-"""Whose payments arrive whole."""
 RESUMES_MAX = 3
 ANOTHER_USE_WAIT_S = 30.0
 
@@ -76,14 +74,12 @@ class TopUps:
             sent = self._offers.sent(call)
             if sent is None:
                 raise PaymentRefused("payment_required", "this is what has to be paid to top up")
-            if sent.scheme.name not in SCHEMES:
-                raise PaymentRefused("wrong_scheme", "a top-up is paid by the scheme exact or upto")
             await self._require_own(call, sent)
             _, _, refusal = self._offers.claim(sent, quote.request_digest, now)
             await self._take(call, sent, self._offers.topup(sent, quote, now, refusal), quote)
         except PaymentRefused as refused:
             self._limiter.count(call.client)
-            answer = self._offers.required_for(call, quote, f"{refused.code}: {refused.message}", only=SCHEMES)
+            answer = self._offers.required_for(call, quote, error_text(refused.code, refused.message), refused)
             answer.body["quote"] = describe_quote(quote)
             headers = {"PAYMENT-REQUIRED": answer.header, "cache-control": "no-store"}
             await send_json(call.send, 402, answer.body, headers)

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from payments.chain.networks import Token
+from payments.channels import book as channels
 from payments.errors import PaymentError
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
@@ -158,8 +159,16 @@ def request(
                 f"this Idempotency-Key was used for another withdrawal ({found.id}); use a new one",
             )
         return found, False
-    available = transfers.balance(tx, payer_account(address, token.asset)).available
+    uncollected = channels.uncollected_nano_usd(tx, address, token.asset)
+    # What has been spent of it meanwhile counts as uncollected still.
+    available = max(transfers.balance(tx, payer_account(address, token.asset)).available - uncollected, 0)
     amount = _whole(available - limits.fee if amount_nano_usd is None else amount_nano_usd, token)
+    if uncollected and (amount <= 0 or amount + limits.fee > available):
+        raise WithdrawalRefused(
+            "topup_unclaimed",
+            f"{nano_to_usd(uncollected)} USD of this balance were topped up through a channel and are on their way to the"
+            f" treasury: {nano_to_usd(available)} USD can be withdrawn now, all of it in a minute",
+        )
     recent = _check_limits(tx, address, token, amount, limits)
     withdrawal_id = f"wd_{secrets.token_hex(16)}"
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from gateway.access.limits import QuoteLimiter
 from gateway.api.errors import ApiError
 from gateway.api.http import Call, send_json
-from gateway.offers import Offers
+from gateway.offers import Offers, error_text
 from payments.channels.refunds import Refunder
 from payments.errors import PaymentRefused
 from payments.quotes import make_quote, request_digest
@@ -49,6 +49,5 @@ async def _ask(call: Call, offers: Offers, refused: PaymentRefused) -> None:
         request_digest=digest,
         expires_at=int(time.time()) + QUOTE_TTL_S,
     )
-    error = refused.code if refused.code.startswith("invalid_") else f"{refused.code}: {refused.message}"
-    answer = offers.required_for(call, quote, error, refused, only=(SCHEME,))
+    answer = offers.required_for(call, quote, error_text(refused.code, refused.message), refused, only=(SCHEME,))
     await send_json(call.send, 402, answer.body, {"PAYMENT-REQUIRED": answer.header, "cache-control": "no-store"})

@@ -35,21 +35,21 @@ _COLUMNS = (
     "id, chain_id, asset, state, payer, payer_authorizer, receiver, receiver_authorizer, token, withdraw_delay, salt, balance,"
     " total_claimed, withdraw_amount, withdraw_at, refund_nonce, synced_block, marks, synced_marks, voucher, signature,"
     " charged_nano_usd, claimed_nano_usd, lost_nano_usd, announced, refunding, refund_id, claim_id, claim_from_ms,"
-    " unclaimed_since_ms"
+    " unclaimed_since_ms, topped_up_to_nano_usd"
 )
 _FIND = f"SELECT {_COLUMNS} FROM channel WHERE id = ?"  # noqa: S608 - columns from this module
 _INSERT = (
     "INSERT INTO channel (id, chain_id, asset, state, payer, payer_authorizer, receiver, receiver_authorizer, token,"
     " withdraw_delay, salt, balance, total_claimed, withdraw_amount, withdraw_at, refund_nonce, synced_block, marks,"
     " synced_marks, voucher, signature, charged_nano_usd, claimed_nano_usd, lost_nano_usd, announced, refunding,"
-    " claim_from_ms, created_ms, updated_ms)"
-    " VALUES (?, ?, ?, 'new', ?, ?, ?, ?, ?, ?, ?, '0', '0', '0', 0, '0', -1, 0, 0, '0', ?, 0, 0, 0, '0', '0', 0, ?, ?)"
+    " claim_from_ms, topped_up_to_nano_usd, created_ms, updated_ms)"
+    " VALUES (?, ?, ?, 'new', ?, ?, ?, ?, ?, ?, ?, '0', '0', '0', 0, '0', -1, 0, 0, '0', ?, 0, 0, 0, '0', '0', 0, 0, ?, ?)"
     " ON CONFLICT (id) DO NOTHING"
 )
 _SETTABLE = frozenset({
     "balance", "total_claimed", "withdraw_amount", "withdraw_at", "refund_nonce", "synced_block", "synced_marks", "voucher",
     "signature", "charged_nano_usd", "claimed_nano_usd", "lost_nano_usd", "announced", "refunding", "refund_id", "claim_id",
-    "claim_from_ms", "unclaimed_since_ms",
+    "claim_from_ms", "unclaimed_since_ms", "topped_up_to_nano_usd",
 })  # fmt: skip
 
 
@@ -77,6 +77,7 @@ class Channel:
     claim_id: str | None
     claim_from_ms: int
     unclaimed_since_ms: int | None
+    topped_up_to_nano_usd: int
 
     @property
     def number(self) -> int:
@@ -92,6 +93,11 @@ class Channel:
     def account(self) -> str:
         """Its account in the ledger."""
         return receivable(self.id, self.asset)
+
+    @property
+    def uncollected_nano_usd(self) -> int:
+        """At least what of its payer's balance was topped up here and is not in the treasury yet."""
+        return max(0, self.topped_up_to_nano_usd - self.claimed_nano_usd)
 
     @property
     def spendable(self) -> int:
@@ -285,6 +291,21 @@ def charge(tx: Transaction, channel_id: str, amount_nano_usd: int, announced: in
         announced=min(max(channel.announced, announced), max(channel.voucher, channel.announced)),
         unclaimed_since_ms=channel.unclaimed_since_ms or (now_ms() if amount_nano_usd else None),
     )
+
+
+def credit(tx: Transaction, channel_id: str, amount_nano_usd: int, announced: int, token: Token) -> None:
+    """Count a top-up as charged: what it came to is claimed at once, and not paid out before."""
+    charge(tx, channel_id, amount_nano_usd, announced)
+    channel = find(tx, channel_id)
+    assert channel is not None
+    whole = nano_to_atomic_down(channel.charged_nano_usd, token.decimals)
+    put(tx, channel_id, topped_up_to_nano_usd=atomic_to_nano_down(whole, token.decimals))
+
+
+def uncollected_nano_usd(tx: Transaction, payer: str, asset: str) -> int:
+    """What of a payer's balance (lower-case hex) is in its channels still: no other payer's money may be paid out for it."""
+    channels = select(tx, "payer = ? AND asset = ? AND topped_up_to_nano_usd > claimed_nano_usd", (payer, asset))
+    return sum(channel.uncollected_nano_usd for channel in channels)
 
 
 def unclaimable_nano_usd(channel: Channel, token: Token) -> int:

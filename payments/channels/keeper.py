@@ -1,7 +1,8 @@
 """Keeps a network's channels: looks at the chain where something happened, and claims what was charged.
 
 What is charged is claimed in batches once it is worth it or old enough, and at once where the payer has announced a withdrawal:
-only what is claimed is safe from it. One process of all that share the database does this at a time.
+only what is claimed is safe from it. Top-ups are claimed at once too, for the balance that they are may be withdrawn only then.
+One process of all that share the database does this at a time.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class ChannelKeeper:
         oldest = min((channel.unclaimed_since_ms or now for channel in channels), default=now)
         if outstanding >= self._claim_nano_usd or oldest + self._claim_age_ms <= now:
             return list(channels)
-        return [channel for channel in channels if channel.state == "withdrawing"]
+        return [channel for channel in channels if channel.state == "withdrawing" or channel.uncollected_nano_usd]
 
     async def claim(self, channels: Sequence[Channel], token: Token) -> int:
         """Claim everything that is outstanding in these channels, as one settlement; returns how many channels it is of.

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from payments import promises, receipts
+from payments.chain.networks import Token
 from payments.channels import book
 from payments.channels.book import Channel
 from payments.errors import PaymentRefused, SettlementUnavailable
+from payments.ledger.accounts import payer_account
 from payments.money import atomic_to_nano_down, nano_to_atomic_up
 from payments.settlement import states
 from payments.store import Transaction
@@ -45,7 +47,8 @@ _INSERT = (
 _BOUND = """
     SELECT 1 FROM channel_request AS request JOIN receipt ON receipt.id = request.receipt_id
     WHERE request.channel_id = ? AND request.voucher = ?
-      AND (receipt.state = 'open' OR (receipt.state = 'captured' AND receipt.charged_nano_usd > 0))
+      AND (receipt.state = 'open'
+           OR (receipt.state = 'captured' AND receipt.charged_nano_usd + receipt.paid_nano_usd > 0))
 """
 _DEPOSITS = (
     "SELECT value FROM settlement WHERE reference = ? AND kind = 'channel_deposit' AND state IN (?, ?) AND id <> ?"
@@ -96,6 +99,8 @@ class Wanted:
     """The payer's own name for it, if it has one."""
     unclaimed_s_max: float = float("inf")
     """How long the channel may owe us without a claim."""
+    tops_up: bool = False
+    """Whether it becomes its payer's balance; else it pays for an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +176,21 @@ def capture(
     charge = closing.capture(tx, use, amount_nano_usd, outcome)
     if before is not None and before.state == "open":
         book.charge(tx, channel_id, charge.charged_nano_usd, announced)
+    return charge
+
+
+def credit(
+    tx: Transaction, use: Use, channel: Channel, amount_nano_usd: int, outcome: Outcome, announced: int, token: Token
+) -> Charge:
+    """Make all that is held its payer's balance; once, however often it is called.
+
+    Raises:
+        HoldEnded: It was released before.
+    """
+    before = receipts.get(tx, use.receipt_id)
+    charge = closing.credit(tx, use, amount_nano_usd, outcome)
+    if before is not None and before.state == "open":
+        book.credit(tx, channel.id, amount_nano_usd, announced, token)
     return charge
 
 
@@ -265,7 +285,7 @@ def _hold(
     if waits and known is not None:
         # It had its early start: a slow chain would make each resend another inference that nobody sees.
         exposed = int(known[2])
-    elif waits:
+    elif waits and not wanted.tops_up:
         owed = promises.exposure(promises.under_way(tx, channel.config.payer))
         early = owed + wanted.price_nano_usd <= wanted.exposure_max_nano_usd
         exposed = wanted.price_nano_usd if early else 0
@@ -280,7 +300,8 @@ def _hold(
         details=wanted.details,
     )
     use = Use(receipt_id, channel.asset, wanted.details)
-    closing.place(tx, use, channel.account, wanted.price_nano_usd)
+    to = payer_account(channel.config.payer, channel.asset) if wanted.tops_up else None
+    closing.place(tx, use, channel.account, wanted.price_nano_usd, to)
     waits_for = wanted.deposit_id if waits else None
     row = (wanted.digest, channel.id, str(wanted.voucher.amount), receipt_id, waits_for, exposed, book.now_ms())
     tx.execute(_INSERT, row)
@@ -301,6 +322,7 @@ __all__ = [
     "Taken",
     "Wanted",
     "capture",
+    "credit",
     "outcome_of",
     "take",
 ]

@@ -61,6 +61,8 @@ class Channel(SQLModel, table=True):
     claim_from_ms: int = Field(default=0, sa_column=_big(default=0))
     """No claim before this, after one that failed."""
     unclaimed_since_ms: int | None = Field(default=None, sa_column=_big(nullable=True))
+    topped_up_to_nano_usd: int = Field(default=0, sa_column=_big(default=0))
+    """`charged_nano_usd` when its payer last topped up its balance here, in whole atomic units."""
     created_ms: int = Field(sa_column=_big())
     updated_ms: int = Field(sa_column=_big())
 

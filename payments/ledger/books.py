@@ -45,12 +45,14 @@ _ORPHANED = """
     LEFT JOIN receipt ON receipt.id = transfer.reference
     WHERE transfer.state = 'pending' AND transfer.id LIKE 'hold:%' AND COALESCE(receipt.state, 'missing') <> 'open'
 """
+# What comes from a channel as a top-up is paid and not charged, and posted by the hold just so.
 _CHARGES = """
     SELECT receipt.id, receipt.charged_nano_usd, COALESCE(SUM(transfer.posted_amount), 0) FROM receipt
     LEFT JOIN ledger_transfer AS transfer ON transfer.reference = receipt.id AND transfer.id LIKE 'hold:%'
     WHERE receipt.state IN ('captured', 'released')
-    GROUP BY receipt.id, receipt.charged_nano_usd
-    HAVING COALESCE(receipt.charged_nano_usd, -1) <> COALESCE(SUM(transfer.posted_amount), 0)
+    GROUP BY receipt.id, receipt.charged_nano_usd, receipt.paid_nano_usd, receipt.tender
+    HAVING COALESCE(receipt.charged_nano_usd, -1) + CASE WHEN receipt.tender = 'channel' THEN receipt.paid_nano_usd ELSE 0 END
+        <> COALESCE(SUM(transfer.posted_amount), 0)
 """
 # What a withdrawal says of itself, and what its money does.
 _WITHDRAWALS = """

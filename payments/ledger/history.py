@@ -35,7 +35,8 @@ WORDS = {
     "repay": "adjustment",
     "unrepay": "adjustment",
 }
-"""By the part of a transfer's id before the first colon. A payment that was made to top up is a ``topup``."""
+"""By the part of a transfer's id before the first colon. A payment that was made to top up is a ``topup``, and
+so is what a channel held for its payer."""
 
 _SIDE = """
     SELECT transfer.created_ms, transfer.id, {sign}, transfer.amount, transfer.posted_amount, transfer.state,
@@ -123,6 +124,8 @@ def _entry(row: Sequence[Any], settled: dict[str, tuple[str, str | None]], topup
     receipt, transaction = None, None
     if prefix == "hold":
         receipt = reference
+        if sign > 0:
+            kind = "topup"
     elif prefix in ("log", "unlog"):
         transaction = name.partition(":")[0]
     elif reference in settled:

@@ -80,6 +80,7 @@ class ChannelTender:
         token: What it is in.
         request_digest: Of the request.
         refusal: Why it is too late for a first use, if it is: then only an earlier use is found.
+        tops_up: Whether it becomes its payer's balance.
     """
 
     def __init__(
@@ -89,7 +90,10 @@ class ChannelTender:
         token: Token,
         request_digest: bytes,
         refusal: PaymentRefused | None = None,
+        *,
+        tops_up: bool = False,
     ) -> None:
+        self._tops_up = tops_up
         self._services = services
         self._payment = payment
         self._token = token
@@ -109,7 +113,8 @@ class ChannelTender:
             SettlementUnavailable: The chain has to be asked and cannot be.
         """
         taken = await self._take(quote, details)
-        return ChannelHold(self._services, taken, self._payment, self._token, self._deposit_id)
+        kind = TopUpHold if self._tops_up else ChannelHold
+        return kind(self._services, taken, self._payment, self._token, self._deposit_id)
 
     async def _take(self, quote: Quote, details: dict[str, Any]) -> Taken:
         services = self._services
@@ -171,6 +176,7 @@ class ChannelTender:
             refusal=self._refusal,
             identifier=self._payment.identifier,
             unclaimed_s_max=self._services.unclaimed_s_max,
+            tops_up=self._tops_up,
         )
         decision = requests.take(tx, wanted, patient=patient)
         if isinstance(decision, Taken) and decision.deposit == "due":
@@ -361,6 +367,31 @@ class ChannelHold(LedgerHold):
     def _end(self) -> None:
         self._services.payers.end_use(self.receipt_id)
         self._services.notify(self._channel.id)
+
+
+class TopUpHold(ChannelHold):
+    """What becomes its payer's balance, whole, when it is captured.
+
+    Until it is claimed it is in the channel, as safe as what answers cost: claimed at once, and before a withdrawal.
+    """
+
+    async def capture(self, amount_nano_usd: int, outcome: Outcome, also: Also | None = None) -> Charge:
+        """See `payments.tenders.schemes.Scheme.topup`."""
+        assert amount_nano_usd == 0
+        amount = self.maximum_nano_usd
+        announced = self._announced(amount)
+
+        def unit(tx: Transaction) -> Charge:
+            charge = requests.credit(tx, self._use, self._channel, amount, outcome, announced, self._token)
+            if also is not None:
+                also(tx)
+            return charge
+
+        return await self._store.write_surely(unit, self._over)
+
+    def _over(self, charge: Charge) -> None:
+        self._charged_nano_usd = charge.credited_nano_usd
+        self._end()
 
 
 def _abandon(tx: Transaction, decision: Decision) -> None:

@@ -40,14 +40,14 @@ def hold_id(receipt_id: str, use: int) -> str:
     return f"hold:{receipt_id}" if use == 1 else f"hold:{receipt_id}:{use}"
 
 
-def place(tx: Transaction, use: Use, account: str, amount_nano_usd: int) -> None:
-    """Hold `amount_nano_usd` of `account` for this use.
+def place(tx: Transaction, use: Use, account: str, amount_nano_usd: int, to: str | None = None) -> None:
+    """Hold `amount_nano_usd` of `account` for this use; for `to`, by default what is earned.
 
     Raises:
         InsufficientFunds: If `account` has less.
     """
-    revenue = account_id("revenue", use.asset)
-    transfers.hold(tx, id=use.hold_id, debit=account, credit=revenue, amount=amount_nano_usd, reference=use.receipt_id)
+    credit = to or account_id("revenue", use.asset)
+    transfers.hold(tx, id=use.hold_id, debit=account, credit=credit, amount=amount_nano_usd, reference=use.receipt_id)
 
 
 def capture(tx: Transaction, use: Use, amount_nano_usd: int, outcome: Outcome) -> Charge:
@@ -79,6 +79,22 @@ def capture(tx: Transaction, use: Use, amount_nano_usd: int, outcome: Outcome) -
             amount=overrun,
             reference=use.receipt_id,
         )
+    return _charge(tx, use)
+
+
+def credit(tx: Transaction, use: Use, amount_nano_usd: int, outcome: Outcome) -> Charge:
+    """Let all that is held go to whom it was held for, as a payment that charges nothing, and close the receipt.
+
+    Raises:
+        HoldEnded: It was released before.
+    """
+    details, reason = _merged(use, outcome)
+    if not receipts.close_receipt(
+        tx, use.receipt_id, use.number, "captured", charged_nano_usd=0, details=details, reason=reason
+    ):
+        return _ended_before(tx, use, "captured")
+    transfers.capture(tx, use.hold_id, amount_nano_usd)
+    receipts.set_paid(tx, use.receipt_id, amount_nano_usd)
     return _charge(tx, use)
 
 

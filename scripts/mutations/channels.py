@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutations.mutation import Mutation
 
 BOOK = ("tests/payments/test_channel_book.py",)
+TOPUPS = ("tests/payments/test_channel_topups.py",)
 MACHINE = ("tests/payments/test_channels_machine.py",)
 
 _BOOK, _KEEPER = "payments/channels/book.py", "payments/channels/keeper.py"
@@ -50,9 +51,30 @@ CHANNELS = (
     Mutation(
         "a withdrawing channel is not claimed early",
         _KEEPER,
-        '        return [channel for channel in channels if channel.state == "withdrawing"]\n',
-        "        return []\n",
+        'if channel.state == "withdrawing" or channel.uncollected_nano_usd]\n',
+        "if channel.uncollected_nano_usd]\n",
         ("tests/payments/test_channels_on_chain.py",),
+    ),
+    Mutation(
+        "a top-up is claimed when it is worth it",
+        _KEEPER,
+        'if channel.state == "withdrawing" or channel.uncollected_nano_usd]\n',
+        'if channel.state == "withdrawing"]\n',
+        TOPUPS,
+    ),
+    Mutation(
+        "a top-up is withdrawn before it is claimed",
+        "payments/withdrawals.py",
+        "    uncollected = channels.uncollected_nano_usd(tx, address, token.asset)\n",
+        "    uncollected = 0 * channels.uncollected_nano_usd(tx, address, token.asset)\n",
+        TOPUPS,
+    ),
+    Mutation(
+        "a voucher that topped up is bound to nothing",
+        _REQUESTS,
+        "receipt.charged_nano_usd + receipt.paid_nano_usd > 0",
+        "receipt.charged_nano_usd > 0",
+        TOPUPS,
     ),
     Mutation(
         "what happens on chain is not watched",
@@ -120,9 +142,16 @@ CHANNELS = (
     Mutation(
         "a request is counted each time it is captured",
         _REQUESTS,
-        '    if before is not None and before.state == "open":\n',
-        "    if True:\n",
+        '    if before is not None and before.state == "open":\n        book.charge(',
+        "    if True:\n        book.charge(",
         MACHINE,
+    ),
+    Mutation(
+        "a top-up is counted each time it is captured",
+        _REQUESTS,
+        '    if before is not None and before.state == "open":\n        book.credit(',
+        "    if True:\n        book.credit(",
+        TOPUPS,
     ),
     Mutation(
         "a lower voucher replaces a higher one",

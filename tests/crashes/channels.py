@@ -29,7 +29,7 @@ from payments.verification.signatures import checksum_address
 from payments.x402.channels import ChannelConfig
 from tests.crashes.operations import Operation, question
 from tests.crashes.world import MILLION_USD, SLOW, Run
-from tests.e2e.clients import ask, decoded
+from tests.e2e.clients import ask, decoded, sign_in
 
 ASKING = {"accept-payment": "batch-settlement"}
 INITIATE = "initiateWithdraw((address,address,address,address,address,uint40,bytes32),uint128)"
@@ -62,7 +62,10 @@ class Payer:
 
     def sign(self, run: Run, body: dict[str, Any]) -> dict[str, str]:
         """Ask for a quote and sign for it."""
-        asked = ask(run.http, body, ASKING)
+        return self.sign_for(ask(run.http, body, ASKING))
+
+    def sign_for(self, asked: httpx.Response) -> dict[str, str]:
+        """Sign what a 402 asks for."""
         assert asked.status_code == 402, asked.text
         wrapped = x402HTTPClientSync(self._client)
         required = wrapped.get_payment_required_response(asked.headers.get, asked.json())
@@ -232,13 +235,70 @@ class Claimed(Paid):
 
     def done(self, run: Run) -> bool:
         """Nothing is outstanding that the token could express, and the book has looked at the chain since."""
-        due = "charged_nano_usd - claimed_nano_usd >= 1000 OR claim_id IS NOT NULL OR marks <> synced_marks"
-        return not run.open_settlements() and not run.rows(f"SELECT id FROM channel WHERE {due}")
+        return is_claimed(run)
 
     def resume(self, run: Run) -> None:
         """Send the same again; what it cost is claimed without anybody's doing."""
         self._pay(run, self.headers)
         run.until(lambda: self.done(run), "what was charged is claimed")
+
+
+@dataclass(slots=True)
+class ToppedUp(Opened):
+    """A voucher that becomes balance: credited at once, and claimed at once, with the limits for claims far away."""
+
+    settings = {"FAREBOX_WALLET__WITHDRAWAL_MINIMUM_USD": "0.01"}  # noqa: RUF012 - nobody changes it
+    loops = ("channels",)
+    usd: str = "0.75"
+    amount: int = 750_000
+
+    def prepare(self, run: Run) -> None:
+        """Open the channel by one, and have it claimed; then sign another."""
+        self._payer = Payer(run, self.token, thrifty=False)
+        headers = self._signed(run)
+        self.deposited = int(decoded(headers["PAYMENT-SIGNATURE"])["payload"]["deposit"]["amount"])
+        answer = self._top_up(run, headers)
+        assert answer.status_code == 200, answer.text
+        self.payer.learn(headers, answer)
+        run.until(lambda: is_claimed(run), "the first one is claimed")
+        self.headers = self._signed(run)
+
+    def act(self, run: Run) -> None:
+        """Pay it."""
+        self._top_up(run, self.headers)
+
+    def done(self, run: Run) -> bool:
+        """All of it is in the treasury."""
+        return is_claimed(run)
+
+    def resume(self, run: Run) -> None:
+        """Send the same payment, which says the same however far the first had come; and take all of it out in the end."""
+        answer = self._top_up(run, self.headers)
+        assert (answer.status_code, answer.json().get("credited_usd")) == (200, self.usd), answer.text
+        run.until(lambda: is_claimed(run), "both are claimed")
+        assert run.rows("SELECT balance FROM ledger_account WHERE kind = 'payer'") == [(2 * self.amount * 1000,)]
+        assert run.balance(self.token, run.treasury.address) == 2 * self.amount
+        headers = sign_in(run.http, run.payer) | {"idempotency-key": "all"}
+        taken = run.http.post("/v1/wallet/withdrawals", json={"asset": "USDC", "amount_usd": "all"}, headers=headers)
+        assert taken.status_code == 200, taken.text
+        run.until_settled()
+
+    def check(self, run: Run) -> None:
+        """Each was charged to the channel once, claimed once, and came back once."""
+        assert run.rows("SELECT charged_nano_usd, claimed_nano_usd, lost_nano_usd FROM channel") == [
+            (2 * self.amount * 1000, 2 * self.amount * 1000, 0)
+        ]
+        state = self.on_chain(run)
+        assert (state.balance, state.total_claimed) == (self.deposited, 2 * self.amount)
+        assert MILLION_USD - run.balance(self.token, run.payer.address) == self.deposited - 2 * self.amount
+        assert run.balance(self.token, run.treasury.address) == 0
+        assert credit_is_nothing(run)
+
+    def _signed(self, run: Run) -> dict[str, str]:
+        return self.payer.sign_for(self._top_up(run, ASKING))
+
+    def _top_up(self, run: Run, headers: dict[str, str]) -> httpx.Response:
+        return run.http.post("/v1/wallet/topups", json={"amount_usd": self.usd}, headers=headers)
 
 
 @dataclass(slots=True)
@@ -344,6 +404,7 @@ CHANNELS: Mapping[str, Callable[[], Operation]] = {
     "paid by voucher, streamed": lambda: Paid(changes={"stream": True}),
     "two at once": PaidAtOnce,
     "claimed": Claimed,
+    "a voucher as a top-up": ToppedUp,
     "refunded": Refunded,
     "withdrawn by its payer": Withdrawn,
 }

@@ -28,7 +28,8 @@ from x402.mechanisms.evm.signers import EthAccountSignerWithRPC
 from contracts.devnet import USDC, USDT, approve_permit2, balance_of
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack, running
-from tests.e2e.clients import JSON, decoded, encoded
+from payments.money import usd_to_nano
+from tests.e2e.clients import JSON, available, decoded, encoded, sign_in
 from tests.e2e.conftest import QUESTION
 
 ASKING = JSON | {"accept-payment": "batch-settlement"}
@@ -190,6 +191,48 @@ async def test_the_same_voucher_for_the_same_request_is_one_inference(
     state = required["accepts"][0]["extra"]["channelState"]
     assert int(state["chargedCumulativeAmount"]) > 0
     assert len(simulator.attempts()) == 2
+
+
+async def test_a_deposit_and_a_voucher_top_up_a_balance_once_and_it_is_withdrawn_when_it_is_claimed(
+    stack: Stack, wallet: LocalAccount
+) -> None:
+    payer = Payer(stack, wallet)
+    before = balance_of(stack.rpc_url, USDC, wallet.address)
+    with httpx.Client(base_url=stack.gateway_url, timeout=30) as signed_in:
+        session = sign_in(signed_in, wallet)
+        had = usd_to_nano(available(signed_in, session).get("USDC", "0"))
+        body, receipts = {"amount_usd": "0.25"}, set()
+        for index in range(2):
+            first = await payer.http.post("/v1/wallet/topups", json=body, headers=ASKING)
+            assert (first.status_code, first.json()["credited_usd"]) == (200, "0.25"), first.text
+            told = decoded(first.headers["payment-response"])
+            assert (told["success"], told["extra"]["chargedAmount"]) == (True, "250000")
+            assert (told["transaction"] != "") == (index == 0), "a voucher has no transaction"
+            headers = ASKING | {"payment-signature": payer.sent[-1].headers["payment-signature"]}
+            async with httpx.AsyncClient(base_url=stack.gateway_url, timeout=30) as http:
+                again = await asyncio.gather(
+                    *(http.post("/v1/wallet/topups", content=payer.sent[-1].content, headers=headers) for _ in range(6))
+                )
+                assert {each.status_code for each in again} == {200}, [each.text for each in again]
+                assert {each.json()["receipt"] for each in again} == {first.json()["receipt"]}
+                as_request = await http.post("/v1/chat/completions", content=orjson.dumps(QUESTION), headers=headers)
+                assert as_request.status_code == 402
+            receipts.add(first.json()["receipt"])
+        assert len(receipts) == 2
+        assert usd_to_nano(available(signed_in, session)["USDC"]) - had == 500_000_000
+        # The next request is paid with the voucher that follows.
+        assert (await payer.ask()).status_code == 200
+        await until_claimed(stack, wallet.address)
+        taken = await asyncio.to_thread(
+            signed_in.post,
+            "/v1/wallet/withdrawals",
+            json={"asset": "USDC", "amount_usd": "0.50"},
+            headers=session | {"idempotency-key": "all"},
+        )
+        # Below what may be withdrawn at once by default; not because it was not there.
+        assert taken.status_code == 200 or taken.json()["error"]["code"] == "below_minimum", taken.text
+    deposited = int(row(stack, wallet.address)["balance"])
+    assert before - balance_of(stack.rpc_url, USDC, wallet.address) in (deposited, deposited - 500_000)
 
 
 def test_the_official_typescript_client_deposits_pays_and_is_refunded(
