@@ -151,7 +151,11 @@ def test_a_claim_that_a_reorganisation_takes_away_is_claimed_again(ground: Groun
     wait_until(lambda: outstanding(ground, payer) < 1_000, "it is claimed")
     ground.check_quiet()
     treasury = ground.balance(USDC, ground.stack.pay_to)
-    (block,) = ground.query("SELECT MAX(block_number) FROM settlement WHERE kind = 'channel_claim'")[0]
+    (block,) = ground.query(
+        "SELECT MAX(block_number) FROM settlement JOIN channel_claim ON channel_claim.settlement_id = settlement.id"
+        " JOIN channel ON channel.id = channel_claim.channel_id WHERE channel.payer = ?",
+        payer.address,
+    )[0]
     with ground.stopped():
         ground.rpc("anvil_reorg", int(ground.rpc("eth_blockNumber"), 16) - block + 1, [])
         assert ground.balance(USDC, ground.stack.pay_to) < treasury

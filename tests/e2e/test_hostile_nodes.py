@@ -83,7 +83,7 @@ def test_while_one_of_two_nodes_fails_everything_goes_on(nodes: Nodes, fault: st
         payer = Payer(nodes.ground.stack)
         answer = nodes.ground.ask(payer.pay(nodes.ground.http, way, QUESTION), QUESTION)
         assert answer.status_code == 200, (way, answer.text)
-    assert nodes.first.met
+    wait_until(lambda: bool(nodes.first.met), "the first node was asked")
     assert nodes.ground.served() == len(FIRST)
 
 
