@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -95,8 +96,11 @@ async def test_reservation_that_a_living_replica_is_about_to_settle_is_not_forgo
     desk = open_desk(first)
     found: list[Recovered] = []
 
-    async def look(*_: object) -> None:
+    check = desk.services.chain_states.check
+
+    async def look(*args: Any) -> Any:
         found.append(await recover(second))
+        return await check(*args)
 
     desk.services.chain_states.check = look  # type: ignore[method-assign,assignment]
     await desk.tender(payment_of()).authorize(quote_of(), DETAILS)
