@@ -11,8 +11,8 @@ from payments.chain.rpc import Rpc, RpcError, RpcUnavailable
 from payments.chain.transactions import decode_revert, encode_allowance, encode_balance_of
 from payments.errors import PaymentError, PaymentRefused, SettlementUnavailable
 from payments.promises import Cover, Earlier, Funds, InUse, Needed
-from payments.verification.chain_state import LOOK_AGAIN_S, LOOKS_MAX, insufficient_funds, lacks_allowance
-from payments.x402.channels import DEPOSIT_SIMULATION, ChannelConfig, Deposit, Permit2Deposit
+from payments.verification.chain_state import LOOK_AGAIN_S, LOOKS_MAX, insufficient_funds, is_fresh, lacks_allowance
+from payments.x402.channels import DEPOSIT_SIMULATION, ChannelConfig, Deposit, Erc3009Deposit, Permit2Deposit
 from payments.x402.extensions.eip2612 import Eip2612Permit
 
 
@@ -55,6 +55,8 @@ async def check_deposit(
     call = encode_deposit(config, deposit, permit)
     for look in range(1, LOOKS_MAX + 1):
         block, state, funds, simulated = await _look(rpc, channel, config, call, token)
+        if not simulated[0] and isinstance(deposit, Erc3009Deposit) and is_fresh(deposit.valid_after):
+            simulated = await _simulate_next(rpc, call, simulated)
         problem = _judge(needed, token, funds, earlier.in_use, simulated)
         if problem is None:
             return DepositLook(block, state, Cover(funds, needed, earlier))
@@ -85,6 +87,17 @@ async def _look(
     except (RpcUnavailable, RpcError, ValueError) as error:
         raise unavailable() from error
     return block, state, Funds(_number(balance), _number(allowance)), simulated
+
+
+async def _simulate_next(rpc: Rpc, call: bytes, before: tuple[bool, bytes]) -> tuple[bool, bytes]:
+    """What the call would do in the block that is being made; if it fails there too, what it said `before`."""
+    try:
+        await rpc.call("eth_call", [{"to": BATCH_SETTLEMENT_ADDRESS, "data": "0x" + call.hex()}, "pending"])
+    except RpcError:
+        return before
+    except RpcUnavailable as error:
+        raise unavailable() from error
+    return True, b""
 
 
 def _judge(

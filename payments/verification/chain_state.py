@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from payments.chain.networks import MULTICALL3_ADDRESS, PERMIT2_ADDRESS, Network, Token
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
@@ -38,6 +39,11 @@ from payments.x402.wire import Payment, Permit2Authorization, UptoAuthorization
 WINDOW_S = 0.0005
 BATCH_MAX = 50
 """Payments in one call: about 6 million gas, which every node allows an eth_call."""
+
+WOULD_FAIL = "transfer_would_fail"
+
+FRESH_S = 3600.0
+"""How old the last block of a chain may be on which a payment is valid from its signing on."""
 
 LOOKS_MAX = 3
 LOOK_AGAIN_S = 0.1
@@ -87,16 +93,19 @@ class _Check:
         """Whether the call is simulated by itself, though in the same round trip: only its facilitator can make it."""
         return isinstance(self.payment.authorization, UptoAuthorization)
 
-    def simulation(self) -> Request:
-        """The very call, under the gas limit that the settlement will have."""
+    def simulation(self, *, deploy: bool = False, block: Literal["latest", "pending"] = "latest") -> Request:
+        """The very call, under the gas limit that the settlement will have.
+
+        Args:
+            deploy: The payer has no code yet.
+            block: In the state after the last block, or in the one that is being made.
+        """
         authorization = self.payment.authorization
-        assert isinstance(authorization, UptoAuthorization)
-        to, data = settle_call(self.payment, self.token, amount=self.amount)
-        gas = hex(gas_limit(to, data, self.token.address))
-        return "eth_call", (
-            {"from": authorization.facilitator, "to": to, "data": "0x" + data.hex(), "gas": gas},
-            "latest",
-        )
+        to, data = settle_call(self.payment, self.token, deploy=deploy, amount=self.amount)
+        call = {"to": to, "data": "0x" + data.hex(), "gas": hex(gas_limit(to, data, self.token.address))}
+        if isinstance(authorization, UptoAuthorization):
+            call["from"] = authorization.facilitator
+        return "eth_call", (call, block)
 
     @property
     def needed(self) -> Needed:
@@ -225,6 +234,10 @@ class ChainStates:
                 again.append(self._run([check]))
             elif verdict is None and not check.apart and (has_code or check.unproven is not None):
                 again.append(self._simulate_alone(check, seen))
+            elif (
+                verdict is not None and verdict.code == WOULD_FAIL and is_fresh(check.payment.authorization.valid_after)
+            ):
+                again.append(self._simulate_alone(check, seen, "pending"))
             else:
                 check.conclude(verdict or seen)
         await asyncio.gather(*again)
@@ -239,16 +252,18 @@ class ChainStates:
             return
         await self._run([replace(check, earlier=earlier, looks=check.looks + 1)])
 
-    async def _simulate_alone(self, check: _Check, seen: Seen) -> None:
-        """A contract wallet: the chain's own judgement under the gas limit that the settlement will have.
+    async def _simulate_alone(self, check: _Check, seen: Seen, block: Literal["latest", "pending"] = "latest") -> None:
+        """A contract wallet, or a payment for the next block: the chain's own judgement of the very call.
 
-        Its code may see who calls and how much gas there is, and behave for a simulation only.
+        A wallet's code may see who calls and how much gas there is, and behave for a simulation only.
         """
-        to, data = settle_call(check.payment, check.token, deploy=not seen.has_code)
-        call = {"to": to, "data": "0x" + data.hex(), "gas": hex(gas_limit(to, data, check.token.address))}
+        method, parameters = check.simulation(deploy=not seen.has_code, block=block)
         try:
-            await self._rpc.call("eth_call", [call, "latest"])
+            await self._rpc.call(method, parameters)
         except RpcError as error:
+            if block == "latest" and is_fresh(check.payment.authorization.valid_after):
+                await self._simulate_alone(check, seen, "pending")
+                return
             check.conclude(_would_fail(error.message))
         except RpcUnavailable as error:
             check.conclude(_unavailable(error))
@@ -286,6 +301,15 @@ def _takes_a_fee(result: CallResult) -> bool:
     return succeeded and len(returned) == WORD and any(returned)
 
 
+def is_fresh(valid_after: int) -> bool:
+    """Whether what is valid from a time on (unix seconds) may be so by now and was not in the last block.
+
+    Where little happens the last block is old. Then the block that is being made has to be asked; not always, because it
+    counts what is under way a second time.
+    """
+    return valid_after > time.time() - FRESH_S
+
+
 def insufficient_funds(free: int, needed: int, token: Token) -> PaymentRefused:
     """A payer's balance does not cover a payment beside its others; both in atomic units."""
     return PaymentRefused(
@@ -317,7 +341,7 @@ def _unavailable(cause: Exception | None = None) -> SettlementUnavailable:
 
 
 def _would_fail(reason: str) -> PaymentRefused:
-    return PaymentRefused("transfer_would_fail", f"the token refuses the transfer: {reason}")
+    return PaymentRefused(WOULD_FAIL, f"the token refuses the transfer: {reason}")
 
 
 def _number(result: CallResult) -> int:

@@ -17,7 +17,6 @@ import pytest
 from eth_account.signers.local import LocalAccount
 
 from contracts.devnet import USDC, balance_of
-from contracts.jsonrpc import rpc
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
 from payments.money import usd_to_nano
@@ -46,13 +45,6 @@ def v1_python() -> Path:
             _run(uv, "pip", "install", "--require-hashes", "--python", str(python), "-r", str(LOCK_FILE))
             stamp.write_text(wanted)
     return python
-
-
-@pytest.fixture(autouse=True)
-def _a_block_of_now(v1_python: Path, stack: Stack) -> None:
-    """The old client's payments are valid from a minute before it signs, which is later than the last block of a chain that
-    nobody used while the client was being installed."""
-    rpc(stack.rpc_url, "evm_mine")
 
 
 def _run(*command: str) -> str:

@@ -42,8 +42,22 @@ def sign(wallet: Wallet, digest: bytes) -> bytes:
     return signature[:64] + bytes((27 + signature[64],))
 
 
+async def later_than_the_last_block(rpc_url: str) -> int:
+    """Now, in unix seconds, once it is later than the last block of a chain where nothing happens."""
+    last = int(rpc(rpc_url, "eth_getBlockByNumber", "latest", False)["timestamp"], 16)
+    await asyncio.sleep(max(0.0, last + 1 - time.time()))
+    return int(time.time())
+
+
 def pay(
-    wallet: Wallet, token: Token, value: int, *, to: str = PAY_TO, nonce: int | None = None, valid_s: int = HOUR_S
+    wallet: Wallet,
+    token: Token,
+    value: int,
+    *,
+    to: str = PAY_TO,
+    nonce: int | None = None,
+    valid_s: int = HOUR_S,
+    valid_after: int = 0,
 ) -> Payment:
     """A signed payment by the token's own transfer method."""
     nonce = secrets.randbits(256) if nonce is None else nonce
@@ -51,11 +65,11 @@ def pay(
     payer = wallet.address.lower()
     authorization: Eip3009Authorization | Permit2Authorization
     if token.transfer_method == "eip3009":
-        authorization = Eip3009Authorization(payer, to, value, 0, deadline, nonce)
+        authorization = Eip3009Authorization(payer, to, value, valid_after, deadline, nonce)
         signature = sign(wallet, eip3009_digest(authorization, token))
     else:
         authorization = Permit2Authorization(
-            payer, token.address, value, EXACT_PERMIT2_PROXY_ADDRESS, nonce, deadline, to, 0
+            payer, token.address, value, EXACT_PERMIT2_PROXY_ADDRESS, nonce, deadline, to, valid_after
         )
         signature = sign(wallet, permit2_exact_digest(authorization, token.chain_id))
     return Payment(

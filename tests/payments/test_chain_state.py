@@ -15,7 +15,7 @@ from payments.chain.transactions import settle_call
 from payments.errors import AllowanceRequired, PaymentRefused, SettlementUnavailable
 from payments.promises import Earlier, InUse
 from payments.verification.chain_state import ChainStates, Seen
-from tests.payments.settling import PAY_TO, pay
+from tests.payments.settling import PAY_TO, later_than_the_last_block, pay
 
 BURNS_ALL_GAS = "0x5b600056"
 """JUMPDEST, PUSH 0, JUMP: an endless loop."""
@@ -77,6 +77,22 @@ async def test_a_used_nonce_is_refused(chain: Devnet, network: Network, node: Rp
         with pytest.raises(PaymentRefused) as refused:
             await states.check(payment, token, PAY_TO)
         assert refused.value.code == "authorization_used"
+
+
+async def test_what_is_valid_from_now_on_passes_on_a_chain_whose_last_block_is_older(
+    chain: Devnet, network: Network, node: Rpc
+) -> None:
+    usdc, usdt = network.tokens
+    approve_permit2(chain.rpc_url, chain.usdt, chain.wallets[2].private_key)
+    states = ChainStates(node, network)
+    now = await later_than_the_last_block(chain.rpc_url)
+    await asyncio.gather(
+        states.check(pay(chain.wallets[1], usdc, 100, valid_after=now - 1), usdc, PAY_TO),
+        states.check(pay(chain.wallets[2], usdt, 100, valid_after=now - 1), usdt, PAY_TO),
+    )
+    with pytest.raises(PaymentRefused) as refused:
+        await states.check(pay(chain.wallets[1], usdc, 100, valid_after=now + 60), usdc, PAY_TO)
+    assert refused.value.code == "transfer_would_fail"
 
 
 class Promised(Earlier):

@@ -44,7 +44,7 @@ from payments.verification.chain_state import ChainStates
 from payments.verification.signatures import checksum_address
 from payments.x402.channels import ChannelConfig, ChannelPayment, Deposit, Erc3009Deposit, PayloadType, Voucher, hex32
 from tests.payments.exact_samples import DETAILS, QUOTED, quote_of
-from tests.payments.settling import PAY_TO, sign
+from tests.payments.settling import PAY_TO, later_than_the_last_block, sign
 
 PRICE = QUOTED // 1000
 DELAY_S = 900
@@ -75,13 +75,19 @@ class Gateway:
         return vouchers.channel_id(self.config, self.token.chain_id)
 
     def payment(
-        self, amount: int, *, deposit: int = 0, type: PayloadType | None = None, refund: int | None = None
+        self,
+        amount: int,
+        *,
+        deposit: int = 0,
+        valid_after: int = 0,
+        type: PayloadType | None = None,
+        refund: int | None = None,
     ) -> ChannelPayment:
         """A payment as an official client signs it."""
         chain_id = self.token.chain_id
         signed: Deposit | None = None
         if deposit:
-            unsigned = Erc3009Deposit(deposit, 0, int(time.time()) + 300, secrets.randbits(256), b"")
+            unsigned = Erc3009Deposit(deposit, valid_after, int(time.time()) + 300, secrets.randbits(256), b"")
             digest = vouchers.erc3009_deposit_digest(unsigned, self.config, self.number, self.token)
             signed = dataclasses.replace(unsigned, signature=sign(self.wallet, digest))
         voucher = sign(self.wallet, vouchers.voucher_digest(self.number, amount, chain_id))
@@ -201,6 +207,13 @@ async def test_a_channel_without_money_serves_nobody(opened: Gateway) -> None:
     await opened.pay(PRICE, PRICE, deposit=PRICE)
     with pytest.raises(PaymentRefused):
         await opened.take(opened.payment(2 * PRICE))
+
+
+async def test_a_deposit_may_be_valid_from_later_than_the_last_block_on(opened: Gateway, chain: Devnet) -> None:
+    now = await later_than_the_last_block(chain.rpc_url)
+    hold = await opened.take(opened.payment(PRICE, deposit=5 * PRICE, valid_after=now - 1))
+    await hold.capture(QUOTED, Outcome())
+    assert (await opened.channel()).charged_nano_usd == QUOTED
 
 
 async def test_a_deposit_is_made_once_and_its_replay_finds_the_first_outcome(opened: Gateway, chain: Devnet) -> None:

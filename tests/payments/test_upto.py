@@ -47,7 +47,7 @@ from payments.verification.eip712 import permit2_upto_digest
 from payments.x402.wire import Payment, UptoAuthorization
 from tests.payments.contract_wallets import place
 from tests.payments.exact_samples import DETAILS, QUOTED, assert_books_balance, open_store, quote_of
-from tests.payments.settling import PAY_TO, pay, sign, until
+from tests.payments.settling import PAY_TO, later_than_the_last_block, pay, sign, until
 
 COST = 7_654_321
 """Not whole in atomic units: 7,655 of them, and 679 nano-USD too much."""
@@ -175,6 +175,13 @@ async def test_only_what_the_answer_cost_is_taken(desk: Desk, which: int) -> Non
     assert (view.settlement_state, view.paid_nano_usd) == ("mined", 7_655_000)
     assert await desk.store.read(lambda tx: promises.exposure(promises.under_way(tx, payment.payer))) == 0
     await desk.check_books()
+
+
+async def test_it_may_be_valid_from_later_than_the_last_block_on(desk: Desk) -> None:
+    now = await later_than_the_last_block(desk.chain.rpc_url)
+    hold = await desk.authorize(desk.sign(desk.chain.wallets[1], desk.network.tokens[0], valid_after=now - 1))
+    await hold.capture(COST, ANSWERED)
+    assert await desk.settled(hold.receipt_id)
 
 
 async def test_an_answer_that_costs_more_than_authorised_is_the_operators_loss(desk: Desk) -> None:
