@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +15,9 @@ from payments.chain.networks import Network, Token
 from payments.migrate import upgrade
 from payments.store import Store
 from tests.databases import PostgresServer
+
+if TYPE_CHECKING:
+    from tests.crashes.forks import Forks
 
 
 @pytest.fixture(scope="session")
@@ -117,3 +121,12 @@ def store(database: Path | str) -> Iterator[Store]:
     opened = Store(database)
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """One process per test process that forks gateways and whatever else is to be killed."""
+    from tests.crashes.forks import Forks  # the gateway and all that it needs
+
+    with Forks() as forking:
+        yield forking

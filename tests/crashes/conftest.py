@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.crashes.forks import Forks
 from tests.crashes.world import World
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[World]:
     """A chain, providers, and a process that forks gateways."""
-    with World.open(tmp_path_factory.mktemp("world")) as world:
+    with World.open(tmp_path_factory.mktemp("world"), forks) as world:
         yield world

@@ -1,50 +1,51 @@
-"""A process that has everything imported and becomes a gateway whenever one is needed: 20 ms instead of 2 s.
+"""A process that has everything imported and becomes a gateway, or whatever else is needed, in 20 ms instead of 2 s.
 
-Run as ``python -m tests.crashes.forks``: reads one JSON object a line (environment, files of the steps, where to die), forks a
-gateway for it and answers with the process id on a line. It ends when its input does.
+It reads what is to be called (pickled: a function of a module, and its arguments), forks a process that calls it, and answers
+with the process id on a line. It ends when its input does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
-import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from contracts.anvil import end_with_parent
-from tests.crashes.steps import Step
+from gateway import app, config
+from gateway.routing.tokens import count_text
+from tests.crashes.steps import BY_THE_CLOCK, Step, Steps
 
 HURRIED = {"interval_s": 0.05, "watch_s": 0.2, "housekeeping_s": 0.1}
 """What hurried loops are made with, whatever the configuration says."""
 
 
 class Forks:
-    """The process, for whoever wants gateways from it."""
+    """The process, for whoever wants others from it."""
 
     def __init__(self) -> None:
         self._asking = threading.Lock()
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.crashes.forks"],
+            [sys.executable, "-c", "from tests.crashes import forks; forks.serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             preexec_fn=end_with_parent(),
-            text=True,
         )
         assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n"
+        assert self._process.stdout.readline() == b"ready\n"
         return self
 
     def __exit__(
@@ -53,6 +54,21 @@ class Forks:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(10)
+
+    def start(self, log: Path, life: Callable[..., None], *arguments: Any) -> int:
+        """Fork a process; returns its id, which vanishes when it ends.
+
+        Args:
+            log: What it says.
+            life: A function of a module, which it ends with.
+            arguments: What `life` gets; they are pickled, too.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._asking:
+            pickle.dump((log, life, arguments), self._process.stdin)
+            self._process.stdin.flush()
+            return int(self._process.stdout.readline())
 
     def gateway(
         self,
@@ -65,7 +81,7 @@ class Forks:
         hurried: Collection[str],
         pause: tuple[str, Path] | None,
     ) -> int:
-        """Fork a gateway; returns its process id, which vanishes when it ends.
+        """Fork a gateway; returns its process id.
 
         Args:
             environment: Its configuration.
@@ -73,22 +89,9 @@ class Forks:
             record: See `tests.crashes.steps`; likewise `armed`, `kill_at`, `loops` and `pause`.
             hurried: The loops that look far more often than they do in earnest: nobody here has the time to wait for them.
         """
-        wanted = {
-            "environment": dict(environment),
-            "log": str(log),
-            "record": str(record),
-            "armed": str(armed),
-            "kill_at": None if kill_at is None else asdict(kill_at),
-            "loops": sorted(loops),
-            "hurried": sorted(hurried),
-            "pause": None if pause is None else (pause[0], str(pause[1])),
-        }
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with self._asking:
-            self._process.stdin.write(json.dumps(wanted) + "\n")
-            self._process.stdin.flush()
-            return int(self._process.stdout.readline())
+        return self.start(
+            log, _be_gateway, dict(environment), (record, armed, kill_at, sorted(loops), pause), sorted(hurried)
+        )
 
 
 def alive(pid: int) -> bool:
@@ -110,18 +113,20 @@ def end(pid: int) -> None:
         time.sleep(0.002)
 
 
-def _main() -> None:
-    from gateway import app, config
-    from gateway.routing.tokens import count_text
-    from tests.crashes.steps import BY_THE_CLOCK, Steps
-
+def serve() -> None:
+    """Be the process."""
     count_text("read the tokenizer's tables once", "o200k_base")
     end_with_us = end_with_parent()
     # Nobody waits for the children: the kernel takes them away.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # What is loaded by now stays: nobody has to look through it, and the children share it as it is.
+    gc.freeze()
     print("ready", flush=True)
-    for line in sys.stdin:
-        wanted: dict[str, Any] = json.loads(line)
+    while True:
+        try:
+            log, life, arguments = pickle.load(sys.stdin.buffer)  # noqa: S301 - from the process that started this one
+        except EOFError:
+            return
         pid = os.fork()
         if pid:
             print(pid, flush=True)
@@ -130,13 +135,21 @@ def _main() -> None:
         try:
             if end_with_us is not None:
                 end_with_us()
-            _hurry([BY_THE_CLOCK[loop][0] for loop in wanted["hurried"]])
-            _become_gateway(app, config, Steps, wanted)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _speak_into(log)
+            life(*arguments)
             status = 0
         except BaseException:  # noqa: BLE001 - the log is all that is left to tell
             traceback.print_exc()
         finally:
             os._exit(status)
+
+
+def _speak_into(path: Path) -> None:
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    silent = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, source in ((0, silent), (1, log), (2, log)):
+        os.dup2(source, descriptor)
 
 
 def _hurry(owners: list[Any]) -> None:
@@ -153,18 +166,8 @@ def _hurry(owners: list[Any]) -> None:
         owner.__init__ = hurried
 
 
-def _become_gateway(app: Any, config: Any, steps: Any, wanted: dict[str, Any]) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    log = os.open(wanted["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    silent = os.open(os.devnull, os.O_RDONLY)
-    for descriptor, source in ((0, silent), (1, log), (2, log)):
-        os.dup2(source, descriptor)
-    os.environ.update(wanted["environment"])
-    kill_at = None if wanted["kill_at"] is None else Step(**wanted["kill_at"])
-    pause = None if wanted["pause"] is None else (wanted["pause"][0], Path(wanted["pause"][1]))
-    steps(Path(wanted["record"]), Path(wanted["armed"]), kill_at, wanted["loops"], pause).install()
-    app.serve(config.load(None, wanted["environment"]))
-
-
-if __name__ == "__main__":
-    _main()
+def _be_gateway(environment: dict[str, str], steps: tuple[Any, ...], hurried: list[str]) -> None:
+    _hurry([BY_THE_CLOCK[loop][0] for loop in hurried])
+    os.environ.update(environment)
+    Steps(*steps).install()
+    app.serve(config.load(None, environment))

@@ -70,9 +70,9 @@ class World:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, directory: Path) -> Iterator[World]:
-        """Start everything."""
-        with Anvil(chain_id=CHAIN_ID) as anvil, Simulator.start() as simulator, Forks() as forks:
+    def open(cls, directory: Path, forks: Forks) -> Iterator[World]:
+        """Start everything else."""
+        with Anvil(chain_id=CHAIN_ID) as anvil, Simulator.start() as simulator:
             load(anvil.rpc_url)
             template = directory / "template.db"
             upgrade(template)

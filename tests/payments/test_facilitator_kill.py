@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import multiprocessing
-import os
-import signal
+import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +14,16 @@ from contracts.devnet import Devnet, approve_permit2, balance_of, place_operator
 from payments.chain.channel_contract import decode_states, states_call
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
-from tests.crashes.steps import Step, Steps, steps_of
+from tests.crashes.forks import Forks
+from tests.crashes.steps import Step
 from tests.payments.channelling import channel_of, claims
 from tests.payments.facilitating import SHOP, VALUE, Running, body, facilitator
+from tests.payments.killed_facilitator import live_until_dead
 from tests.payments.settling import rows
 from tests.payments.test_facilitator_upto import TAKEN, Market, taking
 
 OCCURRENCES_MAX = 2
 """What happens more often than this is polling."""
-PATIENCE_S = 30
 DEPOSIT, PRICE = 10_000, 700
 
 
@@ -40,38 +38,6 @@ class Case:
     change: int
     once: bool = True
     orders: int = 1
-
-
-def live(
-    chain: Devnet, network: Network, directory: Path, call: dict[str, Any], contract: str, kill_at: Step | None
-) -> None:
-    """A facilitator's life, in a process of its own: it settles one call and says so in a file, or dies."""
-    armed = directory / "armed"
-    Steps(directory / "record", armed, kill_at).install()
-
-    async def settle() -> None:
-        async with facilitator(chain, network, directory / "farebox.db", batch_contract=contract) as running:
-            armed.touch()
-            answer = await running.settle(call, idempotency_key="order-1")
-            (directory / "answer").write_text(str(answer["success"]))
-            # What is already told is over: the rest of this process is its way down.
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    asyncio.run(settle())
-
-
-def live_until_dead(
-    chain: Devnet, network: Network, directory: Path, call: dict[str, Any], contract: str, kill_at: Step | None
-) -> list[Step]:
-    directory.mkdir()
-    # Forked from a process that has everything imported and nothing running.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.payments.test_facilitator_kill"])
-    process = context.Process(target=live, args=(chain, network, directory, call, contract, kill_at))
-    process.start()
-    process.join(PATIENCE_S)
-    assert process.exitcode == -signal.SIGKILL, process.exitcode
-    return steps_of(directory / "record")
 
 
 def cases(chain: Devnet, network: Network, market: Market, helper: Running) -> dict[str, Case]:
@@ -139,16 +105,21 @@ def cases(chain: Devnet, network: Network, market: Market, helper: Running) -> d
 
 @pytest.mark.parametrize("name", ["exact", "upto", "upto for nothing", "deposit", "claim", "settle", "refund"])
 async def test_killed_at_every_step_it_settles_once_and_tells_once(
-    chain: Devnet, network: Network, tmp_path: Path, name: str
+    chain: Devnet, network: Network, forks: Forks, sqlite_template: Path, tmp_path: Path, name: str
 ) -> None:
     signer = chain.wallets[0].address
     contract, _ = place_operator_contracts(chain.rpc_url, signer, signer, [signer])
     approve_permit2(chain.rpc_url, chain.usdc, chain.wallets[2].private_key)
+
+    async def live_and_die(number: int, call: dict[str, Any], kill_at: Step | None) -> list[Step]:
+        (tmp_path / str(number)).mkdir()
+        shutil.copy(sqlite_template, tmp_path / str(number) / "farebox.db")
+        return await live_until_dead(forks, chain, network, tmp_path / str(number), call, contract, kill_at)
+
     async with facilitator(chain, network, tmp_path / "helper.db", signer=1) as helper:
         case = cases(chain, network, Market(chain, network, contract), helper)[name]
-        whole = await case.call(0)
-        steps = await asyncio.to_thread(live_until_dead, chain, network, tmp_path / "whole", whole, contract, None)
-        assert (tmp_path / "whole" / "answer").read_text() == "True"
+        steps = await live_and_die(0, await case.call(0), None)
+        assert (tmp_path / "0" / "answer").read_text() == "True"
         begun = steps.index(Step("wrote Facilitator._begin"))
         kills = [step for step in dict.fromkeys(steps) if step.occurrence <= OCCURRENCES_MAX]
         if name != "exact":
@@ -156,11 +127,11 @@ async def test_killed_at_every_step_it_settles_once_and_tells_once(
             kills = [step for step in kills if step.occurrence == 1 and steps.index(step) >= begun]
         assert {"wrote Facilitator._begin", "wrote Facilitator._grant"} <= {step.name for step in kills}, kills
         for number, kill_at in enumerate(kills, start=1):
-            directory = tmp_path / str(number)
             call = await case.call(number)
             before = await case.effect()
-            await asyncio.to_thread(live_until_dead, chain, network, directory, call, contract, kill_at)
-            async with facilitator(chain, network, directory / "farebox.db", batch_contract=contract) as running:
+            await live_and_die(number, call, kill_at)
+            database = tmp_path / str(number) / "farebox.db"
+            async with facilitator(chain, network, database, batch_contract=contract) as running:
                 answer = await running.settle(call, idempotency_key="order-1")
                 assert answer["success"], (str(kill_at), answer)
                 if name != "settle":
