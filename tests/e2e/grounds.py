@@ -104,9 +104,23 @@ class Ground:
             asked.join(0.3)
         return asked.answer()
 
-    def pending(self) -> int:
-        """Transactions that wait to be mined."""
-        return int(self.rpc("txpool_status")["pending"], 16)
+    def until_broadcast(self, payer: str) -> dict[str, Any]:
+        """Wait until the node has the transaction that is to take or give back a payer's money, and return it."""
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            carriers = self.query(
+                "SELECT carrier.broadcasts FROM settlement JOIN chain_transaction AS carrier"
+                " ON carrier.id = settlement.transaction_id WHERE ? IN (settlement.payer, settlement.pay_to)"
+                " AND settlement.state = 'submitted'",
+                payer.lower(),
+            )
+            hashes = [json.loads(broadcasts)[-1]["hash"] for (broadcasts,) in carriers]
+            found[:] = filter(None, (self.rpc("eth_getTransactionByHash", each) for each in hashes))
+            return bool(found)
+
+        wait_until(look, "our transaction is broadcast", self.open_things)
+        return found[0]
 
     def balance(self, token: DevToken, address: str) -> int:
         """Atomic units."""
@@ -240,7 +254,9 @@ def error_of(answer: httpx.Response) -> str:
     if "payment-required" in answer.headers:
         error: str = decoded(answer.headers["payment-required"])["error"]
         return error.partition(":")[0]
-    code: str = answer.json()["error"]["code"]
+    told = answer.json()
+    assert "error" in told, f"{answer.status_code}: {answer.text}"
+    code: str = told["error"]["code"]
     return code
 
 

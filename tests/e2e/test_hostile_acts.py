@@ -139,7 +139,7 @@ def test_what_overtakes_our_transfer_shows_the_payer_nothing(
 def overtaken(ground: Ground, payer: Payer, headers: dict[str, str], body: dict[str, Any], act: Act) -> httpx.Response:
     """Send a paid request, wait until our transaction is under way, and put another one before it in the block."""
     asked = ground.begin(headers, body)
-    wait_until(lambda: ground.pending() == 1, "our transaction is broadcast")
+    ground.until_broadcast(payer.address)
     chain_acts.send_dearly(ground.stack.rpc_url, payer.address, act[1], act[0])
     return ground.mine_until_answered(asked)
 
@@ -277,7 +277,7 @@ def test_whoever_executes_it_it_is_paid_once_and_served_once(
     else:
         with ground.stopped():
             asked = ground.begin(headers, QUESTION)
-            wait_until(lambda: ground.pending() == 1, "our transaction is broadcast")
+            ground.until_broadcast(payer.address)
             chain_acts.send_dearly(ground.stack.rpc_url, stranger, "0x" + data.hex(), to, gas=600_000)
             answer = ground.mine_until_answered(asked)
     assert answer.status_code == 200, answer.text
@@ -303,7 +303,7 @@ def test_a_consumed_nonce_beside_a_transfer_of_the_right_amount_is_no_payment(gr
     other = payer.pay(ground.http, way, QUESTION, nonce=NONCE + 1)
     with ground.stopped():
         asked = ground.begin(other, QUESTION)
-        wait_until(lambda: ground.pending() == 1, "our transaction is broadcast")
+        ground.until_broadcast(payer.address)
         to, data = (
             (dev.address, cancel_call(payer, other))
             if way == "exact USDC"

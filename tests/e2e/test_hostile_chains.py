@@ -138,7 +138,7 @@ def test_a_transaction_that_the_pool_forgets_is_sent_again(ground: Ground, way: 
     headers = payer.pay(ground.http, way, QUESTION)
     with ground.stopped():
         asked = ground.begin(headers, QUESTION)
-        wait_until(lambda: ground.pending() == 1, "it is broadcast")
+        ground.until_broadcast(payer.address)
         ground.rpc("anvil_dropAllTransactions")
         assert asked.answer().status_code == 202
     wait_until(lambda: ground.ask(headers, QUESTION).status_code == 200, "it is served", seconds=40)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from contracts.devnet import USDC, RpcRefused
+from tests.e2e import chain_acts
 from tests.e2e.clients import decoded, encoded
 from tests.e2e.conftest import QUESTION
 from tests.e2e.grounds import Ground, error_of, turn, wait_until
@@ -187,11 +188,8 @@ def test_a_refund_that_somebody_else_submits_first_is_one_and_is_known(ground: G
     payment = payer.sign(WAY, payer.ask(ground.http, WAY, QUESTION))
     with ground.stopped():
         asked = ground.begin(refund(channel, payment), {}, method="GET")
-        wait_until(lambda: ground.pending() == 1, "the refund is broadcast")
-        ours = next(iter(next(iter(ground.rpc("txpool_content")["pending"].values())).values()))
-        copied = {"to": ours["to"], "data": ours["input"], "from": payer.address, "gas": hex(400_000)}
-        fees = {"maxFeePerGas": hex(50 * 10**9), "maxPriorityFeePerGas": hex(50 * 10**9)}
-        ground.rpc("eth_sendTransaction", copied | fees)
+        ours = ground.until_broadcast(payer.address)
+        chain_acts.send_dearly(ground.stack.rpc_url, payer.address, ours["input"], ours["to"], gas=400_000)
         answer = ground.mine_until_answered(asked)
     assert answer.status_code in (200, 402), answer.text
     wait_until(lambda: row(ground, payer)["balance"] == channel.charged, "the book knows", lambda: row(ground, payer))

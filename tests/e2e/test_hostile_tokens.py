@@ -141,7 +141,7 @@ def test_what_the_token_refuses_in_the_very_block_shows_the_payer_nothing(
     try:
         with ground.stopped():
             asked = ground.begin(headers, QUESTION)
-            wait_until(lambda: ground.pending() == 1, "our transaction is broadcast")
+            ground.until_broadcast(payer.address)
             chain_acts.send_dearly(ground.stack.rpc_url, OWNER_ADDRESS, act(ground, payer, dev), dev.address)
             answer = ground.mine_until_answered(asked)
     finally:
@@ -184,7 +184,7 @@ def test_a_fee_that_comes_in_the_very_block_leaves_what_arrived(ground: Ground) 
     try:
         with ground.stopped():
             asked = ground.begin(headers, DEAR)
-            wait_until(lambda: ground.pending() == 1, "our transaction is broadcast")
+            ground.until_broadcast(payer.address)
             switch = call_data("setParams(uint256,uint256)", 10, 49)
             chain_acts.send_dearly(ground.stack.rpc_url, OWNER_ADDRESS, switch, USDT.address)
             answer = ground.mine_until_answered(asked)

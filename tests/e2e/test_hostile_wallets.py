@@ -12,7 +12,7 @@ import pytest
 
 from contracts.devnet import PERMIT2_ADDRESS, USDC, call_data, load, mint, send_as
 from tests.e2e.conftest import QUESTION
-from tests.e2e.grounds import Ground, amount_of, error_of, turn, wait_until
+from tests.e2e.grounds import Ground, amount_of, error_of, turn
 from tests.e2e.grounds import ground as new_ground
 from tests.e2e.payers import DEV_TOKENS, Payer, Way
 from tests.payments import contract_wallets as wallets
@@ -68,7 +68,7 @@ def test_a_wallet_that_is_honest_is_served_when_its_money_is_there(ground: Groun
     headers = payer.pay(ground.http, way, QUESTION)
     with ground.stopped():
         asked = ground.begin(headers, QUESTION)
-        wait_until(lambda: ground.pending() == 1, "our transaction is broadcast")
+        ground.until_broadcast(payer.address)
         asked.join(0.5)
         assert not ground.simulator.attempts()
         answer = ground.mine_until_answered(asked)
