@@ -20,6 +20,7 @@ from contracts.devnet import USDC, balance_of
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
 from payments.money import usd_to_nano
+from tests import AS_IT_WAS
 from tests.e2e.clients import ask, available, decoded, sign_in, sse_text
 from tests.e2e.conftest import QUESTION
 
@@ -48,7 +49,7 @@ def v1_python() -> Path:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=AS_IT_WAS, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
