@@ -120,7 +120,9 @@ async def test_failure_before_the_first_token_is_invisible(
         scripted(script) as failing,
         scripted(good) as healthy,
         executing(
-            {"failing": ("openai_chat", failing.url), "healthy": ("openai_chat", healthy.url)}, first_token_ms=150
+            {"failing": ("openai_chat", failing.url), "healthy": ("openai_chat", healthy.url)},
+            # Both must answer within it, and only who is silent is waited for.
+            first_token_ms=500 if code == "upstream_silent" else 5_000,
         ) as executor,
     ):
         candidates = [candidate("failing"), candidate("healthy")]
