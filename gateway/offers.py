@@ -214,15 +214,20 @@ class Offers:
         except PaymentRefused as error:
             raise PaymentNeeded(fresh, error.code, error.message, error) from None
 
-    def tender(self, sent: SentPayment, quote: Quote, now: int, refusal: PaymentRefused | None = None) -> Tender:
-        """What a payment is worth for what `quote` is of; errors and `refusal` as for `Scheme.tender`."""
+    def tender(
+        self,
+        sent: SentPayment,
+        quote: Quote,
+        now: int,
+        refusal: PaymentRefused | None = None,
+        *,
+        tops_up: bool = False,
+    ) -> Tender:
+        """What a payment is worth for what `quote` is of; errors, `refusal` and `tops_up` as for `Scheme.tender`."""
         requirement = sent.scheme.requirement(sent.token, quote.maximum_nano_usd, self._timeout_s)
-        return sent.scheme.tender(sent.payment, sent.token, requirement, quote.request_digest, now, refusal)
-
-    def topup(self, sent: SentPayment, quote: Quote, now: int, refusal: PaymentRefused | None = None) -> Tender:
-        """The same of a payment that is to become its payer's balance."""
-        requirement = sent.scheme.requirement(sent.token, quote.maximum_nano_usd, self._timeout_s)
-        return sent.scheme.topup(sent.payment, sent.token, requirement, quote.request_digest, now, refusal)
+        return sent.scheme.tender(
+            sent.payment, sent.token, requirement, quote.request_digest, now, refusal, tops_up=tops_up
+        )
 
     def claim(self, sent: SentPayment, digest: bytes, now: int) -> tuple[QuoteClaim | None, int, PaymentRefused | None]:
         """The quote that came back with a payment, what it was for in nano-USD, and the refusal that its age deserves if nobody

@@ -76,7 +76,7 @@ class TopUps:
                 raise PaymentRefused("payment_required", "this is what has to be paid to top up")
             await self._require_own(call, sent)
             _, _, refusal = self._offers.claim(sent, quote.request_digest, now)
-            await self._take(call, sent, self._offers.topup(sent, quote, now, refusal), quote)
+            await self._take(call, sent, self._offers.tender(sent, quote, now, refusal, tops_up=True), quote)
         except PaymentRefused as refused:
             self._limiter.count(call.client)
             answer = self._offers.required_for(call, quote, error_text(refused.code, refused.message), refused)

@@ -49,32 +49,10 @@ class ChannelScheme:
         request_digest: bytes,
         now: int,
         refusal: PaymentRefused | None = None,
+        *,
+        tops_up: bool = False,
     ) -> ChannelTender:
         """See `payments.tenders.schemes.Scheme`."""
-        payment, refusal = self._checked(payment, token, requirement, now, refusal)
-        return ChannelTender(self.services, payment, token, request_digest, refusal)
-
-    def topup(
-        self,
-        payment: PaymentHeader,
-        token: Token,
-        requirement: Requirement,
-        request_digest: bytes,
-        now: int,
-        refusal: PaymentRefused | None = None,
-    ) -> ChannelTender:
-        """See `payments.tenders.schemes.Scheme`."""
-        payment, refusal = self._checked(payment, token, requirement, now, refusal)
-        return ChannelTender(self.services, payment, token, request_digest, refusal, tops_up=True)
-
-    def _checked(
-        self,
-        payment: PaymentHeader,
-        token: Token,
-        requirement: Requirement,
-        now: int,
-        refusal: PaymentRefused | None,
-    ) -> tuple[ChannelPayment, PaymentRefused | None]:
         assert isinstance(payment, ChannelPayment)
         if payment.type == "refund":
             raise PaymentRefused(wire.PAYLOAD_TYPE, "a refund pays for nothing: send it with GET to this address")
@@ -87,7 +65,7 @@ class ChannelScheme:
                     raise
                 # Whoever sent it in time finds the first outcome.
                 refusal = error
-        return payment, refusal
+        return ChannelTender(self.services, payment, token, request_digest, refusal, tops_up=tops_up)
 
     def check(self, payment: ChannelPayment, token: Token, requirement: Requirement) -> None:
         """Check that a payment's channel is one of ours, and its voucher signed.

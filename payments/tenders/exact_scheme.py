@@ -49,44 +49,10 @@ class ExactScheme:
         request_digest: bytes,
         now: int,
         refusal: PaymentRefused | None = None,
-    ) -> ExactTender:
-        """See `payments.tenders.schemes.Scheme`."""
-        return self._tender(payment, token, requirement, request_digest, now, refusal, tops_up=False)
-
-    def topup(
-        self,
-        payment: PaymentHeader,
-        token: Token,
-        requirement: Requirement,
-        request_digest: bytes,
-        now: int,
-        refusal: PaymentRefused | None = None,
-    ) -> ExactTender:
-        """See `payments.tenders.schemes.Scheme`."""
-        return self._tender(payment, token, requirement, request_digest, now, refusal, tops_up=True)
-
-    async def first_outcome(self, payment: PaymentHeader, token: Token, request_digest: bytes) -> AlreadyUsed | None:
-        """See `payments.tenders.schemes.Scheme`."""
-        assert isinstance(payment, Payment)
-        identity = payment.identity(token.chain_id, token)
-        digest = use_digest(payment, request_digest)
-        return await self._services.store.read(lambda tx: authorizations.outcome_of(tx, identity, digest))
-
-    async def use_ended(self, receipt_id: str, timeout_s: float) -> bool:
-        """See `payments.tenders.schemes.Scheme`."""
-        return await self._services.use_ended(receipt_id, timeout_s)
-
-    def _tender(
-        self,
-        payment: PaymentHeader,
-        token: Token,
-        requirement: Requirement,
-        request_digest: bytes,
-        now: int,
-        refusal: PaymentRefused | None,
         *,
-        tops_up: bool,
+        tops_up: bool = False,
     ) -> ExactTender:
+        """See `payments.tenders.schemes.Scheme`."""
         assert isinstance(payment, Payment)
         unproven = None
         try:
@@ -110,3 +76,14 @@ class ExactScheme:
             unproven,
             tops_up=tops_up,
         )
+
+    async def first_outcome(self, payment: PaymentHeader, token: Token, request_digest: bytes) -> AlreadyUsed | None:
+        """See `payments.tenders.schemes.Scheme`."""
+        assert isinstance(payment, Payment)
+        identity = payment.identity(token.chain_id, token)
+        digest = use_digest(payment, request_digest)
+        return await self._services.store.read(lambda tx: authorizations.outcome_of(tx, identity, digest))
+
+    async def use_ended(self, receipt_id: str, timeout_s: float) -> bool:
+        """See `payments.tenders.schemes.Scheme`."""
+        return await self._services.use_ended(receipt_id, timeout_s)

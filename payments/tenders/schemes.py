@@ -38,6 +38,8 @@ class Scheme(Protocol):
         request_digest: bytes,
         now: int,
         refusal: PaymentRefused | None = None,
+        *,
+        tops_up: bool = False,
     ) -> Tender:
         """What a payment is worth, as far as that can be told without the chain and the database.
 
@@ -48,23 +50,12 @@ class Scheme(Protocol):
             request_digest: Of the request that it came with.
             now: Unix seconds.
             refusal: Why it is too late for a first use, if it is: then only an earlier use is found.
+            tops_up: It becomes its payer's balance, whole: all that `requirement` asks for is taken, and its hold captures 0.
 
         Raises:
             PaymentRefused: It does not pay for this.
             PaymentMalformed: It cannot be a payment.
         """
-
-    def topup(
-        self,
-        payment: PaymentHeader,
-        token: Token,
-        requirement: Requirement,
-        request_digest: bytes,
-        now: int,
-        refusal: PaymentRefused | None = None,
-    ) -> Tender:
-        """What a payment is worth that becomes its payer's balance, whole: all that `requirement` asks for is taken, and its
-        hold captures 0. Arguments and errors are those of `tender`."""
 
     async def first_outcome(self, payment: PaymentHeader, token: Token, request_digest: bytes) -> AlreadyUsed | None:
         """What became of a payment that was used before for this very request; None if it was not, or may be tried again."""

@@ -66,27 +66,17 @@ class UptoScheme:
         request_digest: bytes,
         now: int,
         refusal: PaymentRefused | None = None,
-    ) -> UptoTender:
+        *,
+        tops_up: bool = False,
+    ) -> UptoTender | UptoTopUp:
         """See `payments.tenders.schemes.Scheme`."""
         assert isinstance(payment, Payment)
         refusal = self._check(payment, token, requirement, now) or refusal
+        if tops_up:
+            return UptoTopUp(
+                self._services, payment, token, self.network, requirement, request_digest, refusal, tops_up=True
+            )
         return UptoTender(self._services, payment, token, request_digest, self._exposure_max_nano_usd, refusal)
-
-    def topup(
-        self,
-        payment: PaymentHeader,
-        token: Token,
-        requirement: Requirement,
-        request_digest: bytes,
-        now: int,
-        refusal: PaymentRefused | None = None,
-    ) -> UptoTopUp:
-        """See `payments.tenders.schemes.Scheme`."""
-        assert isinstance(payment, Payment)
-        refusal = self._check(payment, token, requirement, now) or refusal
-        return UptoTopUp(
-            self._services, payment, token, self.network, requirement, request_digest, refusal, tops_up=True
-        )
 
     async def first_outcome(self, payment: PaymentHeader, token: Token, request_digest: bytes) -> AlreadyUsed | None:
         """See `payments.tenders.schemes.Scheme`."""

@@ -40,7 +40,7 @@ async def opened(database: Path | str, chain: Devnet, network: Network) -> Async
 async def authorize(opened: Gateway, payment: ChannelPayment) -> ChannelHold:
     requirement = opened.scheme.requirement(opened.token, QUOTED, 300)
     digest = hashlib.sha256(b"top-up").digest()
-    tender = opened.scheme.topup(payment, opened.token, requirement, digest, int(time.time()))
+    tender = opened.scheme.tender(payment, opened.token, requirement, digest, int(time.time()), tops_up=True)
     return await tender.authorize(quote_of(QUOTED), dict(TOPUP))
 
 

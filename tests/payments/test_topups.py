@@ -61,8 +61,10 @@ async def desk(store: Store, chain: Devnet, network: Network) -> AsyncIterator[D
 async def authorize(desk: Desk, payment: Payment, request: bytes = b"t" * 32) -> ExactHold:
     token = desk.network.tokens[0]
     requirement = desk.scheme.requirement(token, QUOTED, 300)
-    tender = desk.scheme.topup(payment, token, requirement, request, int(time.time()))
-    return await tender.authorize(quote_of(), TOPUP)
+    tender = desk.scheme.tender(payment, token, requirement, request, int(time.time()), tops_up=True)
+    hold = await tender.authorize(quote_of(), TOPUP)
+    assert isinstance(hold, ExactHold)
+    return hold
 
 
 async def check_credited(desk: Desk, receipt_id: str, payer: str) -> None:

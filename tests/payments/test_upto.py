@@ -94,7 +94,9 @@ class Desk:
         assert token is not None
         requirement = self.scheme.requirement(token, QUOTED, 300)
         tender = self.scheme.tender(payment, token, requirement, request, int(time.time()))
-        return await tender.authorize(quote_of(), DETAILS)
+        hold = await tender.authorize(quote_of(), DETAILS)
+        assert isinstance(hold, UptoHold)
+        return hold
 
     async def settled(self, receipt_id: str) -> bool:
         outcome = await self.services.settlements.outcome(upto_settlement.settlement_id(receipt_id), 20)

@@ -10,20 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from payments.x402.fields import malformed, read_address, read_object, read_signature, read_uint256
+from payments.x402.extensions import allowances
+from payments.x402.fields import malformed, read_uint256
 from payments.x402.requirements import Requirement
 
 NAME = "eip2612GasSponsoring"
 _ECDSA_BYTES = 65
-DECLARATION: dict[str, Any] = {
-    "info": {"description": "A permit for Permit2 may come with the payment; its gas is paid for.", "version": "1"},
-    "schema": {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "type": "object",
-        "additionalProperties": {"type": "string"},
-        "required": ["from", "asset", "spender", "amount", "nonce", "deadline", "signature", "version"],
-    },
-}
+DECLARATION = allowances.declaration(
+    "A permit for Permit2 may come with the payment; its gas is paid for.", "nonce", "deadline", "signature"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +37,7 @@ class Eip2612Permit:
 
 def helps(requirement: Requirement) -> bool:
     """Whether a permit may come with a payment for an offer: over Permit2, in a token that the offer names the domain of."""
-    return requirement.extra.get("assetTransferMethod") == "permit2" and "name" in requirement.extra
+    return allowances.over_permit2(requirement) and "name" in requirement.extra
 
 
 def read(extensions: dict[str, Any]) -> Eip2612Permit | None:
@@ -51,21 +46,17 @@ def read(extensions: dict[str, Any]) -> Eip2612Permit | None:
     Raises:
         PaymentMalformed: ``malformed_payment``, naming the member.
     """
-    if not isinstance(extensions.get(NAME), dict):
+    found = allowances.read(extensions, NAME, "signature")
+    if found is None:
         return None
-    field = f"extensions.{NAME}.info"
-    info: dict[str, Any] = read_object(extensions[NAME].get("info"), field)
-    if "signature" not in info:
-        return None  # the server's own declaration, echoed by a payer that needs no permit
-    signature = read_signature(info["signature"], f"{field}.signature")
-    if len(signature) != _ECDSA_BYTES:
-        malformed(f"{field}.signature", f"{_ECDSA_BYTES} bytes")
+    if len(found.signed) != _ECDSA_BYTES:
+        malformed(f"{found.field}.signature", f"{_ECDSA_BYTES} bytes")
     return Eip2612Permit(
-        owner=read_address(info.get("from"), f"{field}.from"),
-        asset=read_address(info.get("asset"), f"{field}.asset"),
-        spender=read_address(info.get("spender"), f"{field}.spender"),
-        value=read_uint256(info.get("amount"), f"{field}.amount"),
-        nonce=read_uint256(info.get("nonce"), f"{field}.nonce"),
-        deadline=read_uint256(info.get("deadline"), f"{field}.deadline"),
-        signature=signature,
+        owner=found.owner,
+        asset=found.asset,
+        spender=found.spender,
+        value=found.amount,
+        nonce=read_uint256(found.info.get("nonce"), f"{found.field}.nonce"),
+        deadline=read_uint256(found.info.get("deadline"), f"{found.field}.deadline"),
+        signature=found.signed,
     )

@@ -11,24 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from payments.x402.fields import malformed, read_address, read_object, read_signature, read_uint256
+from payments.x402.extensions import allowances
+from payments.x402.fields import malformed
 from payments.x402.requirements import Requirement
 
 NAME = "erc20ApprovalGasSponsoring"
 TRANSACTION_BYTES_MAX = 512
 """A signed `approve` has some 180 bytes."""
-DECLARATION: dict[str, Any] = {
-    "info": {
-        "description": "A signed approval of Permit2 may come with the payment; its gas is paid for.",
-        "version": "1",
-    },
-    "schema": {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "type": "object",
-        "additionalProperties": {"type": "string"},
-        "required": ["from", "asset", "spender", "amount", "signedTransaction", "version"],
-    },
-}
+DECLARATION = allowances.declaration(
+    "A signed approval of Permit2 may come with the payment; its gas is paid for.", "signedTransaction"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +36,7 @@ class Erc20Approval:
 
 def helps(requirement: Requirement) -> bool:
     """Whether an approval may come with a payment for an offer: over Permit2, in a token that takes no permits."""
-    return requirement.extra.get("assetTransferMethod") == "permit2" and "name" not in requirement.extra
+    return allowances.over_permit2(requirement) and "name" not in requirement.extra
 
 
 def read(extensions: dict[str, Any]) -> Erc20Approval | None:
@@ -53,19 +45,9 @@ def read(extensions: dict[str, Any]) -> Erc20Approval | None:
     Raises:
         PaymentMalformed: ``malformed_payment``, naming the member.
     """
-    if not isinstance(extensions.get(NAME), dict):
+    found = allowances.read(extensions, NAME, "signedTransaction")
+    if found is None:
         return None
-    field = f"extensions.{NAME}.info"
-    info: dict[str, Any] = read_object(extensions[NAME].get("info"), field)
-    if "signedTransaction" not in info:
-        return None  # the server's own declaration, echoed by a payer that needs no approval
-    raw = read_signature(info["signedTransaction"], f"{field}.signedTransaction")
-    if len(raw) > TRANSACTION_BYTES_MAX:
-        malformed(f"{field}.signedTransaction", f"at most {TRANSACTION_BYTES_MAX} bytes")
-    return Erc20Approval(
-        owner=read_address(info.get("from"), f"{field}.from"),
-        asset=read_address(info.get("asset"), f"{field}.asset"),
-        spender=read_address(info.get("spender"), f"{field}.spender"),
-        amount=read_uint256(info.get("amount"), f"{field}.amount"),
-        raw=raw,
-    )
+    if len(found.signed) > TRANSACTION_BYTES_MAX:
+        malformed(f"{found.field}.signedTransaction", f"at most {TRANSACTION_BYTES_MAX} bytes")
+    return Erc20Approval(found.owner, found.asset, found.spender, found.amount, found.signed)
