@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +14,11 @@ from typing import Any
 
 import httpx
 import orjson
+from typer.testing import CliRunner
 
 from contracts.devnet import DevToken, balance_of
 from contracts.jsonrpc import rpc
+from gateway.cli import app
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import GatewayProcess, Stack, running
 from tests.e2e.clients import JSON, decoded
@@ -179,16 +179,8 @@ class Ground:
         return self.query("SELECT 'settlement', id, state FROM settlement WHERE state IN ('queued', 'submitted')")
 
     def check_books(self) -> None:
-        """`farebox ledger check`: the books balance, and agree with the chain."""
-        checked = subprocess.run(
-            [sys.executable, "-m", "gateway.cli", "ledger", "check", "--json"],
-            env=self.gateway.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert checked.returncode == 0, checked.stdout + checked.stderr
+        """See the function of this name."""
+        check_books(self.gateway)
 
     def check(self) -> None:
         """All of it."""
@@ -228,6 +220,12 @@ def turn(ground: Ground) -> Iterator[Ground]:
     ground.mine()
     ground.check_quiet()
     ground.check_log()
+
+
+def check_books(gateway: GatewayProcess) -> None:
+    """`farebox ledger check` beside the gateway: the books balance, and agree with the chain."""
+    checked = CliRunner().invoke(app, ["ledger", "check", "--json"], env=gateway.environment)
+    assert checked.exit_code == 0, (checked.output, checked.exception)
 
 
 def wait_until(

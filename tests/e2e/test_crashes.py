@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import GatewayProcess, Stack, running
 from tests.e2e.clients import JSON, ask, ask_and_sign, decoded
 from tests.e2e.conftest import QUESTION
+from tests.e2e.grounds import check_books, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -49,28 +48,6 @@ def send_in_background(stack: Stack, headers: dict[str, str]) -> threading.Threa
 
 def pending_transactions(stack: Stack) -> int:
     return int(rpc(stack.rpc_url, "txpool_status")["pending"], 16)
-
-
-def wait_until(condition: object, what: str) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if condition():  # type: ignore[operator]
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"waited in vain until {what}")
-
-
-def check_books(gateway: GatewayProcess) -> None:
-    """`farebox ledger check` against the database and the chain, in a process of its own."""
-    checked = subprocess.run(
-        [sys.executable, "-m", "gateway.cli", "ledger", "check", "--json"],
-        env=gateway.environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_killed_between_broadcast_and_commit(crashing: tuple[Stack, GatewayProcess]) -> None:

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from gateway.dev.stack import GatewayProcess, Stack, running
 from tests.e2e import chain_acts
 from tests.e2e.clients import JSON, ask, ask_and_sign, available, decoded, encoded, sign_in
 from tests.e2e.conftest import QUESTION
-from tests.e2e.test_crashes import check_books
+from tests.e2e.grounds import check_books, wait_until
 
 STRANGER = 9
 """The development wallet that is the attacker."""
@@ -85,13 +84,6 @@ class Asked(threading.Thread):
         return self.got
 
 
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.01)
-
-
 def credit_of(http: httpx.Client, wallet: LocalAccount) -> int:
     """USDC credit with the gateway, in atomic units."""
     return round(float(available(http, sign_in(http, wallet))["USDC"]) * 1e6)
@@ -114,7 +106,7 @@ def test_attack_1a_revert_grant_what_fails_on_chain_shows_nothing(
     headers = ask_and_sign(http, wallet, body)
     rpc(stack.rpc_url, "evm_setAutomine", False)
     asked = Asked(stack, headers, body)
-    until(lambda: chain_acts.pending(stack.rpc_url) == 1, "the transfer is broadcast")
+    wait_until(lambda: chain_acts.pending(stack.rpc_url) == 1, "the transfer is broadcast")
     data = chain_acts.drain_call(stack.pay_to[:-1] + "1", 10**7)
     if act == "cancelled":
         data = chain_acts.cancel_call(wallet, headers)
@@ -138,7 +130,9 @@ def test_attack_1a_revert_grant_a_transfer_that_a_reorganisation_takes_away_is_s
     assert ask(http, QUESTION, headers).status_code == 200
     rpc(stack.rpc_url, "anvil_reorg", 1, [])
     assert balance_of(stack.rpc_url, USDC, wallet.address) == 10**7
-    until(lambda: balance_of(stack.rpc_url, USDC, wallet.address) == 10**7 - amount_of(headers), "it is paid again")
+    wait_until(
+        lambda: balance_of(stack.rpc_url, USDC, wallet.address) == 10**7 - amount_of(headers), "it is paid again"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ I-B: preemption
@@ -174,7 +168,7 @@ def test_attack_1b_preemption_between_our_check_and_our_transfer_the_payer_is_se
     headers = ask_and_sign(http, wallet, QUESTION)
     rpc(stack.rpc_url, "evm_setAutomine", False)
     asked = Asked(stack, headers)
-    until(lambda: chain_acts.pending(stack.rpc_url) == 1, "the transfer is broadcast")
+    wait_until(lambda: chain_acts.pending(stack.rpc_url) == 1, "the transfer is broadcast")
     stranger = stack.wallets[STRANGER]["address"]
     chain_acts.send_dearly(stack.rpc_url, stranger, chain_acts.transfer_call(headers))
     rpc(stack.rpc_url, "evm_mine")
@@ -191,7 +185,9 @@ def test_attack_1b_preemption_that_a_reorganisation_takes_away_is_done_by_oursel
     chain_acts.submit(stack.rpc_url, stack.wallets[STRANGER]["address"], headers)
     assert ask(http, QUESTION, headers).status_code == 200
     rpc(stack.rpc_url, "anvil_reorg", 1, [])
-    until(lambda: balance_of(stack.rpc_url, USDC, wallet.address) == 10**7 - amount_of(headers), "it is paid again")
+    wait_until(
+        lambda: balance_of(stack.rpc_url, USDC, wallet.address) == 10**7 - amount_of(headers), "it is paid again"
+    )
 
 
 @pytest.mark.parametrize("act", ["cancelled", "executed before"])

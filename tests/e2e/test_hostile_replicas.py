@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from gateway.dev.stack import GatewayProcess, Stack, running
 from tests.databases import PostgresServer
 from tests.e2e.clients import JSON
 from tests.e2e.conftest import QUESTION
-from tests.e2e.grounds import ENVIRONMENT, amount_of, wait_until
+from tests.e2e.grounds import ENVIRONMENT, amount_of, check_books, wait_until
 from tests.e2e.payers import DEV_TOKENS, RICH, WAYS, Payer, Way
 
 COPIES = 25
@@ -47,15 +45,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, shared_database: str) -> Iter
         second.start()
         try:
             yield stack, url, directory
-            checked = subprocess.run(
-                [sys.executable, "-m", "gateway.cli", "ledger", "check", "--json"],
-                env=first.environment,
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
-            assert checked.returncode == 0, checked.stdout + checked.stderr
+            check_books(first)
         finally:
             second.stop()
         for name in ("gateway.log", "second.log"):

@@ -30,7 +30,7 @@ from payments.ledger import transfers
 from payments.store import Store
 from tests.e2e.clients import JSON, ask, ask_and_sign, available, decoded, sign_in, sse_text
 from tests.e2e.conftest import QUESTION
-from tests.e2e.test_crashes import check_books, wait_until
+from tests.e2e.grounds import check_books, wait_until
 
 QUOTES_PER_MINUTE = 40
 REFUND_THRESHOLD_USD = "0.01"

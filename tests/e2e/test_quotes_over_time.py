@@ -23,7 +23,7 @@ from payments.chain.networks import Token
 from payments.quotes import Quote, QuoteSealer, request_digest
 from tests.e2e.clients import ask, ask_and_sign, decoded, encoded
 from tests.e2e.conftest import QUESTION
-from tests.e2e.test_crashes import check_books
+from tests.e2e.grounds import check_books
 from tests.payments.x402_samples import eip3009_message
 
 ROUTE = ("deepseek-v4-flash@openai",)

@@ -12,7 +12,7 @@ from contracts.jsonrpc import rpc
 from gateway.dev.stack import StackFailed, running
 from tests.e2e.clients import ask, ask_and_sign
 from tests.e2e.conftest import QUESTION
-from tests.e2e.test_crashes import check_books
+from tests.e2e.grounds import check_books
 
 LOW = {"FAREBOX_PAYMENTS__REFUND_THRESHOLD_USD": "0.000001"}
 NEVER = {"FAREBOX_PAYMENTS__REFUND_THRESHOLD_USD": "0"}
