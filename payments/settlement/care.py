@@ -27,6 +27,7 @@ from payments.settlement.outbox import Entry
 from payments.settlement.outcomes import Outcomes
 from payments.settlement.outgoing import Outgoing
 from payments.settlement.repairs import STALL_BLOCKS, Repairs
+from payments.settlement.retries import Retries
 from payments.settlement.reverts import Reverts
 from payments.settlement.second_looks import SecondLooks
 from payments.settlement.witnesses import Witnesses
@@ -165,7 +166,8 @@ class Care:
             carry=self.courier.carry,
             ours=self._ours,
         )
-        self._late = LateExecutions(store, rpc, network.chain_id, self.judge, kinds, confirmations, self._ours)
+        retries = Retries(store, rpc, network.chain_id, kinds, batch_contract, self._requeued)
+        self._late = LateExecutions(store, rpc, network.chain_id, self.judge, kinds, retries, confirmations, self._ours)
 
     @property
     def from_block(self) -> int:
@@ -382,7 +384,8 @@ class Care:
             del self.entries[entry.id]
 
     def _requeued(self, entry: Entry) -> None:
-        """The batch that carried it reverted."""
+        """The batch that carried it reverted, or its call would succeed by now."""
+        self._outcomes.forget(entry.id)
         self.entries.pop(entry.id, None)
         self.take_queued(entry)
 

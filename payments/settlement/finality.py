@@ -119,7 +119,9 @@ class Finality:
             verdicts = await self._compare(head)
             yield verdicts
             for entry in (*verdicts.final, *verdicts.vanished):
-                self.watched.pop(entry.id, None)
+                # Perhaps it was tried again meanwhile, and what came of that is to be watched.
+                if self.watched.get(entry.id) is entry:
+                    del self.watched[entry.id]
         finally:
             self._looking = False
 

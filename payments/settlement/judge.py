@@ -262,7 +262,7 @@ class Judge:
             entry.state, entry.attempts, entry.transaction_id = "queued", entry.attempts + 1, None
             log.warning("the batch that carried %s reverted; it goes out alone", entry.id)
             self._requeued(entry)
-        sender = None if included.outgoing.signer is None else included.outgoing.signer.address
+        sender = included.outgoing.caller
         for entry in included.unproven:
             head = _burn(entry, included.receipt)
             self._spawn(self.look_elsewhere(entry, head, sender=sender, reverted=True))

@@ -2,7 +2,8 @@
 
 What arrives that way is evidence like any other, and is found by itself: until an authorization cannot be used any more (its
 deadline lies before a block that is final, or it was cancelled in one) its nonce is looked at, now and then, up to a hundred in
-one round trip. The times stand in the database, so that a restart goes on, and of several processes one looks.
+one round trip. The times stand in the database, so that a restart goes on, and of several processes one looks. What nobody has
+executed may be worth another transaction of ours: see `payments.settlement.retries`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from payments.settlement.courier import HEAD
 from payments.settlement.judge import FIRST_LOOK_MS, Judge
 from payments.settlement.orders import Evidence, Kind, NoEvidence, NonceRead
 from payments.settlement.outbox import Entry
+from payments.settlement.retries import Retries
 from payments.store import Store, Transaction
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class LateExecutions:
 
     Args:
         kinds: By name, where the chain keeps their nonces.
+        retries: Told of those that nobody has executed, and nobody has cancelled.
         confirmations: Blocks on top of one after which it is final.
         ours: Tells, for one unit, of which account's transactions (None: of none's) this process looks after what they carry.
     """
@@ -63,11 +66,12 @@ class LateExecutions:
         chain_id: int,
         judge: Judge,
         kinds: Mapping[str, Kind],
+        retries: Retries,
         confirmations: int,
         ours: Callable[[Transaction], Callable[[str | None], bool]],
     ) -> None:
         self._store, self._rpc, self._chain_id, self._judge = store, rpc, chain_id, judge
-        self._kinds, self._confirmations, self._ours = kinds, confirmations, ours
+        self._kinds, self._retries, self._confirmations, self._ours = kinds, retries, confirmations, ours
 
     async def round(self) -> None:
         """Look at every failed settlement whose time it is.
@@ -89,10 +93,14 @@ class LateExecutions:
         block, *answers = await self._rpc.ask(requests)
         final_s = int(block["timestamp"], 16)
         over: list[str] = []
+        unused: list[Entry] = []
         for each, answer in zip(watched, answers, strict=True):
             try:
-                if await self._is_over(each, each.nonce.is_used(answer), final_s, final, head):
+                used = each.nonce.is_used(answer)
+                if await self._is_over(each, used, final_s, final, head):
                     over.append(each.entry.id)
+                elif not used:
+                    unused.append(each.entry)
             except (RpcUnavailable, RpcError):
                 raise
             except Exception:
@@ -100,6 +108,7 @@ class LateExecutions:
                 log.exception("a look at the failed settlement %s failed", each.entry.id)
         if over:
             await self._store.write(lambda tx: [tx.execute(_END, (settlement,)) for settlement in over])
+        await self._retries.round(unused, final)
 
     async def _is_over(self, each: _Watched, used: bool, final_s: int, final: int, head: int) -> bool:
         """Whether nothing can come of it any more. What has come of it is booked."""

@@ -143,5 +143,8 @@ class Kind:
     stopped meanwhile."""
     through_batch: bool = False
     """Whether nobody but the batch contract can make the call, so that it does so even for one alone."""
+    on_tried_again: Callable[[Transaction, dict[str, Any]], bool] | None = None
+    """Called in the unit that queues a failed order again, with the settlement's row: tells whether it is wanted still, and
+    takes back what `on_failed` booked. None for what is not tried again, see `payments.settlement.retries`."""
     nonce: Callable[[SettlementOrder], NonceRead | None] = _no_nonce
     """Where the chain keeps the nonce of an authorization that anybody may execute, also after ours has failed."""

@@ -65,7 +65,8 @@ class Entry:
     position: int = 0
     """Its place in the transaction that carries it."""
     attempts: int = 0
-    """Transactions that carried it among others and reverted as a whole; from the first on it goes alone."""
+    """Earlier transactions that carried it for nothing: as a whole they reverted, or its own call did; after the first one it
+    goes alone."""
     transaction_hash: str | None = None
     """Of the evidence; before there is any, of the newest transaction that carries it."""
     block_number: int | None = None
@@ -204,12 +205,17 @@ def is_as_known(tx: Transaction, entry: Entry) -> bool:
 
 def requeue(tx: Transaction, entries: Sequence[Entry]) -> list[Entry]:
     """Put entries back whose transaction reverted as a whole, so that it executed none of them; returns those that were."""
-    returned = []
-    for entry in entries:
-        columns: dict[str, Any] = {"attempts": entry.attempts + 1, "transaction_id": None, "transaction_hash": None}
-        if is_as_known(tx, entry) and states.move(tx, entry.id, "queued", **columns):
-            returned.append(entry)
-    return returned
+    return [entry for entry in entries if is_as_known(tx, entry) and _put_back(tx, entry)]
+
+
+def try_again(tx: Transaction, entry: Entry) -> bool:
+    """Put an entry back that has failed. False, with nothing changed, if it is not as this process knows it."""
+    return is_as_known(tx, entry) and _put_back(tx, entry, reason=None, watch_again_ms=None)
+
+
+def _put_back(tx: Transaction, entry: Entry, **columns: Any) -> bool:
+    no_carrier = {"attempts": entry.attempts + 1, "transaction_id": None, "transaction_hash": None}
+    return states.move(tx, entry.id, "queued", **no_carrier, **columns)
 
 
 def call_for(order: SettlementOrder, gas: int) -> Call:

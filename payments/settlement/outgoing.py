@@ -67,6 +67,13 @@ class Outgoing:
     next_poll: float = 0.0
     polled_at_head: int = -1
 
+    @property
+    def caller(self) -> str | None:
+        """Who makes the calls that it carries: the batch contract, or the signer; None if nobody knows any more."""
+        if self.kind == "batch":
+            return self.call.to
+        return None if self.signer is None else self.signer.address
+
 
 def new_id() -> str:
     """A name for a transaction that is about to be signed."""
@@ -213,6 +220,12 @@ def load_from(tx: Transaction, chain_id: int, signer: Signer, nonce: int) -> lis
         (chain_id, signer.address, nonce),
     ).fetchall()
     return [_outgoing(row, {signer.address: signer}) for row in rows]
+
+
+def is_included(tx: Transaction, transaction_id: str, block: int) -> bool:
+    """Whether a transaction is in a block up to this one."""
+    query = "SELECT 1 FROM chain_transaction WHERE id=? AND state='included' AND block_number<=?"
+    return tx.execute(query, (transaction_id, block)).fetchone() is not None
 
 
 def is_form_of(tx: Transaction, transaction_id: str | None, transaction_hash: str) -> bool:

@@ -8,7 +8,7 @@ submitted   carried by a signed transaction, whose bytes are durable and are, or
 mined       evidence stands in a block: our own transaction moved the money
 superseded  evidence stands in a block: somebody else submitted the authorization; paid all the same
 final       mined and deeper than the network's confirmations
-failed      no evidence, and none expected: reverted, cancelled or expired
+failed      no evidence, and none expected by itself: reverted, cancelled or expired
 
 A transaction:
 
@@ -33,8 +33,8 @@ TRANSITIONS: dict[str, frozenset[str]] = {
     "mined": frozenset({"final", "submitted"}),
     # Back to queued if we had sent nothing for it.
     "superseded": frozenset({"submitted", "queued"}),
-    # Money that arrives after we gave up is the payer's all the same.
-    "failed": frozenset({"mined", "superseded"}),
+    # Money that arrives after we gave up is the payer's all the same. Back to queued if it is worth another transaction.
+    "failed": frozenset({"mined", "superseded", "queued"}),
     "final": frozenset(),
 }
 TRANSACTION_TRANSITIONS: dict[str, frozenset[str]] = {

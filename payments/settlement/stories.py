@@ -97,7 +97,7 @@ def what_happens_next(settlement: dict[str, Any]) -> str:
     until = f" until {moment(deadline * 1000)}" if deadline else ""
     match settlement["state"]:
         case "queued" if settlement["attempts"]:
-            return "the batch that carried it reverted as a whole, which executed nothing; it goes out alone next"
+            return "the transaction that carried it executed nothing of it; it goes out alone next"
         case "queued":
             return "it waits for a signer; a running gateway takes it up"
         case "submitted":
@@ -110,7 +110,8 @@ def what_happens_next(settlement: dict[str, Any]) -> str:
         case "failed":
             watched = settlement["watch_again_ms"]
             looked = "" if watched is None else f"; a running gateway looks again from {moment(watched)} on"
-            return f"nothing is sent any more; if somebody executes the authorization all the same, it counts{looked}"
+            again = ", or sends it again if it would be paid then" if watched and settlement["kind"] == "upto" else ""
+            return f"nothing is sent now; if somebody executes the authorization all the same, it counts{looked}{again}"
         case _:
             return "nothing: it is paid for good"
 

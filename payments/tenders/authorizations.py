@@ -34,8 +34,9 @@ TRANSITIONS: dict[str, frozenset[str]] = {
     "pledged": frozenset({"paid", "burnt", "defaulted"}),
     # Nothing is ever settled under it.
     "burnt": frozenset(),
-    # The answer was given and its settlement cannot succeed any more; then paid from the payer's balance.
-    "defaulted": frozenset({"paid", "repaid"}),
+    # The answer was given and its settlement has failed. Then paid from the payer's balance, or pledged again when it is tried
+    # once more.
+    "defaulted": frozenset({"paid", "repaid", "pledged"}),
     "repaid": frozenset({"paid"}),
 }
 

@@ -42,6 +42,7 @@ def kind(network: Network) -> Kind:
         order_gas,
         batchable=True,
         through_batch=True,
+        on_tried_again=books.on_tried_again,
         nonce=payment_nonce,
     )
 
@@ -74,7 +75,7 @@ class _Books:
         receipts.set_paid(tx, receipt.id, received)
 
     def on_failed(self, tx: Transaction, row: dict[str, Any]) -> None:
-        """It can never be mined: the operator's loss, and the payer's debt."""
+        """Nothing was taken: the operator's loss, and the payer's debt, unless its money comes after all."""
         state, receipt = _find(tx, row)
         if not authorizations.mark(tx, receipt.id, "defaulted"):
             return
@@ -90,6 +91,18 @@ class _Books:
             receipts.set_paid(tx, receipt.id, 0)
         turn = _turn(tx, row["id"], "loss:%")
         _post(tx, f"loss:{row['id']}{turn}", variance, receivable, receipt.charged_nano_usd, row["id"])
+
+    def on_tried_again(self, tx: Transaction, row: dict[str, Any]) -> bool:
+        """It may be mined by now: receivable as it was, and promised, unless the payer has paid its debt from its balance."""
+        state, receipt = _find(tx, row)
+        if state != "defaulted":
+            return False
+        authorizations.mark(tx, receipt.id, "pledged")
+        assert receipt.charged_nano_usd
+        _, variance, receivable = _accounts(receipt)
+        turn = _turn(tx, row["id"], "unloss:%")
+        _post(tx, f"unloss:{row['id']}{turn}", receivable, variance, receipt.charged_nano_usd, row["id"])
+        return True
 
 
 def _find(tx: Transaction, row: dict[str, Any]) -> tuple[str, receipts.ReceiptView]:

@@ -29,12 +29,12 @@ from payments.x402.extensions.eip2612 import Eip2612Permit
 from payments.x402.wire import Payment
 from tests.e2e.chain_acts import send_dearly
 from tests.payments.exact_samples import DETAILS, QUOTED, quote_of
+from tests.payments.pledging import COST, VALUE, Desk
+from tests.payments.pledging import gateway as upto_gateway
 from tests.payments.settling import PAY_TO, pay, sign, transactions
 from tests.payments.test_channels_on_chain import PRICE
 from tests.payments.test_channels_on_chain import Gateway as Channels
 from tests.payments.test_channels_on_chain import gateway as channel_gateway
-from tests.payments.test_upto import COST, VALUE, Desk
-from tests.payments.test_upto import gateway as upto_gateway
 
 PAYER = 5
 ANSWERED = Outcome({"model": "m"})
@@ -48,8 +48,8 @@ def over_permit2(network: Network) -> Network:
 
 
 @pytest.fixture
-async def desk(chain: Devnet, over_permit2: Network, tmp_path: Path) -> AsyncIterator[Desk]:
-    async with upto_gateway(tmp_path, chain, over_permit2) as opened:
+async def desk(chain: Devnet, over_permit2: Network, sqlite_database: Path) -> AsyncIterator[Desk]:
+    async with upto_gateway(sqlite_database, chain, over_permit2) as opened:
         yield opened
 
 

@@ -57,9 +57,9 @@ from tests.payments.exact_samples import (
     payment_of,
     quote_of,
 )
+from tests.payments.pledging import Desk as UptoDesk
 from tests.payments.settling import PAY_TO, pay
 from tests.payments.test_channels_on_chain import Gateway as ChannelDesk
-from tests.payments.test_upto import Desk as UptoDesk
 
 PAYER = 3
 VALUE = QUOTED // 1000

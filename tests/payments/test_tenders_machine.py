@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from payments.errors import PaymentError
 from payments.ledger.accounts import account_id, payer_account
 from payments.ledger.books import Finding
 from payments.reconciliation import reconcile
+from payments.settlement.retries import DEADLINE_MARGIN_S, TRIES_MAX
 from payments.store import StoreBusy
 from payments.tenders.base import Charge, Hold, Outcome
 from payments.tenders.exact import ExactTender
@@ -34,6 +36,7 @@ from payments.tenders.upto import UptoTender
 from payments.withdrawals import Limits, WithdrawalRefused
 from payments.x402.wire import Eip3009Authorization, Payment, Requirement, UptoAuthorization
 from tests.payments.exact_samples import quote_of
+from tests.payments.fake_contracts import calls_of
 from tests.payments.machines import BATCH, CONFIRMATIONS, NANO, NETWORK, STRANGER, THIEF, TOKEN, GatewayMachine
 from tests.payments.simulation import exploring
 
@@ -46,8 +49,9 @@ OWNED = 777
 EXPOSURE, LIMIT = 600 * NANO, 1_000 * NANO
 """What one payer may owe before its exact payments are mined, and for answers by upto."""
 WITHDRAWALS = Limits(minimum=1, maximum=10**12, daily=10**12, review=10**12, fee=7)
-ROUNDS_MAX = 150
-VALID_S = 90
+ROUNDS_MAX = 300
+VALID_S = 90 + DEADLINE_MARGIN_S
+"""Long enough for what has failed to be tried again."""
 
 Way = Literal["exact", "upto", "prepaid"]
 Ending = Literal["capture", "capture twice", "release", "interrupt"]
@@ -86,6 +90,11 @@ class TendersMachine(GatewayMachine):
 
     rounds_max = ROUNDS_MAX
     treasury, treasury_key = TREASURY, TREASURY_KEY
+    undecided = (
+        *GatewayMachine.undecided,
+        # As long as its authorization is good, it may be tried again.
+        "SELECT id, state FROM settlement WHERE kind='upto' AND state='failed' AND watch_again_ms IS NOT NULL",
+    )
 
     @initialize(seed=st.integers(0, 2**32), wanted=wishes)
     def start(self, seed: int, wanted: list[Wish]) -> None:
@@ -288,6 +297,16 @@ class TendersMachine(GatewayMachine):
         receivable = self.read("SELECT COALESCE(SUM(balance), 0) FROM ledger_account WHERE kind='receivable'")[0][0]
         assert receivable == 0, "something was earned, and is neither paid nor lost"
         self.check_operator(paid_in)
+        self.check_tries()
+
+    def check_tries(self) -> None:
+        """What an order costs in gas is bounded, and nobody waits in vain whose call would have succeeded."""
+        carried: Counter[bytes] = Counter()
+        for sent, _ in self.chain.executed:
+            if sent.call.to == BATCH:
+                carried.update({data for _, data in calls_of(sent.call.data)})
+        for (data,) in self.read("SELECT call_data FROM settlement WHERE kind='upto'"):
+            assert carried[bytes(data)] <= TRIES_MAX
 
     def lost_on(self, payer: str, account: str) -> int:
         """What the operator bears for a payer: answers that were never paid, credit that was spent before it was gone."""
@@ -326,3 +345,47 @@ class TendersMachine(GatewayMachine):
 
 TestTendersMachine = TendersMachine.TestCase
 TestTendersMachine.settings = exploring(50, 25)
+
+
+def owing_machine() -> TendersMachine:
+    """A wallet that was emptied when its answer was to be settled, and is filled again once that has failed for good."""
+    machine = TendersMachine()
+    machine.start(seed=1, wanted=[Wish(PAYERS[0], "upto", 350_500, 350_500, 0, "capture")])
+    machine.run(asyncio.sleep(0.3))
+    machine.a_wallet_is_emptied(PAYERS[0], all_of_it=True)
+    machine.let_time_pass(CONFIRMATIONS + 3, blocks=True, busy=False)
+    assert pledge_and_settlement(machine) == [("defaulted", "failed")]
+    machine.a_wallet_is_filled(PAYERS[0])
+    return machine
+
+
+def pledge_and_settlement(machine: TendersMachine) -> list[tuple[str, str]]:
+    query = "SELECT pledge.state, settlement.state FROM payment_authorization AS pledge JOIN settlement"
+    return machine.read(f"{query} ON settlement.reference = pledge.receipt_id")
+
+
+def test_killed_at_every_step_of_another_try_it_is_paid_once() -> None:
+    """The wallet pays once, owes nothing, and no gas is spent besides."""
+    for steps in itertools.count():
+        machine = owing_machine()
+        machine.world.kill_in = steps
+        machine.let_time_pass(25, blocks=True, busy=False)
+        killed, machine.world.kill_in = machine.world.kill_in is None, None
+        machine.let_time_pass(25, blocks=True, busy=False)
+        paid, sent = pledge_and_settlement(machine), len(machine.read("SELECT id FROM chain_transaction"))
+        machine.teardown()
+        assert paid == [("paid", "final")]
+        assert sent == 2
+        if not killed:
+            break
+    assert steps > 10
+
+
+def test_another_try_that_a_reorganisation_takes_away_is_mined_again() -> None:
+    machine = owing_machine()
+    while pledge_and_settlement(machine) != [("paid", "mined")]:
+        machine.let_time_pass(1, blocks=True, busy=False)
+    machine.mine_and_take_away(CONFIRMATIONS, keep=False, pause_s=0.5)
+    machine.let_time_pass(10, blocks=True, busy=False)
+    assert pledge_and_settlement(machine) == [("paid", "final")]
+    machine.teardown()

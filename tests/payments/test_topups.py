@@ -27,8 +27,8 @@ from payments.tenders.upto_scheme import UptoScheme
 from payments.verification.chain_state import ChainStates
 from payments.x402.wire import Payment
 from tests.payments.exact_samples import QUOTED, quote_of
+from tests.payments.pledging import ANSWER_S, LIMIT, VALUE, Desk
 from tests.payments.settling import PAY_TO
-from tests.payments.test_upto import ANSWER_S, LIMIT, VALUE, Desk
 
 TOPUP = {"kind": "topup"}
 

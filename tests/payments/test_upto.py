@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import secrets
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,7 +17,6 @@ from contracts.devnet import (
     as_owner,
     balance_of,
     call_data,
-    place_operator_contracts,
     rpc,
     send_signed,
 )
@@ -29,126 +26,24 @@ from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS, Network, Token
 from payments.chain.rpc import Rpc
 from payments.chain.transactions import encode_upto_settle
 from payments.errors import AllowanceRequired, PaymentConflict, PaymentError, PaymentRefused, SchemeRefused
-from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
-from payments.reconciliation import open_books, reconcile
 from payments.recovery import recover
-from payments.settlement.engine import Settlements
-from payments.store import Store
-from payments.tenders import upto_settlement
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.base import Outcome
-from payments.tenders.exact import PAYMENT
-from payments.tenders.exact_services import ExactServices
 from payments.tenders.upto import UptoHold
-from payments.tenders.upto_scheme import UptoScheme
-from payments.verification.chain_state import ChainStates
-from payments.verification.eip712 import permit2_upto_digest
 from payments.x402.wire import Payment, UptoAuthorization
 from tests.payments.contract_wallets import place
-from tests.payments.exact_samples import DETAILS, QUOTED, assert_books_balance, open_store, quote_of
-from tests.payments.settling import PAY_TO, later_than_the_last_block, pay, sign, until
-
-COST = 7_654_321
-"""Not whole in atomic units: 7,655 of them, and 679 nano-USD too much."""
-VALUE = QUOTED // 1000
-ANSWER_S = 60
-LIMIT = 3 * QUOTED
-ANSWERED = Outcome({"model": "m"})
-
-
-@dataclasses.dataclass
-class Desk:
-    chain: Devnet
-    network: Network
-    services: ExactServices
-    scheme: UptoScheme
-    batch_contract: str
-
-    @property
-    def store(self) -> Store:
-        return self.services.store
-
-    def sign(self, wallet: Wallet, token: Token, *, valid_s: int = 300, **changes: object) -> Payment:
-        terms = {
-            "payer": wallet.address.lower(),
-            "token": token.address,
-            "amount": VALUE,
-            "spender": UPTO_PERMIT2_PROXY_ADDRESS,
-            "nonce": secrets.randbits(256),
-            "deadline": int(time.time()) + valid_s,
-            "to": PAY_TO,
-            "valid_after": 0,
-            "facilitator": self.batch_contract,
-        }
-        authorization = UptoAuthorization(**terms | changes)  # type: ignore[arg-type]
-        signature = sign(wallet, permit2_upto_digest(authorization, token.chain_id))
-        requirement = self.scheme.requirement(token, QUOTED, 300)
-        return Payment(
-            2, "upto", self.network.caip2, requirement, None, secrets.token_bytes(32), authorization, signature
-        )
-
-    async def authorize(self, payment: Payment, request: bytes = b"d" * 32) -> UptoHold:
-        assert payment.accepted is not None
-        token = self.network.token_at(payment.accepted.asset)
-        assert token is not None
-        requirement = self.scheme.requirement(token, QUOTED, 300)
-        tender = self.scheme.tender(payment, token, requirement, request, int(time.time()))
-        hold = await tender.authorize(quote_of(), DETAILS)
-        assert isinstance(hold, UptoHold)
-        return hold
-
-    async def settled(self, receipt_id: str) -> bool:
-        outcome = await self.services.settlements.outcome(upto_settlement.settlement_id(receipt_id), 20)
-        return outcome.paid
-
-    async def balance(self, account: str) -> int:
-        return await self.store.read(lambda tx: transfers.balance(tx, account).balance)
-
-    async def check_books(self) -> None:
-        await assert_books_balance(self.store)
-        rpc(self.chain.rpc_url, "anvil_mine", "0x3")
-        async with Rpc([self.chain.rpc_url]) as node:
-            report = await reconcile(self.store, node, self.network, PAY_TO)
-        assert report.findings == []
-        assert all(token.booked == () for token in report.tokens)
-
-
-@contextlib.asynccontextmanager
-async def gateway(directory: Path, chain: Devnet, network: Network) -> AsyncIterator[Desk]:
-    signer = chain.wallets[0]
-    batch_contract, _ = place_operator_contracts(chain.rpc_url, PAY_TO, signer.address, [signer.address])
-    store = open_store(directory)
-    await recover(store)
-    async with Rpc([chain.rpc_url], timeout_s=5) as chain_rpc:
-        await open_books(store, chain_rpc, network, PAY_TO)
-        settlements = Settlements(
-            store, chain_rpc, network, [signer.private_key], batch_contract=batch_contract, housekeeping_s=0.05
-        )
-        settlements.handle("payment", PAYMENT)
-        settlements.handle(upto_settlement.KIND, upto_settlement.kind(network))
-        await settlements.start()
-        services = ExactServices(
-            store=store,
-            settlements=settlements,
-            chain_states=ChainStates(chain_rpc, network),
-            payer_exposure_nano_usd=QUOTED,
-            settlement_wait_s=20,
-        )
-        scheme = UptoScheme(network, PAY_TO, batch_contract, services, answer_s=ANSWER_S, exposure_max_nano_usd=LIMIT)
-        try:
-            yield Desk(chain, network, services, scheme, batch_contract)
-        finally:
-            await settlements.stop()
-            store.close()
+from tests.payments.exact_samples import QUOTED, assert_books_balance
+from tests.payments.pledging import ANSWER_S, ANSWERED, COST, VALUE, Desk, gateway
+from tests.payments.settling import PAY_TO, later_than_the_last_block, pay, until
 
 
 @pytest.fixture
-async def desk(chain: Devnet, network: Network, tmp_path: Path) -> AsyncIterator[Desk]:
+async def desk(chain: Devnet, network: Network, sqlite_database: Path) -> AsyncIterator[Desk]:
     for wallet in chain.wallets[1:4]:
         for coin in (chain.usdc, chain.usdt):
             approve_permit2(chain.rpc_url, coin, wallet.private_key)
-    async with gateway(tmp_path, chain, network) as opened:
+    async with gateway(sqlite_database, chain, network) as opened:
         yield opened
 
 
@@ -213,7 +108,7 @@ async def test_of_fifty_uses_of_one_authorization_one_begins(desk: Desk) -> None
 
 @pytest.mark.parametrize("how", ["nothing to pay", "failed", "hung up", "restarted"])
 async def test_what_settles_nothing_buys_nothing_else(
-    chain: Devnet, network: Network, tmp_path: Path, desk: Desk, how: str
+    chain: Devnet, network: Network, sqlite_database: Path, desk: Desk, how: str
 ) -> None:
     payment = desk.sign(chain.wallets[1], network.tokens[0])
     hold = await desk.authorize(payment)
@@ -249,16 +144,16 @@ async def test_a_used_authorization_is_known_after_its_deadline(desk: Desk, monk
 
 
 async def test_what_was_captured_before_the_process_died_is_settled_by_the_next_one(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, sqlite_database: Path
 ) -> None:
     token = network.tokens[0]
     approve_permit2(chain.rpc_url, chain.usdc, chain.wallets[1].private_key)
-    async with gateway(tmp_path, chain, network) as desk:
+    async with gateway(sqlite_database, chain, network) as desk:
         hold = await desk.authorize(desk.sign(chain.wallets[1], token))
         interrupted = await desk.authorize(desk.sign(chain.wallets[1], token))
         # The unit is durable and nobody is told any more, as after a SIGKILL.
         await desk.store.write(lambda tx: hold._capture(tx, COST, ANSWERED, None))
-    async with gateway(tmp_path, chain, network) as desk:
+    async with gateway(sqlite_database, chain, network) as desk:
         assert await desk.settled(hold.receipt_id)
         assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) == 7_655
         view = await desk.store.read(lambda tx: receipts.get(tx, interrupted.receipt_id))
@@ -349,12 +244,7 @@ async def test_a_drained_wallet_costs_the_operator_one_answer_and_pays_by_exact_
     refused = await refusal(desk, desk.sign(wallet, token))
     assert isinstance(refused, SchemeRefused)
     assert refused.code == "unpaid_answers"
-
-    def pay_in(tx: object) -> None:
-        custody, account = account_id("custody", token.asset), payer_account(payer, token.asset)
-        transfers.post(tx, id="paid-in", debit=custody, credit=account, amount=2 * COST, reference="test")  # type: ignore[arg-type]
-
-    await desk.store.write(pay_in)
+    await desk.pay_in(wallet, token, 2 * COST)
     await desk.authorize(desk.sign(wallet, token))
     assert await desk.balance(variance) == 0
     assert await desk.balance(payer_account(payer, token.asset)) == COST
