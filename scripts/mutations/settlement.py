@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutations.mutation import Mutation
 
 MACHINE = ("tests/payments/test_settlement_machine.py",)
+RETRIES = ("tests/payments/test_upto_retries.py",)
 EVIDENCE = ("tests/payments/test_evidence.py", *MACHINE)
 
 _ENGINE, _JUDGE = "payments/settlement/engine.py", "payments/settlement/judge.py"
@@ -12,14 +13,14 @@ _OUTBOX, _OUTGOING = "payments/settlement/outbox.py", "payments/settlement/outgo
 _REPAIRS, _DISPATCHER = "payments/settlement/repairs.py", "payments/settlement/dispatcher.py"
 _FINALITY, _COURIER = "payments/settlement/finality.py", "payments/settlement/courier.py"
 _EVIDENCE, _LOADING = "payments/settlement/evidence.py", "payments/settlement/loading.py"
-_SECOND_LOOKS = "payments/settlement/second_looks.py"
+_SECOND_LOOKS, _RETRIES = "payments/settlement/second_looks.py", "payments/settlement/retries.py"
 
 SETTLEMENTS = (
     Mutation(
         "an entry of a reverted batch is not requeued",
         _OUTBOX,
-        "    for entry in entries:\n        columns: dict[str, Any] = {",
-        "    for entry in entries[1:]:\n        columns: dict[str, Any] = {",
+        "    return [entry for entry in entries if is_as_known",
+        "    return [entry for entry in entries[1:] if is_as_known",
         MACHINE,
     ),
     Mutation(
@@ -119,7 +120,9 @@ SETTLEMENTS = (
         (
             "            yield verdicts\n"
             "            for entry in (*verdicts.final, *verdicts.vanished):\n"
-            "                self.watched.pop(entry.id, None)\n"
+            "                # Perhaps it was tried again meanwhile, and what came of that is to be watched.\n"
+            "                if self.watched.get(entry.id) is entry:\n"
+            "                    del self.watched[entry.id]\n"
         ),
         (
             "            for entry in (*verdicts.final, *verdicts.vanished):\n"
@@ -240,8 +243,8 @@ SETTLEMENTS = (
     Mutation(
         "a payment that arrives after we gave up is not the payer's",
         "payments/settlement/states.py",
-        '    "failed": frozenset({"mined", "superseded"}),',
-        '    "failed": frozenset(),',
+        '    "failed": frozenset({"mined", "superseded", "queued"}),',
+        '    "failed": frozenset({"queued"}),',
         ("tests/payments/test_second_looks.py", "tests/payments/test_late_executions.py"),
     ),
     Mutation(
@@ -257,5 +260,33 @@ SETTLEMENTS = (
         "                await self._judge.record(entry, found)",
         "                pass",
         ("tests/payments/test_second_looks.py",),
+    ),
+    Mutation(
+        "a failed call is tried again without end",
+        _RETRIES,
+        "entry.attempts + 1 < TRIES_MAX",
+        "entry.attempts + 1 < 99",
+        RETRIES,
+    ),
+    Mutation(
+        "a failed call is tried again that would fail again",
+        _RETRIES,
+        "            if not isinstance(answer, RpcError):",
+        "            if True:",
+        RETRIES,
+    ),
+    Mutation(
+        "a failed call is tried again while the first one may still be mined",
+        _OUTGOING,
+        "state='included' AND block_number<=?",
+        "state='included' AND ?>0",
+        RETRIES,
+    ),
+    Mutation(
+        "what is tried again is still told as failed",
+        "payments/settlement/care.py",
+        "        self._outcomes.forget(entry.id)\n        self.entries.pop",
+        "        self.entries.pop",
+        RETRIES,
     ),
 )

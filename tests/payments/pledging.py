@@ -17,6 +17,7 @@ from payments.ledger.accounts import account_id, payer_account
 from payments.reconciliation import open_books, reconcile
 from payments.recovery import recover
 from payments.settlement.engine import Settlements
+from payments.settlement.outcomes import Outcomes
 from payments.store import Store
 from payments.tenders import upto_settlement
 from payments.tenders.base import Outcome
@@ -49,6 +50,11 @@ class Desk:
     @property
     def store(self) -> Store:
         return self.services.store
+
+    @property
+    def outcomes(self) -> Outcomes:
+        assert isinstance(self.services.settlements, Settlements)
+        return self.services.settlements.outcomes
 
     def sign(self, wallet: Wallet, token: Token, *, valid_s: int = 300, **changes: object) -> Payment:
         terms = {
@@ -86,6 +92,10 @@ class Desk:
     async def paid(self, receipt_id: str, timeout_s: float = 0) -> bool:
         outcome = await self.services.settlements.outcome(upto_settlement.settlement_id(receipt_id), timeout_s)
         return outcome.paid
+
+    async def under_way(self, receipt_id: str) -> bool:
+        outcome = await self.services.settlements.outcome(upto_settlement.settlement_id(receipt_id), 0)
+        return outcome.open
 
     async def balance(self, account: str) -> int:
         return await self.store.read(lambda tx: transfers.balance(tx, account).balance)

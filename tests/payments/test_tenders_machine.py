@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -300,13 +300,13 @@ class TendersMachine(GatewayMachine):
         self.check_tries()
 
     def check_tries(self) -> None:
-        """What an order costs in gas is bounded, and nobody waits in vain whose call would have succeeded."""
-        carried: Counter[bytes] = Counter()
+        """What an order may cost in gas is bounded."""
+        carried: dict[bytes, set[tuple[str, int]]] = defaultdict(set)
         for sent, _ in self.chain.executed:
             if sent.call.to == BATCH:
-                carried.update({data for _, data in calls_of(sent.call.data)})
-        for (data,) in self.read("SELECT call_data FROM settlement WHERE kind='upto'"):
-            assert carried[bytes(data)] <= TRIES_MAX
+                for _, data in calls_of(sent.call.data):
+                    carried[data].add((sent.sender, sent.nonce))
+        assert all(len(places) <= TRIES_MAX for places in carried.values())
 
     def lost_on(self, payer: str, account: str) -> int:
         """What the operator bears for a payer: answers that were never paid, credit that was spent before it was gone."""

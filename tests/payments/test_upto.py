@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import payments.settlement.judge
 from contracts.devnet import (
     Devnet,
     Wallet,
@@ -226,7 +227,11 @@ async def test_the_allowance_has_to_cover_all_open_pledges(desk: Desk) -> None:
     assert isinstance(await refusal(desk, desk.sign(wallet, token)), AllowanceRequired)
 
 
-async def test_a_drained_wallet_costs_the_operator_one_answer_and_pays_by_exact_until_it_has_paid(desk: Desk) -> None:
+async def test_a_drained_wallet_costs_the_operator_one_answer_and_pays_by_exact_until_it_has_paid(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nor is it tried again meanwhile.
+    monkeypatch.setattr(payments.settlement.judge, "FIRST_LOOK_MS", 600_000)
     token, wallet = desk.network.tokens[0], desk.chain.wallets[1]
     payer = wallet.address.lower()
     hold = await desk.authorize(desk.sign(wallet, token))

@@ -88,9 +88,17 @@ def payer(chain: Devnet) -> Wallet:
     return chain.wallets[1]
 
 
-async def fails(desk: Desk, payer: Wallet, misfortune: Act, *, valid_s: int = 300) -> UptoHold:
+async def fails(
+    desk: Desk,
+    payer: Wallet,
+    misfortune: Act,
+    *,
+    valid_s: int = 300,
+    seen: Callable[[UptoHold], object] = lambda _: None,
+) -> UptoHold:
     """An answer whose settlement is due while something keeps its payer's money from moving, and has failed for good."""
     hold = await desk.authorize(desk.sign(payer, desk.network.tokens[1], valid_s=valid_s))
+    seen(hold)
     misfortune(desk.chain, payer)
     await hold.capture(COST, ANSWERED)
     assert not await desk.settled(hold.receipt_id)
@@ -202,6 +210,7 @@ async def test_what_fails_again_and_again_in_its_block_is_tried_three_times(
             unpause(chain, payer)
             await until(lambda: pending(chain) == 1)
             assert await pledge_of(desk, hold) == "pledged"
+            assert await desk.under_way(hold.receipt_id)
             assert await balances(desk, payer) == {"variance": 0, "receivable": -COST, "credit": 0}
             promised = await desk.store.read(lambda tx: promises.under_way(tx, payer.address.lower()))
             assert promises.exposure(promised) == COST
@@ -264,12 +273,26 @@ async def test_of_two_replicas_one_sends_it_again_and_the_other_goes_on_when_tha
     async with contextlib.AsyncExitStack() as second_running:
         async with gateway(postgres_database, chain, network) as first:
             second = await second_running.enter_async_context(gateway(postgres_database, chain, network))
-            hold = await fails(first, payer, pause)
+            told: list[object] = []
+            hold = await fails(
+                first,
+                payer,
+                pause,
+                seen=lambda hold: second.outcomes.follow(settlement_id(hold.receipt_id), told.append),
+            )
+            await until(lambda: bool(told))
+            rpc(chain.rpc_url, "evm_setAutomine", False)
             unpause(chain, payer)
+            await until(lambda: pending(chain) == 1)
+            # It was told of the failure, and that this is not the last word.
+            async with asyncio.timeout(20):
+                while not await second.under_way(hold.receipt_id):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            rpc(chain.rpc_url, "evm_setAutomine", True)
+            rpc(chain.rpc_url, "evm_mine")
             await until_paid(first, hold)
             assert await transactions(first.store) == [("batch", "included")] * 2
             async with asyncio.timeout(20):
-                # It was told of the failure, and of what came of it after all.
                 while not await second.paid(hold.receipt_id):  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
             other = await fails(first, payer, blacklist)
