@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,8 @@ import pytest
 
 from contracts.devnet import Anvil, Devnet, DevToken, load, rpc
 from payments.chain.networks import Network, Token
-from payments.migrate import upgrade
 from payments.store import Store
-from tests.databases import PostgresServer
+from tests.databases import PostgresServer, sqlite_file
 
 if TYPE_CHECKING:
     from tests.crashes.forks import Forks
@@ -85,18 +83,10 @@ def postgres() -> Iterator[PostgresServer]:
     server.close()
 
 
-@pytest.fixture(scope="session")
-def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite file with the current schema, to be copied."""
-    path = tmp_path_factory.mktemp("sqlite") / "template.db"
-    upgrade(path)
-    return path
-
-
 @pytest.fixture
-def sqlite_database(sqlite_template: Path, tmp_path: Path) -> Path:
+def sqlite_database(tmp_path: Path) -> Path:
     """An empty SQLite database with the current schema."""
-    return Path(shutil.copy(sqlite_template, tmp_path / "farebox.db"))
+    return sqlite_file(tmp_path / "farebox.db")
 
 
 @pytest.fixture

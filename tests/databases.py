@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import shutil
@@ -12,9 +13,31 @@ from pathlib import Path
 import psycopg
 
 from payments.migrate import upgrade
+from payments.store import Store
 
 TEMPLATE = "farebox_template"
 _NAMES = itertools.count(1)
+
+
+def open_store(directory: Path) -> Store:
+    """A store on the database in `directory`, which is made if it is not there."""
+    return Store(sqlite_file(directory / "farebox.db"))
+
+
+def sqlite_file(path: Path) -> Path:
+    """The path, where a database is made if there is none."""
+    if not path.exists():
+        path.write_bytes(_empty_sqlite())
+    return path
+
+
+@functools.cache
+def _empty_sqlite() -> bytes:
+    """The bytes of a database with the current schema; migrated once for the process, which takes as long as many a test."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "empty.db"
+        upgrade(path)
+        return path.read_bytes()
 
 
 class PostgresServer:

@@ -14,7 +14,7 @@ from gateway.replays import ANSWER_BYTES_MAX, KeptAnswer, Replays, replay_secret
 from payments import accounts
 from payments.sign_in import SignIn
 from payments.store import Store
-from tests.payments.exact_samples import open_store
+from tests.databases import open_store
 
 ADDRESS = "0x" + "a1" * 20
 HEADER, BODY = b"a signed payment", b'{"model": "auto"}'

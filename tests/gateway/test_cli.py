@@ -17,8 +17,8 @@ from gateway import config
 from gateway.cli import app
 from payments import accounts, receipts
 from payments.ledger import transfers
-from payments.migrate import upgrade
-from payments.store import Store, Transaction
+from payments.store import Transaction
+from tests.databases import open_store
 
 KEY = "0x" + "11" * 32
 KEY_ADDRESS = "0x19e7e376e7c213b7e7e7e46cc70a5dd086daff2a"
@@ -270,9 +270,8 @@ def test_an_unknown_key_cannot_be_revoked(run: Run) -> None:
 @pytest.fixture
 async def receipt(tmp_path: Path) -> str:
     """A database with a funded pool, and the captured receipt of one request that drew on it."""
-    path = tmp_path / "data" / "farebox.db"
-    upgrade(path)
-    store = Store(path)
+    (tmp_path / "data").mkdir()
+    store = open_store(tmp_path / "data")
     id = receipts.new_receipt_id()
 
     def unit(tx: Transaction) -> None:

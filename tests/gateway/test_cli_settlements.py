@@ -14,8 +14,8 @@ from payments.ledger import transfers
 from payments.settlement import outbox, outgoing, states
 from payments.settlement.orders import SettlementOrder
 from payments.store import Transaction
+from tests.databases import open_store
 from tests.gateway.test_cli import Run, parsed, run
-from tests.payments.settling import open_store
 
 __all__ = ["run"]
 

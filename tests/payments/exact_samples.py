@@ -5,16 +5,12 @@ The signature is not checked here (that is `payments.verification`'s business), 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from payments import migrate
 from payments.chain.networks import KNOWN_NETWORKS, Token
 from payments.errors import PaymentError
 from payments.ledger import books, transfers
@@ -38,22 +34,6 @@ QUOTED = 20_000_000
 """Two cents."""
 DETAILS = {"model_asked": "auto"}
 _nonces = itertools.count(1)
-
-
-def open_store(directory: Path) -> Store:
-    """A store on the database in `directory`, which is made if it is not there."""
-    path = directory / "farebox.db"
-    if not path.exists():
-        path.write_bytes(empty_database())
-    return Store(path)
-
-
-@functools.cache
-def empty_database() -> bytes:
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "empty.db"
-        migrate.upgrade(path)
-        return path.read_bytes()
 
 
 async def assert_books_balance(store: Store) -> None:

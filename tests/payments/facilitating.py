@@ -20,6 +20,7 @@ from payments.facilitator.app import create_app
 from payments.facilitator.opening import NetworkOptions, Options, Services, opened
 from payments.verification.eip712 import eip3009_digest, permit2_exact_digest
 from payments.x402.wire import Eip3009Authorization, Permit2Authorization
+from tests.databases import sqlite_file
 from tests.payments.settling import sign
 
 SHOP = "0x" + "5a" * 20
@@ -67,6 +68,8 @@ def options(
 
 @contextlib.asynccontextmanager
 async def facilitator(chain: Devnet, network: Network, database: Path | str, **wanted: Any) -> AsyncIterator[Running]:
+    if isinstance(database, Path):
+        sqlite_file(database)
     async with opened(options(chain, network, database, **wanted)) as services:
         transport = httpx.ASGITransport(create_app(services))
         async with httpx.AsyncClient(transport=transport, base_url="http://facilitator", timeout=60) as http:

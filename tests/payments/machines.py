@@ -25,7 +25,7 @@ from payments.settlement.engine import Settlements
 from payments.store import StoreBusy
 from payments.tenders.exact_services import ExactServices
 from payments.verification.chain_state import ChainStates
-from tests.payments.exact_samples import empty_database
+from tests.databases import sqlite_file
 from tests.payments.fake_chain import FakeChain
 from tests.payments.simulation import Killed, Process, World
 
@@ -58,7 +58,7 @@ class Machine(RuleBasedStateMachine):
         """Make the world, its chain and an empty database; open the first process."""
         self.world = World(seed)
         self.database = Path(tempfile.mkdtemp(prefix="farebox-machine-")) / "farebox.db"
-        self.database.write_bytes(empty_database())
+        sqlite_file(self.database)
         self.chain = FakeChain(TOKEN.address, BATCH, balances, self.world.time)
         self.open_process()
 

@@ -7,7 +7,6 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import coincurve
@@ -19,7 +18,6 @@ from payments.chain.transactions import settle_call
 from payments.kinds import every_kind
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
-from payments.migrate import upgrade
 from payments.money import atomic_to_nano_down
 from payments.settlement.engine import Settlements
 from payments.settlement.evidence import PaymentProof
@@ -95,12 +93,6 @@ def order_for(payment: Payment, token: Token) -> SettlementOrder:
         call_data=call_data,
         valid_before=authorization.expires_at,
     )
-
-
-def open_store(directory: Path) -> Store:
-    path = directory / "farebox.db"
-    upgrade(path)
-    return Store(path)
 
 
 class Books:

@@ -14,7 +14,8 @@ from contracts.jsonrpc import rpc as contract_rpc
 from payments.anchors import AnotherChain, hold_fast
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
-from tests.payments.settling import mine, open_store, until
+from tests.databases import open_store
+from tests.payments.settling import mine, until
 
 
 async def test_the_same_chain_is_known_again_however_long_it_has_grown(

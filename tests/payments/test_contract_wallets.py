@@ -22,6 +22,7 @@ from payments.verification.chain_state import Seen
 from payments.verification.signatures import keccak256
 from payments.verification.wallet_signatures import ERC6492_SUFFIX, unwrap
 from payments.x402.wire import Payment, Requirement
+from tests.databases import open_store
 from tests.payments import contract_wallets as wallets
 from tests.payments.exact_samples import (
     DETAILS,
@@ -31,7 +32,6 @@ from tests.payments.exact_samples import (
     HandChain,
     assert_books_balance,
     open_desk,
-    open_store,
     payment_of,
     quote_of,
 )

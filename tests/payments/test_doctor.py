@@ -14,7 +14,8 @@ from payments.chain.rpc import Rpc
 from payments.doctor import Finding, TokenMismatch, examine, verify_tokens
 from payments.settlement.alarms import Alarms
 from payments.store import Store
-from tests.payments.settling import Books, engine, open_store
+from tests.databases import open_store
+from tests.payments.settling import Books, engine
 
 GAS_MINIMUM_WEI = 10**16
 

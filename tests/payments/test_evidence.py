@@ -31,19 +31,8 @@ from payments.store import Store, Transaction
 from payments.verification.eip712 import token_domain_separator
 from payments.verification.signatures import keccak256
 from payments.x402.wire import Payment
-from tests.payments.settling import (
-    PAY_TO,
-    Books,
-    credit,
-    engine,
-    mine,
-    open_store,
-    order_for,
-    pay,
-    rows,
-    sign,
-    until,
-)
+from tests.databases import open_store
+from tests.payments.settling import PAY_TO, Books, credit, engine, mine, order_for, pay, rows, sign, until
 
 SETTLED_S = 20
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from payments.chain.networks import Network
 from payments.chain.rpc import Rpc
 from tests.crashes.forks import Forks
 from tests.crashes.steps import Step
+from tests.databases import sqlite_file
 from tests.payments.channelling import channel_of, claims
 from tests.payments.facilitating import SHOP, VALUE, Running, body, facilitator
 from tests.payments.killed_facilitator import live_until_dead
@@ -105,7 +105,7 @@ def cases(chain: Devnet, network: Network, market: Market, helper: Running) -> d
 
 @pytest.mark.parametrize("name", ["exact", "upto", "upto for nothing", "deposit", "claim", "settle", "refund"])
 async def test_killed_at_every_step_it_settles_once_and_tells_once(
-    chain: Devnet, network: Network, forks: Forks, sqlite_template: Path, tmp_path: Path, name: str
+    chain: Devnet, network: Network, forks: Forks, tmp_path: Path, name: str
 ) -> None:
     signer = chain.wallets[0].address
     contract, _ = place_operator_contracts(chain.rpc_url, signer, signer, [signer])
@@ -113,7 +113,7 @@ async def test_killed_at_every_step_it_settles_once_and_tells_once(
 
     async def live_and_die(number: int, call: dict[str, Any], kill_at: Step | None) -> list[Step]:
         (tmp_path / str(number)).mkdir()
-        shutil.copy(sqlite_template, tmp_path / str(number) / "farebox.db")
+        sqlite_file(tmp_path / str(number) / "farebox.db")
         return await live_until_dead(forks, chain, network, tmp_path / str(number), call, contract, kill_at)
 
     async with facilitator(chain, network, tmp_path / "helper.db", signer=1) as helper:

@@ -13,7 +13,8 @@ from payments.settlement.finality import Finality
 from payments.settlement.orders import SettlementOrder
 from payments.settlement.outbox import Entry
 from payments.store import Store, StoreBusy, Transaction
-from tests.payments.exact_samples import NETWORK, PAY_TO, PAYER, USDC, open_store
+from tests.databases import open_store
+from tests.payments.exact_samples import NETWORK, PAY_TO, PAYER, USDC
 from tests.payments.fake_chain import FakeChain, FakeRpc
 
 CONFIRMATIONS, BLOCK = 2, 4

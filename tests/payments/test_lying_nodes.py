@@ -20,7 +20,8 @@ from payments.chain.rpc import Rpc, RpcUnavailable
 from payments.errors import SettlementUnavailable
 from payments.store import Store
 from payments.verification.chain_state import ChainStates
-from tests.payments.settling import PAY_TO, Books, engine, open_store, order_for, pay, receipt
+from tests.databases import open_store
+from tests.payments.settling import PAY_TO, Books, engine, order_for, pay, receipt
 
 NONSENSE: list[Any] = [None, "0xzz", "0x", "hello", {}, [1], 7, "0x" + "ff" * 640]
 

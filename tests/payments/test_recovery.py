@@ -18,6 +18,7 @@ from payments.store import Store, StoreOwned, Transaction
 from payments.tenders.base import Outcome
 from payments.tenders.exact import AlreadyUsed, ExactHold, settlement_id
 from payments.tenders.prepaid import PrepaidTender
+from tests.databases import open_store
 from tests.payments.exact_samples import (
     ASSET,
     DETAILS,
@@ -27,7 +28,6 @@ from tests.payments.exact_samples import (
     assert_books_balance,
     credit_of,
     open_desk,
-    open_store,
     payment_of,
     quote_of,
 )

@@ -36,7 +36,8 @@ from payments.chain.transactions import (
 )
 from payments.store import Store
 from payments.x402.wire import Eip3009Authorization, Permit2Authorization
-from tests.payments.settling import PAY_TO, Books, engine, open_store, order_for, pay
+from tests.databases import open_store
+from tests.payments.settling import PAY_TO, Books, engine, order_for, pay
 
 KEY = "0x" + "4b" * 32
 words = st.integers(0, 2**256 - 1)

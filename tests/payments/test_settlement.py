@@ -16,13 +16,13 @@ from payments.errors import SettlementUnavailable
 from payments.ledger import books as ledger_books
 from payments.settlement import states
 from payments.store import Store, Transaction
+from tests.databases import open_store
 from tests.payments.settling import (
     PAY_TO,
     Books,
     credit,
     engine,
     mine,
-    open_store,
     order_for,
     pay,
     receipt,

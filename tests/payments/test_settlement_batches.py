@@ -29,13 +29,13 @@ from payments.settlement.orders import SettlementOrder
 from payments.settlement.outbox import order_gas
 from payments.store import Store
 from tests.contracts import hostile_code
+from tests.databases import open_store
 from tests.payments.settling import (
     PAY_TO,
     Books,
     credit,
     engine,
     mine,
-    open_store,
     order_for,
     pay,
     rows,

@@ -11,7 +11,8 @@ from pathlib import Path
 from contracts.devnet import Devnet, balance_of
 from payments.chain.networks import Network
 from payments.ledger import books as ledger_books
-from tests.payments.settling import PAY_TO, credit, open_store, order_for, pay, rows, transactions
+from tests.databases import open_store
+from tests.payments.settling import PAY_TO, credit, order_for, pay, rows, transactions
 
 ORDERS = 60
 

@@ -23,7 +23,8 @@ from payments.tenders.base import Outcome
 from payments.tenders.exact import PAYMENT, AlreadyUsed, ExactHold, ExactServices, ExactTender
 from payments.verification.chain_state import ChainStates
 from payments.x402.wire import Payment, requirement_for
-from tests.payments.exact_samples import DETAILS, QUOTED, assert_books_balance, credit_of, open_store, quote_of
+from tests.databases import open_store
+from tests.payments.exact_samples import DETAILS, QUOTED, assert_books_balance, credit_of, quote_of
 from tests.payments.settling import PAY_TO, pay
 
 VALUE = QUOTED // 1000

@@ -19,7 +19,8 @@ from payments.store import Store, Transaction
 from payments.tenders import pledges, upto_settlement
 from payments.tenders.base import Outcome
 from payments.tenders.pledges import Pledge
-from tests.payments.exact_samples import ASSET, NETWORK, PAYER, QUOTED, USDC, assert_books_balance, open_store
+from tests.databases import open_store
+from tests.payments.exact_samples import ASSET, NETWORK, PAYER, QUOTED, USDC, assert_books_balance
 
 COST = 7_654_321
 RECEIVED = 7_655
