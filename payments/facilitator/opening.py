@@ -31,6 +31,7 @@ from payments.sponsoring.records import Budget
 from payments.sponsoring.sponsor import Sponsor
 from payments.store import Store
 from payments.verification.chain_state import ChainStates
+from payments.verification.permits import with_permits
 from payments.x402.extensions import eip2612, erc20_approval
 
 log = logging.getLogger(__name__)
@@ -128,11 +129,7 @@ async def opened(options: Options) -> AsyncIterator[Services]:
             store,
             {engine.network.chain_id: engine for engine in engines},
             schemes,
-            extensions=[
-                BAZAAR,
-                eip2612.NAME,
-                *([erc20_approval.NAME] if any(sponsor.active for sponsor in sponsors) else []),
-            ],
+            extensions=await _extensions(engines, sponsors),
             pay_to=options.pay_to,
             minimum_nano_usd=options.minimum_nano_usd,
             settlement_wait_s=options.settlement_wait_s,
@@ -176,6 +173,18 @@ async def _schemes(
         authorizer = engine.signers[0] if signs else None
         schemes.append(ChannelFacilitation(network, ChannelChain(rpc, authorizer), sponsor))
     return schemes
+
+
+async def _extensions(engines: list[Settlements], sponsors: list[Sponsor]) -> list[str]:
+    """What `/supported` lists. The list is one for all networks, and official servers take it for each of them: so it has what
+    works on every one."""
+    permits = [await with_permits(engine.rpc, engine.network) for engine in engines]
+    names = [BAZAAR]
+    if all(any(token.has_permit for token in network.tokens) for network in permits):
+        names.append(eip2612.NAME)
+    if all(sponsor.active for sponsor in sponsors):
+        names.append(erc20_approval.NAME)
+    return names
 
 
 def _gauges(engines: list[Settlements], watchers: list[Alarms]) -> Iterator[tuple[str, str, dict[str, str], float]]:

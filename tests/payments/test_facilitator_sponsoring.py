@@ -20,17 +20,22 @@ from x402.extensions.erc20_approval_gas_sponsoring import declare_erc20_approval
 from x402.mechanisms.evm.batch_settlement.client import BatchSettlementEvmScheme
 from x402.mechanisms.evm.exact.register import register_exact_evm_client
 from x402.mechanisms.evm.signers import EthAccountSignerWithRPC
-from x402.schemas import PaymentRequired
+from x402.mechanisms.evm.upto.client import UptoEvmScheme
+from x402.schemas import PaymentRequired, SupportedResponse
 
-from contracts.devnet import Devnet, balance_of, rpc
+from contracts.devnet import Anvil, Devnet, balance_of, load, place_operator_contracts, rpc
 from contracts.wallets import Wallet
 from payments.chain.networks import Network
+from payments.facilitator import kinds
 from payments.facilitator.opening import NetworkOptions
 from payments.sponsoring.records import Budget
 from tests.payments.channelling import Channel
 from tests.payments.facilitating import SHOP, VALUE, Running, facilitator, requirement
 from tests.payments.settling import rows
 from tests.payments.sponsoring import BUDGET, penniless
+
+TAKEN = VALUE - 123
+"""Of `VALUE`, by upto."""
 
 
 def signed_by_official_client(
@@ -41,13 +46,17 @@ def signed_by_official_client(
     *,
     approval: bool = False,
     deposit: bool = False,
+    upto_by: str | None = None,
 ) -> dict[str, Any]:
     """The body of a call as the official client makes it: with a permit for USDC over Permit2, or an approval for USDT; a
-    payment of `value`, or a deposit of some more into a new channel with a first voucher over it."""
+    payment of `value`, or a deposit of some more into a new channel with a first voucher over it; or up to `value`, which this
+    contract settles."""
     token = dataclasses.replace(network.tokens[1 if approval else 0], transfer_method="permit2")
     wants = requirement(token, network, value=value)
     if deposit:
         wants = Channel(network, wallet, chain.wallets[8], token).requirement(value)
+    if upto_by is not None:
+        wants |= {"scheme": "upto", "extra": wants["extra"] | {"facilitatorAddress": upto_by}}
     declared = declare_eip2612_gas_sponsoring_extension()
     if approval:
         declared = declare_erc20_approval_gas_sponsoring_extension()
@@ -65,6 +74,7 @@ def signed_by_official_client(
     signer = EthAccountSignerWithRPC(Account.from_key(wallet.private_key), chain.rpc_url)
     register_exact_evm_client(client, signer)
     client.register("eip155:*", BatchSettlementEvmScheme(signer))
+    client.register("eip155:*", UptoEvmScheme(signer))
     payment = client.create_payment_payload(required).model_dump(by_alias=True, exclude_none=True)
     name, member = (
         ("erc20ApprovalGasSponsoring", "signedTransaction") if approval else ("eip2612GasSponsoring", "signature")
@@ -122,12 +132,107 @@ async def test_a_permit_that_does_not_fit_is_refused(
 
 @contextlib.asynccontextmanager
 async def sponsoring(
-    chain: Devnet, network: Network, database: Path | str, budget: Budget = BUDGET
+    chain: Devnet,
+    network: Network,
+    database: Path | str,
+    budget: Budget = BUDGET,
+    batch_contract: str | None = None,
+    **wanted: Any,
 ) -> AsyncIterator[Running]:
     """A facilitator that gives payers the coin for their approvals."""
-    on_chain = NetworkOptions(network, [chain.rpc_url], sponsoring=budget)
-    async with facilitator(chain, network, database, networks=(on_chain,)) as running:
+    on_chain = NetworkOptions(network, [chain.rpc_url], sponsoring=budget, batch_contract=batch_contract)
+    async with facilitator(chain, network, database, networks=(on_chain,), **wanted) as running:
         yield running
+
+
+@pytest.fixture
+def batch_contract(chain: Devnet) -> str:
+    """The operator's, whom payers of `upto` name."""
+    signer = chain.wallets[0].address
+    return place_operator_contracts(chain.rpc_url, signer, signer, [signer])[0]
+
+
+def taking(call: dict[str, Any], amount: int) -> dict[str, Any]:
+    """The body of `/settle` for a payment of which less is taken than was authorised."""
+    return {**call, "paymentRequirements": call["paymentRequirements"] | {"amount": str(amount)}}
+
+
+@pytest.mark.parametrize("approval", [True, False], ids=["USDT with an approval", "USDC with a permit"])
+async def test_a_payer_by_upto_needs_neither_coin_nor_an_approval_before(
+    chain: Devnet, network: Network, database: Path | str, batch_contract: str, approval: bool
+) -> None:
+    wallet = penniless(chain)
+    call = signed_by_official_client(chain, network, wallet, approval=approval, upto_by=batch_contract)
+    settle = taking(call, TAKEN)
+    coin = chain.usdt if approval else chain.usdc
+    before = balance_of(chain.rpc_url, coin, wallet.address)
+    async with sponsoring(chain, network, database, batch_contract=batch_contract) as running:
+        assert await running.verify(call) == {"isValid": True, "payer": wallet.address.lower()}
+        assert await rows(running.services.store) == [], "to verify gives nothing"
+        answers = await asyncio.gather(*(running.settle(settle, idempotency_key="a") for _ in range(3)))
+        assert all((answer["success"], answer["amount"]) == (True, str(TAKEN)) for answer in answers), answers
+        assert await running.settle(settle, idempotency_key="a") == answers[0]
+        assert (await running.settle(settle))["errorReason"] == "duplicate_settlement"
+        assert (await running.settle(taking(call, TAKEN + 1)))["errorReason"] == "permit2_invalid_nonce"
+        settled = sorted(kind for (kind,) in await rows(running.services.store, "kind"))
+        assert settled == ["approval_funding"] * approval + [kinds.UPTO]
+    assert balance_of(chain.rpc_url, coin, SHOP) == TAKEN
+    assert balance_of(chain.rpc_url, coin, wallet.address) == before - TAKEN
+
+
+@pytest.mark.parametrize("approval", [True, False], ids=["USDT with an approval", "USDC with a permit"])
+async def test_of_upto_nothing_taken_costs_nothing_and_burns_it(
+    chain: Devnet, network: Network, sqlite_database: Path, batch_contract: str, approval: bool
+) -> None:
+    call = signed_by_official_client(chain, network, penniless(chain), approval=approval, upto_by=batch_contract)
+    async with sponsoring(chain, network, sqlite_database, batch_contract=batch_contract) as running:
+        assert (await running.settle(taking(call, 0)))["success"]
+        assert (await running.settle(taking(call, TAKEN)))["errorReason"] == "permit2_invalid_nonce"
+        assert (await running.verify(call))["invalidReason"] == "permit2_invalid_nonce"
+        assert await rows(running.services.store) == []
+
+
+async def test_what_comes_along_with_upto_has_to_fit(
+    chain: Devnet, network: Network, sqlite_database: Path, batch_contract: str
+) -> None:
+    permit = signed_by_official_client(chain, network, penniless(chain), upto_by=batch_contract)
+    approval = signed_by_official_client(chain, network, penniless(chain), approval=True, upto_by=batch_contract)
+    cases = [
+        (permit, {"amount": str(VALUE - 1)}, "eip2612_amount_mismatch"),
+        (permit, {"nonce": "77"}, "eip2612_invalid_signature"),
+        (approval, {"amount": "1"}, "erc20_approval_amount_too_small"),
+        (approval, {"spender": "0x" + "11" * 20}, "erc20_approval_spender_not_permit2"),
+    ]
+    async with sponsoring(chain, network, sqlite_database, batch_contract=batch_contract) as running:
+        for call, changes, reason in cases:
+            spoilt = copy.deepcopy(call)
+            (extension,) = spoilt["paymentPayload"]["extensions"].values()
+            extension["info"] |= changes
+            assert await refused_everywhere(running, spoilt) == reason
+        assert await rows(running.services.store) == []
+    async with facilitator(chain, network, sqlite_database, batch_contract=batch_contract) as running:
+        # Without a budget nothing is given.
+        assert await refused_everywhere(running, approval) == "permit2_allowance_required"
+        assert await rows(running.services.store) == []
+
+
+async def test_an_approval_for_upto_goes_on_after_every_stop(
+    chain: Devnet, network: Network, database: Path | str, batch_contract: str
+) -> None:
+    call = signed_by_official_client(chain, network, penniless(chain), approval=True, upto_by=batch_contract)
+    rpc(chain.rpc_url, "evm_setAutomine", False)
+    wanted: dict[str, Any] = {"batch_contract": batch_contract, "settlement_wait_s": 0.5}
+    for _ in range(3):
+        async with sponsoring(chain, network, database, **wanted) as running:
+            assert (await running.settle(taking(call, TAKEN)))["errorReason"] == "settlement_pending"
+            rpc(chain.rpc_url, "evm_mine")
+    rpc(chain.rpc_url, "evm_setAutomine", True)
+    rpc(chain.rpc_url, "evm_mine")
+    async with sponsoring(chain, network, database, batch_contract=batch_contract) as running:
+        assert (await running.settle(taking(call, TAKEN)))["success"]
+        settled = sorted(kind for (kind,) in await rows(running.services.store, "kind"))
+        assert settled == ["approval_funding", kinds.UPTO]
+    assert balance_of(chain.rpc_url, chain.usdt, SHOP) == TAKEN
 
 
 async def test_an_approval_goes_before_the_payment(chain: Devnet, network: Network, database: Path | str) -> None:
@@ -200,6 +305,28 @@ async def test_without_a_budget_approvals_are_neither_offered_nor_taken(
         assert "erc20ApprovalGasSponsoring" not in running.services.facilitator.supported()["extensions"]
         assert await refused_everywhere(running, call) == "permit2_allowance_required"
         assert await rows(running.services.store) == []
+
+
+async def test_only_what_works_on_every_network_is_advertised(
+    chain: Devnet, network: Network, sqlite_database: Path
+) -> None:
+    """The list of extensions is one for all networks: a server would offer them on each."""
+    first = NetworkOptions(network, [chain.rpc_url], sponsoring=BUDGET)
+    with Anvil(chain_id=31337) as anvil:
+        other = load(anvil.rpc_url)
+        tokens = [dataclasses.replace(token, chain_id=other.chain_id) for token in network.tokens]
+        for others_tokens, budget, extensions in (
+            (tokens, BUDGET, ["bazaar", "eip2612GasSponsoring", "erc20ApprovalGasSponsoring"]),
+            (tokens, None, ["bazaar", "eip2612GasSponsoring"]),
+            (tokens[1:], BUDGET, ["bazaar", "erc20ApprovalGasSponsoring"]),
+            (tokens[1:], None, ["bazaar"]),
+        ):
+            elsewhere = dataclasses.replace(network, chain_id=other.chain_id, v1_name=None, tokens=tuple(others_tokens))
+            second = NetworkOptions(elsewhere, [other.rpc_url], sponsoring=budget)
+            async with facilitator(chain, network, sqlite_database, networks=(first, second)) as running:
+                supported = SupportedResponse.model_validate(running.services.facilitator.supported())
+            assert {kind.network for kind in supported.kinds} >= {network.caip2, elsewhere.caip2}
+            assert supported.extensions == extensions
 
 
 async def test_one_resource_server_uses_up_no_more_than_its_share(
