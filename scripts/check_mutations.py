@@ -35,7 +35,7 @@ _SECONDS = itertools.count(1_700_000_000)
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the tests said of a mutation: `noticed`, `survived`, or `gone` if it does not apply any more."""
+    """What the tests said of a mutation: `noticed`, `survived`, `not run`, or `gone` if it does not apply any more."""
 
     name: str
     path: str
@@ -70,6 +70,10 @@ def main() -> int:
     else:
         print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} mutations were noticed")
     return 1 if survivors or not verdicts else 0
+
+
+class NotRun(Exception):
+    """Tests could not be run; says what pytest said."""
 
 
 def run_all(mutations: Sequence[Mutation], folder: Path, jobs: int, *, quiet: bool) -> list[Verdict]:
@@ -118,9 +122,11 @@ def check(mutation: Mutation, tree: Path) -> Verdict:
     write(path, original.replace(mutation.old, mutation.new))
     try:
         noticed_by = first_failure(tree, mutation.tests)
+        outcome = "noticed" if noticed_by else "survived"
+    except NotRun as not_run:
+        outcome, noticed_by = "not run", str(not_run)
     finally:
         write(path, original)
-    outcome = "noticed" if noticed_by else "survived"
     return Verdict(mutation.name, mutation.path, outcome, round(time.monotonic() - started, 1), noticed_by or "")
 
 
@@ -140,7 +146,7 @@ def first_failure(tree: Path, tests: Sequence[str]) -> str | None:
     """The first test that fails; None if all pass.
 
     Raises:
-        RuntimeError: The tests could not be run at all.
+        NotRun: The tests could not be run at all, as with code that cannot be read.
     """
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests]
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONPYCACHEPREFIX": str(tree / "compiled")}
@@ -155,7 +161,7 @@ def first_failure(tree: Path, tests: Sequence[str]) -> str | None:
         return None
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if done.returncode != 1 or not failed:
-        raise RuntimeError(f"the tests could not be run:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        raise NotRun(f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}".strip())
     return failed[0].split()[1].rpartition("/")[2]
 
 
