@@ -35,7 +35,7 @@ _SEIZE = """
     ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, expires_ms = excluded.expires_ms
 """
 _GIVE_BACK = "DELETE FROM lease WHERE name = ? AND owner = ? RETURNING name"
-_END_INSTANCES = "DELETE FROM lease WHERE name LIKE 'instance:%' AND expires_ms <= ?"
+_END_INSTANCES = "DELETE FROM lease WHERE (name LIKE 'instance:%' OR name LIKE 'wish:%') AND expires_ms <= ?"
 _REQUIRE = "SELECT 1 FROM lease WHERE name = ? AND owner = ? AND expires_ms > ?"
 _HOLDER = "SELECT owner FROM lease WHERE name = ? AND expires_ms > ?"
 _LIVING = "SELECT name FROM lease WHERE name LIKE ? AND expires_ms > ?"
@@ -184,6 +184,16 @@ def living_signers(tx: Transaction, chain_id: int) -> set[str]:
     """The accounts that some process sends with now."""
     prefix = signer_name(chain_id, "")
     return {name[len(prefix) :] for (name,) in tx.execute(_LIVING, (f"{prefix}%", _now_ms(tx))).fetchall()}
+
+
+def wish_name(name: str, owner: str) -> str:
+    """The lease that says that a living process wants another one."""
+    return f"wish:{name}:{owner}"
+
+
+def wishes(tx: Transaction, name: str) -> int:
+    """How many living processes want a lease, whoever has it."""
+    return len(tx.execute(_LIVING, (wish_name(name, "%"), _now_ms(tx))).fetchall())
 
 
 def instance_name(instance: str) -> str:

@@ -95,6 +95,7 @@ class Settlements:
             held,
             network.chain_id,
             self.accounts.values(),
+            self.signers,
             take=self._take_over,
             drop=lambda signer: self._care.let_go(signer),
         )

@@ -317,6 +317,42 @@ async def test_several_accounts_of_several_processes_work_side_by_side(
         assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) == sum(order.value for _, order in everywhere)
 
 
+async def test_accounts_are_spread_over_the_processes_that_want_them(
+    chain: Devnet, network: Network, postgres_database: str
+) -> None:
+    signers = [chain.wallets[0], chain.wallets[1], chain.wallets[4]]
+    async with replica(postgres_database, chain, network, signers=signers) as first:
+        assert first.owns
+        before = orders_of(chain, network, 6)
+        rpc(chain.rpc_url, "evm_setAutomine", False)
+        await asyncio.gather(*(first.engine.submit(order) for order in before))
+        async with replica(postgres_database, chain, network, signers=signers) as second:
+            await until(lambda: (held_by(first), held_by(second)) == (2, 1))
+            rpc(chain.rpc_url, "evm_setAutomine", True)
+            mine(chain.rpc_url)
+            await settled(second, before)
+            for _ in range(5):
+                orders = orders_of(chain, network, 6)
+                places = (first, second) * 3
+                await asyncio.gather(*(one.engine.submit(order) for one, order in zip(places, orders, strict=True)))
+                await settled(first, orders)
+            assert second.engine.transactions > 0
+            # Nothing changes hands while nobody comes or goes.
+            assert (held_by(first), held_by(second)) == (2, 1)
+            await second.engine.stop()
+            await until(lambda: first.owns)
+        async with replica(postgres_database, chain, network, signers=signers) as third:
+            await until(lambda: (held_by(first), held_by(third)) == (2, 1))
+            await third.die()
+            await until(lambda: first.owns)
+        await assert_nonces_in_order(first.store, chain)
+        assert await first.store.read(ledger_books.check) == []
+
+
+def held_by(one: Replica) -> int:
+    return sum(signer.mine for signer in one.engine.signers)
+
+
 async def test_orders_of_an_unknown_kind_are_left_to_whoever_knows_it(
     chain: Devnet, network: Network, postgres_database: str
 ) -> None:
