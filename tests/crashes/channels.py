@@ -19,6 +19,7 @@ from x402.mechanisms.evm.batch_settlement.client import (
 from x402.mechanisms.evm.batch_settlement.client.channel import process_payment_response
 from x402.mechanisms.evm.batch_settlement.client.refund import RefundOptions, _RefundResponse
 from x402.mechanisms.evm.signers import EthAccountSignerWithRPC
+from x402.schemas import PaymentRequired
 
 from contracts.devnet import USDC, USDT, DevToken, send_signed
 from contracts.jsonrpc import rpc
@@ -82,6 +83,13 @@ class Payer:
             local["deposit_amount"] = sent["payload"]["deposit"]["amount"]
         process_payment_response(self.storage, answer.headers.get, local)
 
+    def correct(self, answer: httpx.Response) -> None:
+        """Take over what a 402 says of the channel, to a voucher that was not the next one."""
+        assert answer.status_code == 402, answer.text
+        required = x402HTTPClientSync(self._client).get_payment_required_response(answer.headers.get, answer.json())
+        assert isinstance(required, PaymentRequired)
+        assert self.scheme.process_corrective_payment_required(required)
+
     def count(self, headers: dict[str, str]) -> None:
         """Count a request that is still under way as charged, so that the next voucher goes beyond it."""
         voucher = decoded(headers["PAYMENT-SIGNATURE"])["payload"]["voucher"]
@@ -112,6 +120,7 @@ class Opened(Operation):
 
     def prepare(self, run: Run) -> None:
         """Sign a deposit and the first voucher."""
+        self.deposited = 0
         self._payer = Payer(run, self.token, thrifty=self.thrifty)
         self.headers = self._sign(run)
 
@@ -152,12 +161,15 @@ class Opened(Operation):
         return headers
 
     def _pay(self, run: Run, headers: dict[str, str], **changes: Any) -> None:
-        answer = ask(run.http, question(**(self.changes | changes)), headers)
+        answer = self._ask(run, headers, **changes)
         assert answer.status_code == 200, answer.text
         receipt = answer.headers["x-farebox-receipt"]
         if receipt not in self.served:
             self.served.add(receipt)
             self.payer.learn(headers, answer)
+
+    def _ask(self, run: Run, headers: dict[str, str], **changes: Any) -> httpx.Response:
+        return ask(run.http, question(**(self.changes | changes)), headers)
 
 
 @dataclass(slots=True)
@@ -175,6 +187,7 @@ class Paid(Opened):
 class PaidAtOnce(Paid):
     """Two requests under way on one channel."""
 
+    at_once = 2
     changes: dict[str, Any] = field(default_factory=lambda: {"model": SLOW})
     second: dict[str, str] = field(default_factory=dict)
 

@@ -25,10 +25,13 @@ from typing import Any, Self
 from contracts.anvil import end_with_parent
 from gateway import app, config
 from gateway.routing.tokens import count_text
+from payments.settlement import judge, late
 from tests.crashes.steps import BY_THE_CLOCK, Step, Steps
 
 HURRIED = {"interval_s": 0.05, "watch_s": 0.2, "housekeeping_s": 0.1}
 """What hurried loops are made with, whatever the configuration says."""
+FIRST_LOOK_MS = 50
+"""When a hurried housekeeping looks at what has failed, likewise."""
 
 
 class Forks:
@@ -168,6 +171,9 @@ def _hurry(owners: list[Any]) -> None:
 
 def _be_gateway(environment: dict[str, str], steps: tuple[Any, ...], hurried: list[str]) -> None:
     _hurry([BY_THE_CLOCK[loop][0] for loop in hurried])
+    if "housekeeping" in hurried:
+        for module in (judge, late):
+            vars(module)["FIRST_LOOK_MS"] = FIRST_LOOK_MS
     os.environ.update(environment)
     Steps(*steps).install()
     app.serve(config.load(None, environment))

@@ -92,7 +92,7 @@ def _intervening(run: Run, operation: Operation) -> Iterator[None]:
     intervention.result()
 
 
-def live_on(run: Run, operation: Operation) -> None:
+def live_on(run: Run, operation: Operation, *, killed: bool) -> None:
     """A life that nothing ends, or another gateway's: everything comes to its end in it, and every promise has been kept."""
     *_, run.gateway = run.gateways
     if not run.gateway.alive:
@@ -103,6 +103,9 @@ def live_on(run: Run, operation: Operation) -> None:
     assert run.rows("SELECT id FROM ledger_transfer WHERE state = 'pending'") == []
     assert run.rows("SELECT id FROM receipt WHERE state IN ('open', 'interrupted')") == []
     operation.check(run)
+    # Whoever asks again after a kill is answered by another inference, and pays for one.
+    wasted = run.inferences() - run.charged_inferences()
+    assert wasted <= operation.uncharged + (operation.at_once if killed else 0)
     log = run.log()
     assert "Traceback" not in log, log[log.index("Traceback") :][:3000]
 
@@ -123,7 +126,7 @@ def kill_at_every_step(world: World, directory: Path, operations: Operations, na
     with opened(world, directory / "whole", operations[name]()) as run:
         operation = operations[name]()
         steps = worth_a_kill(live_through(run, operation, None), operation.kills_from)
-        live_on(run, operation)
+        live_on(run, operation, killed=False)
     assert any(is_own_write(step) for step in steps), steps
     _kill_all(world, directory, operations, name, [[step] for step in steps])
 
@@ -154,7 +157,7 @@ def kill_one_of_two(world: World, postgres: PostgresServer, directory: Path, ope
     with opened(world, directory / "whole", operations[name](), postgres) as run:
         operation = operations[name]()
         steps = worth_a_kill(live_through(run, operation, None))
-        live_on(run, operation)
+        live_on(run, operation, killed=False)
     lasting = [step for step in steps if is_own_write(step) or "sendRawTransaction" in step.name]
     _kill_all(world, directory, operations, name, [[step] for step in lasting], postgres)
 
@@ -207,7 +210,7 @@ def _survives(
             live_through(run, operation, kills[0])
             for kill_at in kills[1:]:
                 recover_through(run, kill_at)
-            live_on(run, operation)
+            live_on(run, operation, killed=True)
     except Exception:  # noqa: BLE001 - all that fails is told together
         return (
             f"killed at {', then '.join(str(kill) for kill in kills)} ({directory}): {traceback.format_exc(limit=-3)}"

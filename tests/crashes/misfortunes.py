@@ -8,24 +8,40 @@ from typing import ClassVar
 
 import httpx
 
-from contracts.devnet import USDC
+from contracts.devnet import USDC, send_signed
 from contracts.jsonrpc import rpc
+from payments.chain.transactions import settle_call
+from payments.tenders.evidence import PAID_LATE
+from payments.verification.signatures import checksum_address
+from payments.x402.wire import Payment, decode_payment
 from tests.crashes.channels import Opened
 from tests.crashes.operations import Exact, Operation, question
 from tests.crashes.upto import Upto
 from tests.crashes.world import MILLION_USD, Run
-from tests.e2e.clients import ask, ask_and_sign
+from tests.e2e.clients import ask
 
 SIGNED = "wrote Dispatcher._round"
 """The transaction is signed, and not sent."""
 
 
 @dataclass(slots=True)
-class Unfunded(Exact):
-    """A payer that empties its wallet once its transfer is on the way: it is not served, and nothing is taken."""
+class Unfunded(Operation):
+    """A payer that empties its wallet once what pays is on the way: it is not served, and nothing is taken.
 
-    pause_at = SIGNED
+    Args:
+        of: What pays.
+        told: The code that says that it failed.
+    """
+
+    of: Exact | Opened
+    told: str
     emptied: bool = False
+    pause_at = SIGNED
+    uncharged = 1
+
+    def prepare(self, run: Run) -> None:
+        """Sign."""
+        self.of.prepare(run)
 
     def intervene(self, run: Run) -> None:
         """Take the money away."""
@@ -34,41 +50,66 @@ class Unfunded(Exact):
 
     def act(self, run: Run) -> None:
         """Pay in vain."""
-        assert_failed(ask(run.http, question(), self.headers), "settlement_failed")
+        self._assert_failed(ask(run.http, question(), self.of.headers))
 
     def resume(self, run: Run) -> None:
         """Send the same: it has failed, if it was begun; then a new one is as good as ever."""
         if self.emptied:
-            assert_failed(ask(run.http, question(), self.headers), "settlement_failed")
+            self._assert_failed(ask(run.http, question(), self.of.headers))
             run.give(USDC, run.payer.address, MILLION_USD)
-            self.headers = ask_and_sign(run.http, run.payer, question(), USDC.address)
-        Exact.resume(self, run)
+            self.of.prepare(run)
+        self.of.resume(run)
+
+    def check(self, run: Run) -> None:
+        """As if nothing had been."""
+        self.of.check(run)
+
+    def _assert_failed(self, answer: httpx.Response) -> None:
+        assert (answer.status_code, self.told in answer.text) == (402, True), answer.text
 
 
 @dataclass(slots=True)
-class UnfundedDeposit(Opened):
-    """A payer that empties its wallet once the deposit that opens its channel is on the way."""
+class ExecutedLate(Unfunded):
+    """A payment that failed and that a stranger executes when its payer has money again: all of it is credit, by itself."""
 
-    pause_at = SIGNED
-    emptied: bool = False
-
-    def intervene(self, run: Run) -> None:
-        """Take the money away."""
-        run.give(USDC, run.payer.address, 0)
-        self.emptied = True
+    executed: bool = False
+    kills_from = SIGNED
+    loops: ClassVar[Collection[str]] = ("housekeeping",)
 
     def act(self, run: Run) -> None:
-        """Pay in vain."""
-        assert_failed(ask(run.http, question(), self.headers), "deposit_transaction_failed")
+        """Pay in vain; then somebody does what the gateway could not."""
+        Unfunded.act(self, run)
+        self._execute(run)
+
+    def done(self, run: Run) -> bool:
+        """It is credited."""
+        return self.executed and run.rows("SELECT state FROM settlement") in ([("superseded",)], [("final",)])
 
     def resume(self, run: Run) -> None:
-        """Send the same: it has failed, if it was begun; then a new deposit is as good as ever."""
-        if self.emptied:
-            assert_failed(ask(run.http, question(), self.headers), "deposit_transaction_failed")
-            run.give(USDC, run.payer.address, MILLION_USD)
-            self.deposited = 0
-            self.headers = self._sign(run)
-        Opened.resume(self, run)
+        """Be told of the failure, if that was not yet so; wait for the credit."""
+        if not self.executed:
+            self.act(run)
+        run.until(lambda: self.done(run), "it is credited")
+        again = ask(run.http, question(), self.of.headers)
+        assert (again.status_code, "payment_already_credited" in again.text) == (409, True), again.text
+
+    def check(self, run: Run) -> None:
+        """Once, and the receipt says why."""
+        assert isinstance(self.of, Exact)
+        amount = self.of.amount
+        receipts = run.rows("SELECT state, reason, paid_nano_usd, charged_nano_usd FROM receipt")
+        assert receipts == [("released", PAID_LATE, amount * 1000, 0)]
+        assert run.rows("SELECT balance FROM ledger_account WHERE kind = 'payer'") == [(amount * 1000,)]
+        self.of.check_money(run)
+
+    def _execute(self, run: Run) -> None:
+        run.give(USDC, run.payer.address, MILLION_USD)
+        payment = decode_payment(self.of.headers["PAYMENT-SIGNATURE"], "payment-signature")
+        assert isinstance(payment, Payment)
+        to, data = settle_call(payment, run.world.network.tokens[0])
+        stranger = "0x" + bytes(run.treasury.key).hex()
+        send_signed(run.world.rpc_url, stranger, checksum_address(to), "0x" + data.hex())
+        self.executed = True
 
 
 @dataclass(slots=True)
@@ -135,15 +176,10 @@ def is_in_the_chain(run: Run) -> bool:
     return True
 
 
-def assert_failed(answer: httpx.Response, code: str) -> None:
-    """Nothing was taken, and the payer is told why."""
-    assert answer.status_code == 402, answer.text
-    assert code in answer.text, answer.text
-
-
 MISFORTUNES: Mapping[str, Callable[[], Operation]] = {
-    "exact, unfunded": Unfunded,
-    "channel, unfunded": UnfundedDeposit,
+    "exact, unfunded": lambda: Unfunded(Exact(), "settlement_failed"),
+    "channel, unfunded": lambda: Unfunded(Opened(), "deposit_transaction_failed"),
+    "exact, unfunded, executed late": lambda: ExecutedLate(Exact(), "settlement_failed"),
     "exact, vanished": lambda: Vanished(Exact()),
     "upto, vanished": lambda: Vanished(Upto()),
     "deposit to a channel, vanished": lambda: Vanished(Opened()),

@@ -34,6 +34,10 @@ class Operation:
     """Whether it does to the chain what other runs could not bear."""
     kills_from: ClassVar[str] = ""
     """How the name of the first step begins that is worth a kill; what is before it is another operation's matter."""
+    uncharged: ClassVar[int] = 0
+    """Inferences that nobody is charged for in it even if nothing is killed, within the exposure that is declared."""
+    at_once: ClassVar[int] = 1
+    """Requests under way at a time: a kill may waste the inference of each."""
     pause_at: ClassVar[str | None] = None
     """The step at which the gateway waits while something happens, see `intervene`."""
 
@@ -65,7 +69,7 @@ class Exact(Operation):
     token: DevToken = USDC
     changes: dict[str, Any] = field(default_factory=dict)
     expected: frozenset[int] = frozenset({200})
-    """How the same payment may be answered in the next life."""
+    """How the payment may be answered, in whichever life."""
     headers: dict[str, str] = field(default_factory=dict)
     answers: list[httpx.Response] = field(default_factory=list)
 
@@ -75,10 +79,13 @@ class Exact(Operation):
 
     def act(self, run: Run) -> None:
         """Pay."""
-        self.answers.append(ask(run.http, question(**self.changes), self.headers))
+        self._pay(run)
 
     def resume(self, run: Run) -> None:
         """Send the same payment."""
+        self._pay(run)
+
+    def _pay(self, run: Run) -> None:
         answer = ask(run.http, question(**self.changes), self.headers)
         assert answer.status_code in self.expected, answer.text
         self.answers.append(answer)
@@ -138,6 +145,7 @@ class Balance(Operation):
     """A request on a balance: the pool of an API key, or a wallet's credit."""
 
     credit: bool
+    changes: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     answered: int = 0
 
@@ -169,7 +177,7 @@ class Balance(Operation):
         assert 1 <= self.answered <= len(charged) <= 2
 
     def _ask(self, run: Run) -> None:
-        answer = ask(run.http, question(), self.headers)
+        answer = ask(run.http, question(**self.changes), self.headers)
         assert answer.status_code == 200, answer.text
         self.answered += 1
 
@@ -186,7 +194,8 @@ class ToppedUp(Exact):
 
     def act(self, run: Run) -> None:
         """Pay it."""
-        self._ask(run, self.headers)
+        answer = self._ask(run, self.headers)
+        assert answer.status_code == 200, answer.text
 
     def resume(self, run: Run) -> None:
         """Send the same payment, which says the same however far the first had come."""

@@ -28,15 +28,12 @@ from payments.chain.rpc import Rpc
 from payments.channels.keeper import ChannelKeeper
 from payments.deposits import Deposits
 from payments.leases import Leases
-from payments.settlement import engine
 from payments.settlement.alarms import Alarms
+from payments.settlement.care import Care
 from payments.settlement.engine import Settlements
 from payments.settlement.sweeps import Sweeps
 from payments.sponsoring.sponsor import Sponsor
 from payments.store import Store
-
-_FINALITY = next(each for each in vars(engine).values() if hasattr(each, "_look_at_finality"))
-"""The part of the engine that watches mined transactions."""
 
 BY_THE_CLOCK: dict[str, tuple[Any, str]] = {
     "channels": (ChannelKeeper, "_run"),
@@ -44,7 +41,7 @@ BY_THE_CLOCK: dict[str, tuple[Any, str]] = {
     "sweeps": (Sweeps, "_run"),
     "sponsor": (Sponsor, "_run"),
     "leases": (Leases, "_beat_forever"),
-    "finality": (_FINALITY, "_look_at_finality"),
+    "finality": (Care, "_look_at_finality"),
     "housekeeping": (Settlements, "_housekeeping"),
     "alarms": (Alarms, "_run"),
     "watch": (recovery, "watch"),

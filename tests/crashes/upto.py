@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from contracts.devnet import USDC
-from tests.crashes.operations import Operation, question
+from tests.crashes.operations import Operation, ToppedUp, question
 from tests.crashes.world import MILLION_USD, TERSE, UNAVAILABLE, Run
 from tests.e2e.clients import UPTO, ask, ask_and_sign, sign_upto
 
@@ -93,6 +93,7 @@ class ReleasedUpto(Upto):
 class FreeUpto(Upto):
     """An answer that costs nothing: nothing is settled, and the authorization buys no other."""
 
+    uncharged = 1
     changes: dict[str, Any] = field(default_factory=lambda: {"model": TERSE})
 
     def resume(self, run: Run) -> None:
@@ -156,6 +157,20 @@ class OwedUpto(Upto):
         assert paid * 1000 == sum(charges.values()) + elsewhere + credit(run)
 
 
+@dataclass(slots=True)
+class ToppedUpByUpto(ToppedUp):
+    """An authorization that becomes balance: all of it is taken, at once."""
+
+    def prepare(self, run: Run) -> None:
+        """Sign the top-up."""
+        self.headers = UPTO | sign_upto(run.payer, self._ask(run, UPTO))
+
+    def check(self, run: Run) -> None:
+        """All of it is balance, once, and came by upto."""
+        ToppedUp.check(self, run)
+        assert run.rows("SELECT tender, state, charged_nano_usd FROM receipt") == [("upto", "captured", 0)]
+
+
 def credit(run: Run) -> int:
     """Nano-USD that payers have in the ledger."""
     ((total,),) = run.rows("SELECT COALESCE(SUM(balance), 0) FROM ledger_account WHERE kind = 'payer'")
@@ -174,4 +189,5 @@ UPTOS: Mapping[str, Callable[[], Operation]] = {
     "upto, released": ReleasedUpto,
     "upto, of nothing": FreeUpto,
     "upto, owed": OwedUpto,
+    "upto, a top-up": ToppedUpByUpto,
 }

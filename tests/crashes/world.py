@@ -53,6 +53,7 @@ MODEL = "deepseek-v4-flash"
 UNAVAILABLE = "unavailable"
 SLOW = "slow"
 TERSE = "terse"
+THOUGHTFUL = "thoughtful"
 _TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Nobody here speaks TLS, and a context of httpx's own making takes 30 ms."""
 
@@ -204,6 +205,12 @@ class Run:
         self.treasury: LocalAccount = Account.create()
         self.signer: LocalAccount = Account.create()
         self.directory = directory
+        # Before the names by which providers know its models: others ask the same ones.
+        self._upstream = f"{self.payer.address.lower()}/"
+        self._models = [
+            model | {"upstream_model": self._upstream + model.get("upstream_model", model["id"])}
+            for model in dev_models() + _peculiar_models()
+        ]
         self.api_key = ""
         directory.mkdir(parents=True)
         self.database: Path | str = database or Path(shutil.copy(world.template, directory / "farebox.db"))
@@ -299,6 +306,21 @@ class Run:
         """What is on its way to the chain."""
         return self.rows("SELECT id, state FROM settlement WHERE state IN ('queued', 'submitted')")
 
+    def make_prompt(self, model: str) -> None:
+        """Let a model answer at once from now on."""
+        self.world.simulator.configure(next(each["upstream_model"] for each in self._models if each["id"] == model))
+
+    def inferences(self) -> int:
+        """How many the providers made for it: all that they were asked for and did not refuse, as far as they came."""
+        attempts = self.world.simulator.attempts(self._upstream)
+        return sum(attempt["outcome"] != "error" for attempt in attempts)
+
+    def charged_inferences(self) -> int:
+        """How many of them were charged to somebody, seen by a caller or not."""
+        ((answered,),) = self.rows("SELECT COUNT(*) FROM receipt WHERE charged_nano_usd > spent_nano_usd")
+        ((unseen,),) = self.rows("SELECT COUNT(*) FROM receipt WHERE spent_nano_usd > 0")
+        return int(answered) + int(unseen)
+
     # ------------------------------------------------------------------ making it
 
     def _furnish(self) -> dict[str, str]:
@@ -336,7 +358,7 @@ class Run:
             "FAREBOX_PAY_TO": self.treasury.address,
             "FAREBOX_NETWORKS": json.dumps([network]),
             "FAREBOX_PROVIDERS": json.dumps(dev_providers(self.world.simulator.url)),
-            "FAREBOX_MODELS": json.dumps(dev_models() + _peculiar_models()),
+            "FAREBOX_MODELS": json.dumps(self._models),
             KEY_VARIABLE: "simulated",
             **shared,
         }
@@ -356,6 +378,7 @@ def _peculiar_models() -> list[dict[str, Any]]:
     return [
         cheap | {"id": UNAVAILABLE, "upstream_model": "sim-error-500"},
         cheap | {"id": SLOW, "upstream_model": "sim-ttft-300"},
+        cheap | {"id": THOUGHTFUL, "upstream_model": "sim-ttft-20000"},
         # Input is free, and there is no output.
         cheap | {"id": TERSE, "upstream_model": "sim-tokens-0", "input_usd": "0", "cached_input_usd": "0"},
     ]

@@ -47,7 +47,9 @@ def test_an_attempt_is_logged_with_its_body_but_without_secrets(simulator: Simul
 def test_the_log_can_be_cleared_and_read_by_model(simulator: Simulator) -> None:
     post(simulator, "a")
     post(simulator, "b")
+    post(simulator, "b/c")
     assert [attempt["model"] for attempt in simulator.attempts("b")] == ["b"]
+    assert [attempt["model"] for attempt in simulator.attempts("b/")] == ["b/c"]
     simulator.clear()
     assert simulator.attempts() == []
 

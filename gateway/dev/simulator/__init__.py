@@ -7,7 +7,8 @@
     POST   /anthropic/v1/messages                                    x-api-key: …
     POST   /gemini/v1beta/models/{model}:generateContent             x-goog-api-key: …
     POST   /gemini/v1beta/models/{model}:streamGenerateContent?alt=sse
-    GET    /_/attempts              what came and what became of it, oldest first; DELETE forgets it
+    GET    /_/attempts              what came and what became of it, oldest first; DELETE forgets it. ?model= chooses a
+                                    model, or with a slash at its end all whose names begin so
     PUT    /_/behaviours/{model}    how a model behaves from now on; DELETE, for one model or for all, makes it behave again
 
 Any model name exists. How it behaves is said by a control call, or by the name itself: `behaviours` has the fields and the

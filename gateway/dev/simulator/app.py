@@ -161,7 +161,8 @@ class SimulatorApp:
         model = path.removeprefix(_BEHAVIOURS) if path.startswith(_BEHAVIOURS) else ""
         if path == "/_/attempts" and method == "GET":
             kept = self._log.kept()
-            attempts = [attempt.as_json() for attempt in kept]
+            wanted = parse_qs(scope["query_string"].decode("latin-1")).get("model", [""])[0]
+            attempts = [attempt.as_json() for attempt in kept if _is_of(attempt, wanted)]
             return await _reply(
                 connection,
                 200,
@@ -207,6 +208,12 @@ def _route(path: str) -> _Target | None:
         return _Target(_ANTHROPIC)
     match = _GEMINI_PATH.fullmatch(path)
     return _Target(_GEMINI, match["model"], match["method"] == "streamGenerateContent") if match else None
+
+
+def _is_of(attempt: Attempt, model: str) -> bool:
+    """Whether an attempt was at a model: at any for an empty name, and at those below it for one that ends with a slash."""
+    asked = attempt.model or ""
+    return not model or asked == model or (model.endswith("/") and asked.startswith(model))
 
 
 def _fault(ask: Ask, behaviour: Behaviour) -> Fault | None:

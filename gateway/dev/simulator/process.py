@@ -103,7 +103,8 @@ class Simulator:
         self.stop()
 
     def attempts(self, model: str | None = None) -> list[dict[str, Any]]:
-        """What came to the providers and what became of it, oldest first; of all models or of one.
+        """What came to the providers and what became of it, oldest first; of all models, of one, or (``name/``) of those whose
+        names begin so.
 
         Each has `number, time, duration_ms, dialect, path, model, stream, authentication, headers, header_names, body_sha256,
         body, status, outcome, tokens_sent, client_disconnected`. `outcome` is ``under_way`` until the end, then one of ``ok,
@@ -111,8 +112,9 @@ class Simulator:
         left before the simulator had done what it was told. `header_names` are all that came, `headers` the values of harmless
         ones. Only the newest 5,000 are kept.
         """
-        attempts: list[dict[str, Any]] = self._call("GET", "/_/attempts")["attempts"]
-        return [attempt for attempt in attempts if model is None or attempt["model"] == model]
+        query = "" if model is None else f"?model={quote(model, safe='')}"
+        attempts: list[dict[str, Any]] = self._call("GET", f"/_/attempts{query}")["attempts"]
+        return attempts
 
     def under_way(self) -> list[dict[str, Any]]:
         """The attempts that have not ended."""
