@@ -238,7 +238,7 @@ class PaidAtOnce(Paid):
 class Claimed(Paid):
     """What was charged is claimed on chain as soon as there is anything."""
 
-    settings = {"FAREBOX_PAYMENTS__CHANNEL_CLAIM_USD": "0.000001"}  # noqa: RUF012 - nobody changes it
+    settings = {"payments": {"channel_claim_usd": "0.000001"}}  # noqa: RUF012 - nobody changes it
     loops = ("channels",)
 
     def prepare(self, run: Run) -> None:
@@ -260,7 +260,7 @@ class Claimed(Paid):
 class ToppedUp(Opened):
     """A voucher that becomes balance: credited at once, and claimed at once, with the limits for claims far away."""
 
-    settings = {"FAREBOX_WALLET__WITHDRAWAL_MINIMUM_USD": "0.01"}  # noqa: RUF012 - nobody changes it
+    settings = {"wallet": {"withdrawal_minimum_usd": "0.01"}}  # noqa: RUF012 - nobody changes it
     loops = ("channels",)
     usd: str = "0.75"
     amount: int = 750_000

@@ -100,6 +100,8 @@ class Reorganised(Deposited):
         Deposited.prepare(self, run)
         self._register(run)
         # A reorganisation goes back to a block, not to what was put into the state since.
+        for token in self.tokens:
+            run.allow(token, MULTICALL3_ADDRESS)
         run.mine(2)
 
     def act(self, run: Run) -> None:

@@ -17,14 +17,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from contracts.anvil import end_with_parent
-from gateway import app, config
+from gateway import app
+from gateway.dev.models import KEY_VARIABLE
 from gateway.routing.tokens import count_text
+from gateway.settings import Settings
 from payments.settlement import judge, late
 from tests.crashes.steps import BY_THE_CLOCK, Step, Steps
 
@@ -75,7 +77,7 @@ class Forks:
 
     def gateway(
         self,
-        environment: Mapping[str, str],
+        settings: Settings,
         log: Path,
         record: Path,
         armed: Path,
@@ -87,14 +89,13 @@ class Forks:
         """Fork a gateway; returns its process id.
 
         Args:
-            environment: Its configuration.
+            settings: Its configuration.
             log: What it says.
             record: See `tests.crashes.steps`; likewise `armed`, `kill_at`, `loops` and `pause`.
             hurried: The loops that look far more often than they do in earnest: nobody here has the time to wait for them.
         """
-        return self.start(
-            log, _be_gateway, dict(environment), (record, armed, kill_at, sorted(loops), pause), sorted(hurried)
-        )
+        steps = (record, armed, kill_at, sorted(loops), pause)
+        return self.start(log, _be_gateway, settings, steps, sorted(hurried))
 
 
 def alive(pid: int) -> bool:
@@ -169,11 +170,11 @@ def _hurry(owners: list[Any]) -> None:
         owner.__init__ = hurried
 
 
-def _be_gateway(environment: dict[str, str], steps: tuple[Any, ...], hurried: list[str]) -> None:
+def _be_gateway(settings: Settings, steps: tuple[Any, ...], hurried: list[str]) -> None:
     _hurry([BY_THE_CLOCK[loop][0] for loop in hurried])
     if "housekeeping" in hurried:
         for module in (judge, late):
             vars(module)["FIRST_LOOK_MS"] = FIRST_LOOK_MS
-    os.environ.update(environment)
+    os.environ[KEY_VARIABLE] = "simulated"
     Steps(*steps).install()
-    app.serve(config.load(None, environment))
+    app.serve(settings)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import httpx
 
 from tests.crashes.channels import Paid
-from tests.crashes.operations import Balance, Exact, Operation, question
+from tests.crashes.operations import INFERRING, Balance, Exact, Operation, question
 from tests.crashes.upto import Upto
 from tests.crashes.world import PATIENCE_S, THOUGHTFUL, Run
 
@@ -29,7 +29,7 @@ class HungUp(Operation):
     """
 
     of: Exact | Balance | Upto | Paid
-    kills_from: ClassVar[str] = "asking a provider"
+    kills_from: ClassVar[str] = INFERRING
 
     def prepare(self, run: Run) -> None:
         """Sign, or have a balance."""

@@ -15,7 +15,7 @@ from payments.tenders.evidence import PAID_LATE
 from payments.verification.signatures import checksum_address
 from payments.x402.wire import Payment, decode_payment
 from tests.crashes.channels import Opened
-from tests.crashes.operations import Exact, Operation, question
+from tests.crashes.operations import SENDING, Exact, Operation, question
 from tests.crashes.upto import Upto
 from tests.crashes.world import MILLION_USD, Run
 from tests.e2e.clients import ask
@@ -37,6 +37,7 @@ class Unfunded(Operation):
     told: str
     emptied: bool = False
     pause_at = SIGNED
+    kills_from = SIGNED
     uncharged = 1
 
     def prepare(self, run: Run) -> None:
@@ -53,7 +54,7 @@ class Unfunded(Operation):
         self._assert_failed(ask(run.http, question(), self.of.headers))
 
     def resume(self, run: Run) -> None:
-        """Send the same: it has failed, if it was begun; then a new one is as good as ever."""
+        """Send the same: it has failed, unless a cut came before it was signed; then a new one is as good as ever."""
         if self.emptied:
             self._assert_failed(ask(run.http, question(), self.of.headers))
             run.give(USDC, run.payer.address, MILLION_USD)
@@ -73,7 +74,6 @@ class ExecutedLate(Unfunded):
     """A payment that failed and that a stranger executes when its payer has money again: all of it is credit, by itself."""
 
     executed: bool = False
-    kills_from = SIGNED
     loops: ClassVar[Collection[str]] = ("housekeeping",)
 
     def act(self, run: Run) -> None:
@@ -124,7 +124,7 @@ class Vanished(Operation):
     before: int = 0
     vanished: bool = False
     own_chain = True
-    kills_from = "asking sendRawTransaction"
+    kills_from = SENDING
     loops: ClassVar[Collection[str]] = ("finality",)
 
     def prepare(self, run: Run) -> None:

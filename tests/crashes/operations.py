@@ -16,6 +16,9 @@ from contracts.devnet import USDC, USDT, DevToken
 from tests.crashes.world import MILLION_USD, MODEL, UNAVAILABLE, Run
 from tests.e2e.clients import ask, ask_and_sign, decoded, sign, sign_in
 
+SENDING = "asking sendRawTransaction"
+INFERRING = "asking a provider"
+
 
 def question(**changes: Any) -> dict[str, Any]:
     """A request."""
@@ -26,7 +29,7 @@ def question(**changes: Any) -> dict[str, Any]:
 class Operation:
     """A script. It is made anew for each run."""
 
-    settings: ClassVar[Mapping[str, str]] = {}
+    settings: ClassVar[Mapping[str, Any]] = {}
     """Of the gateway, besides the usual ones."""
     loops: ClassVar[Collection[str]] = ()
     """What it is about of that which gateways do by the clock, see `tests.crashes.steps`."""
@@ -117,9 +120,19 @@ class Exact(Operation):
 
 
 @dataclass(slots=True)
+class Streamed(Exact):
+    """The same over Permit2, with an answer in parts."""
+
+    kills_from = SENDING
+    token: DevToken = USDT
+    changes: dict[str, Any] = field(default_factory=lambda: {"stream": True})
+
+
+@dataclass(slots=True)
 class Released(Exact):
     """A request that no provider can answer: authorize, settle, release."""
 
+    kills_from = INFERRING
     changes: dict[str, Any] = field(default_factory=lambda: {"model": UNAVAILABLE})
     expected: frozenset[int] = frozenset({409, 502})
 
@@ -128,7 +141,8 @@ class Released(Exact):
 class Refunded(Released):
     """A payment whose request fails, and which is sent back on chain."""
 
-    settings = {"FAREBOX_PAYMENTS__REFUND_THRESHOLD_USD": "0.000001"}  # noqa: RUF012 - nobody changes it
+    kills_from = "wrote LedgerHold.release"
+    settings = {"payments": {"refund_threshold_usd": "0.000001"}}  # noqa: RUF012 - nobody changes it
 
     def done(self, run: Run) -> bool:
         """The refund has arrived."""
@@ -186,6 +200,7 @@ class Balance(Operation):
 class ToppedUp(Exact):
     """A payment that becomes balance."""
 
+    kills_from = SENDING
     usd: str = "0.75"
 
     def prepare(self, run: Run) -> None:
@@ -216,7 +231,8 @@ class ToppedUp(Exact):
 class Withdrawn(ToppedUp):
     """A balance that its wallet takes out."""
 
-    settings = {"FAREBOX_WALLET__WITHDRAWAL_MINIMUM_USD": "0.01"}  # noqa: RUF012 - nobody changes it
+    kills_from = ""
+    settings = {"wallet": {"withdrawal_minimum_usd": "0.01"}}  # noqa: RUF012 - nobody changes it
     session: dict[str, str] = field(default_factory=dict)
 
     def prepare(self, run: Run) -> None:
@@ -262,7 +278,7 @@ def words(answer: httpx.Response) -> str:
 
 PAYMENTS: Mapping[str, Callable[[], Operation]] = {
     "exact, EIP-3009": Exact,
-    "exact, Permit2, streamed": lambda: Exact(USDT, {"stream": True}),
+    "exact, Permit2, streamed": Streamed,
     "released": Released,
     "refunded": Refunded,
 }

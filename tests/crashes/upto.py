@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from contracts.devnet import USDC
-from tests.crashes.operations import Operation, ToppedUp, question
+from tests.crashes.operations import INFERRING, Operation, ToppedUp, question
 from tests.crashes.world import MILLION_USD, TERSE, UNAVAILABLE, Run
 from tests.e2e.clients import UPTO, ask, ask_and_sign, sign_upto
 
@@ -68,9 +68,18 @@ class Upto(Operation):
 
 
 @dataclass(slots=True)
+class StreamedUpto(Upto):
+    """The same, with an answer in parts."""
+
+    kills_from = INFERRING
+    changes: dict[str, Any] = field(default_factory=lambda: {"stream": True})
+
+
+@dataclass(slots=True)
 class ReleasedUpto(Upto):
     """A request that no provider can answer: nothing is taken, and the authorization is spent."""
 
+    kills_from = INFERRING
     changes: dict[str, Any] = field(default_factory=lambda: {"model": UNAVAILABLE})
 
     def act(self, run: Run) -> None:
@@ -93,6 +102,7 @@ class ReleasedUpto(Upto):
 class FreeUpto(Upto):
     """An answer that costs nothing: nothing is settled, and the authorization buys no other."""
 
+    kills_from = INFERRING
     uncharged = 1
     changes: dict[str, Any] = field(default_factory=lambda: {"model": TERSE})
 
@@ -116,7 +126,8 @@ class FreeUpto(Upto):
 class OwedUpto(Upto):
     """A payer that empties its wallet while the answer is made: it owes the answer, and pays before it gets another one."""
 
-    pause_at = "asking a provider"
+    kills_from = INFERRING
+    pause_at = INFERRING
     exact: int = 0
     """Atomic units that were paid otherwise in the end."""
 
@@ -161,6 +172,8 @@ class OwedUpto(Upto):
 class ToppedUpByUpto(ToppedUp):
     """An authorization that becomes balance: all of it is taken, at once."""
 
+    kills_from = ""
+
     def prepare(self, run: Run) -> None:
         """Sign the top-up."""
         self.headers = UPTO | sign_upto(run.payer, self._ask(run, UPTO))
@@ -185,7 +198,7 @@ def assert_burnt(answer: httpx.Response) -> None:
 
 UPTOS: Mapping[str, Callable[[], Operation]] = {
     "upto": Upto,
-    "upto, streamed": lambda: Upto({"stream": True}),
+    "upto, streamed": StreamedUpto,
     "upto, released": ReleasedUpto,
     "upto, of nothing": FreeUpto,
     "upto, owed": OwedUpto,
