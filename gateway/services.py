@@ -161,6 +161,7 @@ class Services:
                 tuple(settings.payments.schemes),
                 extensions,
             )
+            replays = Replays(store, settings.payments.replay_ttl_s)
             flow = Flow(
                 planner=planner,
                 offers=offers,
@@ -168,7 +169,7 @@ class Services:
                 access=access,
                 extensions=extensions,
                 store=store,
-                replays=Replays(store, settings.payments.replay_ttl_s),
+                replays=replays,
                 limiter=limiter,
                 metrics=metrics,
                 credit_assets=assets,
@@ -182,6 +183,7 @@ class Services:
                 offers=offers,
                 access=access,
                 limiter=limiter,
+                replays=replays,
                 minimum_nano_usd=usd_to_nano(settings.wallet.topup_minimum_usd),
                 maximum_nano_usd=usd_to_nano(settings.wallet.topup_maximum_usd),
                 quote_ttl_s=settings.payments.quote_ttl_s,

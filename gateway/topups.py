@@ -1,25 +1,24 @@
 """`POST /v1/wallet/topups`: a payment that becomes its payer's balance, whole: no request is charged to it, and no fee.
 
 It is the pipeline of `gateway.flow` without an inference: 402 with a quote, the payment, and a receipt that charges nothing.
-The payment proves whose wallet it is; the same payment sent again is told what became of the first.
+The payment proves whose wallet it is; the same payment sent again is told what became of the first, as that was told.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from typing import Any
 
 from gateway.access.keys import Access, WalletCaller, WalletKeyCaller
 from gateway.access.limits import QuoteLimiter
 from gateway.api.errors import ApiError
 from gateway.api.http import Call, read_json, send_json
 from gateway.offers import Offers, SentPayment, error_text
+from gateway.replays import KeptAnswer, Replays, replay_secret
 from payments import receipts, wallet_accounts
 from payments.errors import PaymentRefused
 from payments.money import nano_to_usd, usd_to_nano
 from payments.quotes import CHARGE_UNIT_NANO_USD, Quote, QuoteItem, request_digest
-from payments.receipts import ReceiptView
 from payments.store import Store
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.base import Hold, Outcome, Tender
@@ -38,6 +37,7 @@ class TopUps:
         offers: Makes 402 answers and reads payments.
         access: Tells who is calling.
         limiter: Counts what is asked without being paid.
+        replays: Keeps how a payment was answered, for the same payment sent again.
         minimum_nano_usd: The least that can be topped up at once.
         maximum_nano_usd: The most.
         quote_ttl_s: How long a 402 is good for, in seconds.
@@ -51,12 +51,14 @@ class TopUps:
         offers: Offers,
         access: Access,
         limiter: QuoteLimiter,
+        replays: Replays,
         minimum_nano_usd: int,
         maximum_nano_usd: int,
         quote_ttl_s: int,
         json_depth_max: int,
     ) -> None:
         self._store, self._offers, self._access, self._limiter = store, offers, access, limiter
+        self._replays = replays
         self._minimum, self._maximum = minimum_nano_usd, maximum_nano_usd
         self._quote_ttl_s = quote_ttl_s
         self._json_depth_max = json_depth_max
@@ -129,7 +131,7 @@ class TopUps:
                     continue
                 if used.state == "in_progress":
                     break
-                await self._answer(call, sent, await self._receipt(used.receipt_id), None)
+                await self._answer_again(call, sent, used.receipt_id)
                 return
             await self._complete(call, sent, hold)
             return
@@ -140,29 +142,34 @@ class TopUps:
             # Before the money: what arrives later than the caller waits is balance all the same, and is not sent back.
             await self._store.write(lambda tx: wallet_accounts.open_account(tx, hold.payer))
             await hold.ready()
-            await hold.capture(0, Outcome({"kind": "topup"}))
+            headers = self._payment_headers(call, sent, hold)
+            kept = KeptAnswer(200, headers, "application/json", b"")
+            sealed = self._replays.sealed(hold.receipt_id, replay_secret(sent.header, call.body), kept)
+            await hold.capture(0, Outcome({"kind": "topup"}), also=sealed)
         except BaseException:
             # Does nothing after a capture; before one, the same payment sent again goes on from here.
             await hold.interrupt(because("the top-up was not finished"))
             raise
-        await self._answer(call, sent, await self._receipt(hold.receipt_id), hold.payment_response())
+        await self._answer(call, hold.receipt_id, headers)
 
-    async def _receipt(self, receipt_id: str) -> ReceiptView:
-        view = await self._store.read(lambda tx: receipts.get(tx, receipt_id))
-        assert view is not None
-        return view
+    def _payment_headers(self, call: Call, sent: SentPayment, hold: Hold) -> dict[str, str]:
+        response = hold.payment_response()
+        return {} if response is None else self._offers.payment_headers(call, sent, response)
 
-    async def _answer(
-        self, call: Call, sent: SentPayment, receipt: ReceiptView, response: dict[str, Any] | None
-    ) -> None:
-        headers = {
+    async def _answer_again(self, call: Call, sent: SentPayment, receipt_id: str) -> None:
+        """The receipt as it is by now, and of the payment what was told first."""
+        kept = await self._replays.find(receipt_id, replay_secret(sent.header, call.body))
+        await self._answer(call, receipt_id, ({} if kept is None else kept.headers) | {"x-farebox-replayed": "true"})
+
+    async def _answer(self, call: Call, receipt_id: str, payment_headers: dict[str, str]) -> None:
+        receipt = await self._store.read(lambda tx: receipts.get(tx, receipt_id))
+        assert receipt is not None
+        headers = payment_headers | {
             "x-farebox-receipt": receipt.id,
             "x-farebox-quoted-usd": nano_to_usd(receipt.quoted_nano_usd),
             "x-farebox-cost-usd": nano_to_usd(receipt.charged_nano_usd or 0),
             "cache-control": "no-store",
         }
-        if response is not None:
-            headers |= self._offers.payment_headers(call, sent, response)
         body = {
             "address": receipt.payer,
             "asset": receipt.asset,

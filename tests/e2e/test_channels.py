@@ -215,6 +215,7 @@ async def test_a_deposit_and_a_voucher_top_up_a_balance_once_and_it_is_withdrawn
                 )
                 assert {each.status_code for each in again} == {200}, [each.text for each in again]
                 assert {each.json()["receipt"] for each in again} == {first.json()["receipt"]}
+                assert {each.headers["payment-response"] for each in again} == {first.headers["payment-response"]}
                 as_request = await http.post("/v1/chat/completions", content=orjson.dumps(QUESTION), headers=headers)
                 assert as_request.status_code == 402
             receipts.add(first.json()["receipt"])

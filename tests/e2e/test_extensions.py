@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import httpx
@@ -28,6 +27,7 @@ from x402.extensions.sign_in_with_x import (
 from x402.http import FacilitatorConfig, HTTPFacilitatorClientSync, x402HTTPClientSync
 from x402.http.clients import x402_httpx_transport
 from x402.mechanisms.evm.batch_settlement.client import BatchSettlementEvmScheme
+from x402.mechanisms.evm.batch_settlement.client.config import BatchSettlementEvmSchemeOptions
 from x402.mechanisms.evm.exact import ExactEvmScheme
 from x402.mechanisms.evm.signers import EthAccountSigner, EthAccountSignerWithRPC
 from x402.mechanisms.evm.upto import UptoEvmClientScheme
@@ -93,38 +93,37 @@ def test_a_name_is_borne_once_whatever_scheme_pays_and_for_whatever(
     http: httpx.Client, stack: Stack, wallet: LocalAccount
 ) -> None:
     approve_permit2(stack.rpc_url, USDC, wallet.key.hex())
-    upto, channel = UptoEvmClientScheme(EthAccountSigner(wallet)), BatchSettlementEvmScheme(EthAccountSigner(wallet))
+    signer = EthAccountSigner(wallet)
+    upto = UptoEvmClientScheme(signer)
+    # Two channels, since nobody tells this client what its first voucher came to.
+    channels = [
+        BatchSettlementEvmScheme(signer, BatchSettlementEvmSchemeOptions(salt=f"0x{salt:064x}")) for salt in (1, 2)
+    ]
 
-    def by(scheme: Any, identifier: str) -> dict[str, str]:
-        names = {"accept-payment": scheme.scheme}
-        return names | sign_named(wallet, ask(http, QUESTION, names), identifier, scheme)
+    def answered(headers: dict[str, str]) -> httpx.Response:
+        return ask(http, QUESTION, headers)
 
-    def by_exact(identifier: str) -> dict[str, str]:
-        return sign_named(wallet, ask(http, QUESTION), identifier)
+    def topped_up(headers: dict[str, str]) -> httpx.Response:
+        return http.post("/v1/wallet/topups", json={"amount_usd": "0.10"}, headers=headers)
 
-    def topped_up(payment: dict[str, str] | None = None) -> httpx.Response:
-        return http.post("/v1/wallet/topups", json={"amount_usd": "0.10"}, headers=payment)
+    def paid(send: Callable[[dict[str, str]], httpx.Response], scheme: Any, name: str) -> httpx.Response:
+        """An answer or a top-up, by this scheme; by exact if it is None."""
+        names = {} if scheme is None else {"accept-payment": scheme.scheme}
+        return send(names | sign_named(wallet, send(names), name, *([] if scheme is None else [scheme])))
 
-    def refused_for(receipt: str, *answers: httpx.Response) -> None:
-        for answer in answers:
-            assert answer.status_code == 409, answer.text
-            error = answer.json()["error"]
-            assert (error["code"], error["receipt"]) == ("payment_identifier_used", receipt)
-
-    ways: dict[str, Callable[[str], dict[str, str]]] = {
-        "upto": partial(by, upto),
-        "exact": by_exact,
-        "channel": partial(by, channel),
-    }
-    for way, pay in ways.items():
-        name = f"{IDENTIFIER}-by-{way}"
-        answer = ask(http, QUESTION, pay(name))
-        assert answer.status_code == 200, answer.text
-        others = [ask(http, QUESTION, other(name)) for other in ways.values()]
-        refused_for(answer.headers["x-farebox-receipt"], *others, topped_up(sign_named(wallet, topped_up(), name)))
-    first = topped_up(sign_named(wallet, topped_up(), IDENTIFIER + "-topup"))
-    assert first.status_code == 200, first.text
-    refused_for(first.json()["receipt"], ask(http, QUESTION, by(upto, IDENTIFIER + "-topup")))
+    ways = [
+        (send, scheme)
+        for send, channel in zip((answered, topped_up), channels, strict=True)
+        for scheme in (upto, None, channel)
+    ]
+    for number, (send, scheme) in enumerate(ways):
+        name = f"{IDENTIFIER}-{number}"
+        first = paid(send, scheme, name)
+        assert first.status_code == 200, first.text
+        for refused in [paid(other, by, name) for other, by in ways]:
+            assert refused.status_code == 409, refused.text
+            error = refused.json()["error"]
+            assert (error["code"], error["receipt"]) == ("payment_identifier_used", first.headers["x-farebox-receipt"])
 
 
 def test_names_of_two_payers_do_not_meet(http: httpx.Client, stack: Stack) -> None:

@@ -119,6 +119,7 @@ def test_a_v1_client_tops_up_its_wallet(
 
     again = http.post("/v1/wallet/topups", content=json.dumps(body), headers={"X-PAYMENT": answer["sent"]})
     assert (again.status_code, again.json()["receipt"]) == (200, told["receipt"]), again.text
+    assert decoded(again.headers["x-payment-response"]) == paid
     assert before - balance_of(stack.rpc_url, USDC, wallet.address) == 250_000
     assert usd_to_nano(available(http, session)["USDC"]) - had == 250_000_000
 
