@@ -18,7 +18,7 @@ TENDERS = (
         _EVIDENCE,
         '        _take_back(tx, row["id"], found)\n',
         "        pass\n",
-        ("tests/payments/test_tenders_exact.py",),
+        ("tests/payments/test_exact_arrivals.py",),
     ),
     Mutation(
         "a payment credits what was quoted instead of what arrived",
@@ -67,14 +67,14 @@ TENDERS = (
         _AUTHORIZATIONS,
         "    if bytes(first_digest) != digest:\n        # The first",
         "    if False:\n        # The first",
-        ("tests/payments/test_tenders_exact.py",),
+        ("tests/payments/test_exact_again.py",),
     ),
     Mutation(
         "a resumed request takes credit that is not held",
         _AUTHORIZATIONS,
         "        closing.place(tx, use, payer_account(payer, asset), amount)\n",
         "        pass\n",
-        ("tests/payments/test_tenders_exact.py",),
+        ("tests/payments/test_exact_again.py",),
     ),
     Mutation(
         "exposure by upto is not looked at",

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
+from payments import receipts
 from payments.chain.networks import KNOWN_NETWORKS, Token
 from payments.errors import PaymentError
 from payments.ledger import books, transfers
@@ -21,7 +24,8 @@ from payments.settlement import outbox, states
 from payments.settlement.orders import SettlementOrder
 from payments.settlement.outcomes import SettlementOutcome
 from payments.store import Store, Transaction
-from payments.tenders.exact import ExactServices, ExactTender, on_failed, on_mined
+from payments.tenders.base import Outcome
+from payments.tenders.exact import AlreadyUsed, ExactHold, ExactServices, ExactTender, on_failed, on_mined
 from payments.verification.chain_state import Seen
 from payments.x402.wire import Eip3009Authorization, Payment, Requirement
 
@@ -33,6 +37,8 @@ PAYER = "0x" + "a1" * 20
 QUOTED = 20_000_000
 """Two cents."""
 DETAILS = {"model_asked": "auto"}
+ANSWERED = Outcome({"model": "m", "provider": "p"})
+FAILED = Outcome({"reason": "all_candidates_failed"})
 _nonces = itertools.count(1)
 
 
@@ -194,3 +200,26 @@ def open_desk(store: Store, exposure: int = 50_000_000) -> Desk:
         settlement_wait_s=5,
     )
     return Desk(store, settlements, chain, services)
+
+
+@pytest.fixture
+def desk(store: Store) -> Desk:
+    return open_desk(store)
+
+
+async def shown(desk: Desk, receipt_id: str) -> dict[str, Any]:
+    view = await desk.store.read(lambda tx: receipts.get(tx, receipt_id))
+    assert view is not None
+    return view.as_json()
+
+
+async def rows(desk: Desk, table: str) -> int:
+    return int(await desk.store.read(lambda tx: tx.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0]))
+
+
+async def again(desk: Desk, payment: Any) -> ExactHold | AlreadyUsed:
+    """The same payment sent once more: a hold, or what became of it."""
+    try:
+        return await desk.tender(payment).authorize(quote_of(), DETAILS)
+    except AlreadyUsed as used:
+        return used

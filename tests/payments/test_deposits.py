@@ -1,27 +1,15 @@
-"""Deposits by plain transfer: credited once, at depth, whatever the chain does; swept when worth it; books equal the chain."""
+"""Deposits by plain transfer: credited once, at depth, whatever the chain does and its nodes say; books equal the chain."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from contracts.devnet import (
-    Devnet,
-    DevToken,
-    Wallet,
-    as_owner,
-    balance_of,
-    call_data,
-    place_operator_contracts,
-    rpc,
-    send_as,
-    send_signed,
-)
+from contracts.devnet import Devnet, call_data, rpc, send_signed
 from payments import forwarders, wallet_accounts
 from payments.chain.networks import Network, Token
 from payments.chain.rpc import Rpc
@@ -30,56 +18,11 @@ from payments.leases import LeaseLost, Leases
 from payments.ledger import books as ledger_books
 from payments.ledger import history, transfers
 from payments.ledger.accounts import account_id, payer_account
-from payments.reconciliation import Report, open_books, reconcile
-from payments.settlement.sweeps import Sweeps
 from payments.store import Store
-from tests.payments.settling import Books, engine, mine, rows
-from tests.payments.test_refunds import decided
+from tests.payments.depositing import CENT, CONFIRMATIONS, USD, balance, deposits, factory, give, proof, treasury
+from tests.payments.settling import mine
 
-USD = 1_000_000_000
-CENT = 10_000
-"""In atomic units."""
-CONFIRMATIONS = 2
-
-
-@pytest.fixture
-def treasury(chain: Devnet) -> Wallet:
-    return chain.wallets[3]
-
-
-@pytest.fixture
-def factory(chain: Devnet, treasury: Wallet) -> str:
-    _, factory = place_operator_contracts(chain.rpc_url, treasury.address, treasury.address, [chain.wallets[0].address])
-    return factory.lower()
-
-
-@pytest.fixture
-async def deposits(
-    chain: Devnet, network: Network, store: Store, treasury: Wallet, factory: str
-) -> AsyncIterator[Deposits]:
-    mine(chain.rpc_url, CONFIRMATIONS + 1)
-    async with Rpc([chain.rpc_url]) as node:
-        await open_books(store, node, network, treasury.address)
-        yield Deposits(store, node, network, treasury.address.lower(), factory, confirmations=CONFIRMATIONS)
-
-
-def give(chain: Devnet, token: DevToken, address: str, value: int, sender: Wallet | None = None) -> str:
-    sender = sender or chain.wallets[5]
-    return send_signed(
-        chain.rpc_url, sender.private_key, token.address, call_data("transfer(address,uint256)", address, value)
-    )
-
-
-async def balance(store: Store, wallet: Wallet, token: Token) -> int:
-    account = payer_account(wallet.address.lower(), token.asset)
-    return (await store.read(lambda tx: transfers.balance(tx, account))).balance
-
-
-async def proof(deposits: Deposits, store: Store) -> Report:
-    """The books of both, against the chain."""
-    return await reconcile(
-        store, deposits._rpc, deposits.network, deposits.treasury, confirmations=CONFIRMATIONS, deposits=deposits
-    )
+__all__ = ["deposits", "factory", "treasury"]
 
 
 async def test_a_deposit_is_credited_at_depth_and_not_before_and_once(
@@ -217,13 +160,10 @@ async def test_a_token_that_is_not_taken_is_nothing(chain: Devnet, store: Store,
 async def test_a_factory_that_pays_somebody_else_is_refused(
     chain: Devnet, network: Network, store: Store, deposits: Deposits
 ) -> None:
-    for treasury, factory in ((chain.wallets[4].address, deposits.factory), (deposits.treasury, chain.usdc.address)):
-        wrong = Deposits(store, deposits._rpc, network, treasury, factory)
+    for payee, place in ((chain.wallets[4].address, deposits.factory), (deposits.treasury, chain.usdc.address)):
+        wrong = Deposits(store, deposits._rpc, network, payee, place)
         with pytest.raises(FactoryMismatch):
             await wrong.verify()
-
-
-# --- nodes ------------------------------------------------------------------------------------------------------------
 
 
 class Nodes:
@@ -294,141 +234,6 @@ async def test_what_most_nodes_say_counts_and_nothing_while_they_disagree(
     deposits._rpc = node
     await deposits.catch_up()
     assert await balance(store, wallet, usdc) == USD // 100
-
-
-# --- sweeps -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def sweeping(
-    chain: Devnet, store: Store, deposits: Deposits, threshold_nano_usd: int = USD
-) -> AsyncIterator[Sweeps]:
-    async with engine(
-        store, deposits.network, chain.rpc_url, [chain.wallets[0]], Books(deposits.network), start=False
-    ) as settlements:
-        await settlements.start()
-        yield Sweeps(store, settlements, deposits, threshold_nano_usd=threshold_nano_usd, interval_s=60)
-
-
-async def test_a_sweep_moves_what_is_worth_it_and_leaves_the_rest(
-    chain: Devnet, store: Store, deposits: Deposits, treasury: Wallet
-) -> None:
-    usdc, _ = deposits.network.tokens
-    before = balance_of(chain.rpc_url, chain.usdc, treasury.address)
-    addresses = [await deposits.register(each.address.lower()) for each in chain.wallets[:3]]
-    for address, value in zip(addresses, (150 * CENT, 200 * CENT, 99 * CENT), strict=True):
-        give(chain, chain.usdc, address, value)
-    give(chain, chain.usdt, addresses[0], 100 * CENT)
-    mine(chain.rpc_url, CONFIRMATIONS)
-    await deposits.catch_up()
-    assert (await proof(deposits, store)).findings == []
-    async with sweeping(chain, store, deposits) as sweeper:
-        assert await sweeper.round() == 2
-        assert await sweeper.round() == 0
-        await decided(store)
-        # The books follow at depth; until then nothing is swept again, nor after it.
-        assert await sweeper.round() == 0
-        assert (await proof(deposits, store)).findings == []
-        mine(chain.rpc_url, CONFIRMATIONS)
-        assert (await proof(deposits, store)).findings == []
-        assert await sweeper.round() == 0
-    assert balance_of(chain.rpc_url, chain.usdc, treasury.address) == before + 350 * CENT
-    held = await store.read(lambda tx: transfers.balance(tx, account_id("forwarders", usdc.asset)).balance)
-    assert held == -99 * USD // 100
-    assert {kind for kind, state in await rows(store, "kind, state") if state in ("mined", "final")} == {"sweep"}
-    # The first sweep made the clones; a second deposit to the same address is swept as well.
-    give(chain, chain.usdc, addresses[0], 500 * CENT)
-    mine(chain.rpc_url, CONFIRMATIONS)
-    await deposits.catch_up()
-    async with sweeping(chain, store, deposits) as sweeper:
-        assert await sweeper.round() == 1
-        await decided(store)
-    mine(chain.rpc_url, CONFIRMATIONS)
-    assert (await proof(deposits, store)).findings == []
-    assert balance_of(chain.rpc_url, chain.usdc, treasury.address) == before + 850 * CENT
-
-
-async def test_an_address_that_the_token_blocks_holds_nobody_up_and_is_not_tried_at_once_again(
-    chain: Devnet, store: Store, deposits: Deposits, treasury: Wallet
-) -> None:
-    before = balance_of(chain.rpc_url, chain.usdc, treasury.address)
-    addresses = [await deposits.register(each.address.lower()) for each in chain.wallets[:2]]
-    for address in addresses:
-        give(chain, chain.usdc, address, 200 * CENT)
-    mine(chain.rpc_url, CONFIRMATIONS)
-    await deposits.catch_up()
-    as_owner(chain.rpc_url, chain.usdc, "blacklist(address)", addresses[0])
-    async with sweeping(chain, store, deposits) as sweeper:
-        assert await sweeper.round() == 1
-        await decided(store)
-        mine(chain.rpc_url, CONFIRMATIONS)
-        await deposits.catch_up()
-        assert await sweeper.round() == 0
-    assert balance_of(chain.rpc_url, chain.usdc, treasury.address) == before + 200 * CENT
-    assert [await balance(store, wallet, deposits.network.tokens[0]) for wallet in chain.wallets[:2]] == [2 * USD] * 2
-    assert (await proof(deposits, store)).findings == []
-
-
-async def test_what_another_sweep_has_emptied_since_it_was_looked_at_is_not_swept_again(
-    chain: Devnet, store: Store, deposits: Deposits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    give(chain, chain.usdc, await deposits.register(chain.wallets[1].address.lower()), 200 * CENT)
-    mine(chain.rpc_url, CONFIRMATIONS)
-    await deposits.catch_up()
-    async with sweeping(chain, store, deposits) as first:
-        second = Sweeps(store, first._settlements, deposits, threshold_nano_usd=USD, interval_s=60)
-        look = second._still_full
-
-        async def slowly(*arguments: Any) -> Any:
-            seen = await look(*arguments)
-            if seen:
-                assert await first.round() == 1
-                await decided(store)
-            return seen
-
-        monkeypatch.setattr(second, "_still_full", slowly)
-        assert await second.round() == 0
-    assert len(await rows(store, "id")) == 1
-
-
-async def test_of_a_token_that_takes_a_fee_what_arrived_is_credited_and_the_sweeps_fee_is_the_operators(
-    chain: Devnet, store: Store, deposits: Deposits, treasury: Wallet
-) -> None:
-    usdt, wallet = deposits.network.tokens[1], chain.wallets[1]
-    as_owner(chain.rpc_url, chain.usdt, "setParams(uint256,uint256)", 10, 40)
-    address = await deposits.register(wallet.address.lower())
-    give(chain, chain.usdt, address, 10_000_000)
-    mine(chain.rpc_url, CONFIRMATIONS)
-    await deposits.catch_up()
-    assert await balance(store, wallet, usdt) == balance_of(chain.rpc_url, chain.usdt, address) * 1_000 < 10 * USD
-    async with sweeping(chain, store, deposits) as sweeper:
-        assert await sweeper.round() == 1
-        await decided(store)
-    mine(chain.rpc_url, CONFIRMATIONS)
-    assert (await proof(deposits, store)).findings == []
-    lost = await store.read(lambda tx: transfers.balance(tx, account_id("variance", usdt.asset)).balance)
-    assert lost < 0
-    assert await balance(store, wallet, usdt) > 9 * USD
-
-
-async def test_anybodys_sweep_is_booked_as_well(
-    chain: Devnet, store: Store, deposits: Deposits, treasury: Wallet
-) -> None:
-    from payments.chain.batches import account_of, encode_sweep
-
-    wallet = chain.wallets[1]
-    address = await deposits.register(wallet.address.lower())
-    give(chain, chain.usdc, address, 7 * CENT)
-    data = encode_sweep(chain.usdc.address.lower(), [account_of(wallet.address.lower())])
-    send_as(chain.rpc_url, chain.wallets[5].address, deposits.factory, "0x" + data.hex())
-    mine(chain.rpc_url, CONFIRMATIONS)
-    # The treasury's books may find it before those of the addresses do, and the other way round.
-    assert (await proof(deposits, store)).findings == []
-    await deposits.catch_up()
-    assert (await proof(deposits, store)).findings == []
-    unattributed = account_id("unattributed", deposits.network.tokens[0].asset)
-    assert await store.read(lambda tx: transfers.balance(tx, unattributed).balance) == 0
-    assert await balance(store, wallet, deposits.network.tokens[0]) == 7 * USD // 100
 
 
 async def test_a_plain_transfer_to_the_treasury_stays_unattributed(
