@@ -1,4 +1,4 @@
-"""Paying with the official client by hand, so that tests can keep, change and resend what it signed."""
+"""Paying with the official client by hand, so that tests can keep, change and resend what it signed; and other ways to ask."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import httpx
 import orjson
 from eth_account.messages import encode_defunct
 from eth_account.signers.local import LocalAccount
+from prometheus_client.parser import text_string_to_metric_families
 from x402.client import x402ClientSync
 from x402.http import x402HTTPClientSync
 from x402.mechanisms.evm.exact.register import register_exact_evm_client
 from x402.mechanisms.evm.signers import EthAccountSigner
 from x402.mechanisms.evm.upto import UptoEvmClientScheme
+
+from gateway.dev.stack import Stack
 
 JSON = {"content-type": "application/json"}
 UPTO = {"accept-payment": "upto"}
@@ -101,3 +104,18 @@ def available(http: httpx.Client, headers: dict[str, str]) -> dict[str, str]:
     """A wallet's balances by symbol, in dollars."""
     balances = http.get("/v1/wallet", headers=headers).json()["balances"]
     return {balance["symbol"]: balance["available_usd"] for balance in balances}
+
+
+def with_key(stack: Stack) -> dict[str, str]:
+    """The headers that pay with the stack's API key."""
+    return {"Authorization": f"Bearer {stack.api_key}"}
+
+
+def metrics(http: httpx.Client) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """What `/metrics` says, by name and labels."""
+    text = http.get("/metrics").text
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
