@@ -137,7 +137,7 @@ CHANNELS = (
         _BOOK,
         "        return self.on_chain.balance - self.on_chain.withdraw_amount - self.refunding\n",
         "        return self.on_chain.balance - self.on_chain.withdraw_amount\n",
-        MACHINE,
+        BOOK,
     ),
     Mutation(
         "a request is counted each time it is captured",

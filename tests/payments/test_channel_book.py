@@ -110,6 +110,15 @@ def test_a_voucher_covers_what_was_charged_what_is_under_way_and_the_price(chain
     assert isinstance(chain.take(240, 100, patient=True), Taken), "what was not charged gave its voucher back"
 
 
+def test_what_is_on_its_way_back_to_the_payer_is_lent_to_nobody(chain: Chain) -> None:
+    chain.becomes(balance=1_000)
+    book.put(chain.database, ID, refunding=800, refund_id="refund:1")
+    refused = chain.take(201, 201)
+    assert isinstance(refused, PaymentRefused)
+    assert refused.code == "invalid_batch_settlement_evm_cumulative_exceeds_balance"
+    assert isinstance(chain.take(200, 200), Taken)
+
+
 def test_vouchers_that_arrive_out_of_order_are_taken_on_the_highest(chain: Chain) -> None:
     chain.becomes(balance=1_000)
     chain.taken(200, 100)
