@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from typing import Any
 
@@ -30,7 +31,9 @@ ADDRESSES_MAX = 500
 """Addresses in one query."""
 REORG_BLOCKS = 256
 """How far is read again after a reorganisation below the confirmation depth."""
-REGISTER_TRIES = 5
+REGISTER_WAIT_S = 5.0
+"""How long a new address waits for a moment in which the reading of the chain does not overtake it."""
+REGISTER_PAUSE_S = 0.02
 
 log = logging.getLogger(__name__)
 
@@ -119,27 +122,40 @@ class Deposits:
             RpcUnavailable, RpcError: The chain cannot be asked.
         """
         each = Address(self.address_of(wallet), wallet, self.factory)
-        for _ in range(REGISTER_TRIES):
-            known, seen = await self._store.read(
-                lambda tx: (
-                    each.address in forwarders.addresses(tx, self.network.chain_id),
-                    forwarders.cursor(tx, self.network.chain_id),
+        end = time.monotonic() + REGISTER_WAIT_S
+        while True:
+            try:
+                if await self._try_to_register(each):
+                    return each.address
+                overtaken: RpcError | RpcUnavailable = RpcUnavailable(
+                    "the chain is read too fast to register an address"
                 )
+            except RpcError as error:
+                # After a long rest the cursor is at a block whose state nodes have no more; it moves on to newer ones.
+                overtaken = error
+            if time.monotonic() > end:
+                raise overtaken
+            await asyncio.sleep(REGISTER_PAUSE_S)
+
+    async def _try_to_register(self, each: Address) -> bool:
+        """Watch an address from the cursor on, and credit what it has there; False if the cursor has moved meanwhile."""
+        known, seen = await self._store.read(
+            lambda tx: (
+                each.address in forwarders.addresses(tx, self.network.chain_id),
+                forwarders.cursor(tx, self.network.chain_id),
             )
-            if known:
-                return each.address
-            if seen is None:
-                await self._begin()
-                continue
-            call = "0x" + encode_balance_of(each.address).hex()
-            requests: list[Request] = [
-                ("eth_call", ({"to": token.address, "data": call}, hex(seen.block_number)))
-                for token in self.network.tokens
-            ]
-            held = [int(answer, 16) for answer in await self._rpc.ask(requests)]
-            if await self._store.write(lambda tx, seen=seen, held=held: self._register(tx, each, seen, held)):  # type: ignore[misc]
-                return each.address
-        raise RpcUnavailable("the address could not be registered while the chain was being read")
+        )
+        if known:
+            return True
+        if seen is None:
+            await self._begin()
+            return False
+        call = "0x" + encode_balance_of(each.address).hex()
+        requests: list[Request] = [
+            ("eth_call", ({"to": token.address, "data": call}, hex(seen.block_number))) for token in self.network.tokens
+        ]
+        held = [int(answer, 16) for answer in await self._rpc.ask(requests)]
+        return await self._store.write(lambda tx: self._register(tx, each, seen, held))
 
     async def catch_up(self) -> int:
         """Read and book everything that is deep enough; returns how many movements were new.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+import payments.deposits
 from contracts.devnet import Devnet, call_data, rpc, send_signed
 from payments import forwarders, wallet_accounts
 from payments.chain.networks import Network, Token
-from payments.chain.rpc import Rpc
+from payments.chain.rpc import Request, Rpc, RpcError
 from payments.deposits import Deposits, FactoryMismatch
 from payments.leases import LeaseLost, Leases
 from payments.ledger import books as ledger_books
@@ -141,6 +143,60 @@ async def test_what_lay_at_an_address_before_it_was_asked_for_is_the_wallets_too
     await deposits.catch_up()
     assert await balance(store, wallet, usdc) == 4 * USD // 100
     assert (await proof(deposits, store)).findings == []
+
+
+async def test_an_address_is_given_while_the_chain_is_read_as_fast_as_can_be(
+    chain: Devnet, store: Store, deposits: Deposits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was overtaken five times was told that the chain cannot be asked."""
+    wallets, usdc = chain.wallets[1:4], deposits.network.tokens[0]
+    for wallet in wallets:
+        give(chain, chain.usdc, deposits.address_of(wallet.address.lower()), CENT)
+    await deposits.catch_up()
+    mine(chain.rpc_url, 60)
+    monkeypatch.setattr(payments.deposits, "RANGE_MAX", 1)
+    true_ask, overtaken = deposits._rpc.ask, 0
+
+    async def ask(requests: Sequence[Request]) -> list[Any]:
+        """The cursor moves whenever a balance is asked for."""
+        nonlocal overtaken
+        if requests[0][0] == "eth_call" and overtaken < 20:
+            moved = await deposits.round() is not None
+            overtaken += moved
+        return await true_ask(requests)
+
+    monkeypatch.setattr(deposits._rpc, "ask", ask)
+    await asyncio.gather(*(deposits.register(wallet.address.lower()) for wallet in wallets))
+    assert overtaken >= 20
+    await deposits.catch_up()
+    assert [await balance(store, wallet, usdc) for wallet in wallets] == [USD // 100] * len(wallets)
+    assert (await proof(deposits, store)).findings == []
+
+
+async def test_an_address_waits_for_newer_blocks_where_the_node_has_forgotten_the_state_of_old_ones(
+    chain: Devnet, deposits: Deposits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a long rest, while what was missed is read."""
+    await deposits.catch_up()
+    mine(chain.rpc_url, 40)
+    monkeypatch.setattr(payments.deposits, "RANGE_MAX", 10)
+    monkeypatch.setattr(payments.deposits, "REGISTER_WAIT_S", 1.0)
+    head, true_ask = int(rpc(chain.rpc_url, "eth_blockNumber"), 16), deposits._rpc.ask
+
+    async def ask(requests: Sequence[Request]) -> list[Any]:
+        if requests[0][0] == "eth_call" and int(str(requests[0][1][1]), 16) < head - 15:
+            raise RpcError(-32000, "missing trie node")
+        return await true_ask(requests)
+
+    monkeypatch.setattr(deposits._rpc, "ask", ask)
+    with pytest.raises(RpcError):
+        await deposits.register(chain.wallets[1].address.lower())
+    asked = asyncio.create_task(deposits.register(chain.wallets[1].address.lower()))
+    for _ in range(3):
+        await asyncio.sleep(0.05)
+        assert not asked.done()
+        await deposits.round()
+    await asked
 
 
 async def test_a_token_that_is_not_taken_is_nothing(chain: Devnet, store: Store, deposits: Deposits) -> None:
