@@ -71,8 +71,6 @@ class Deposited(Operation):
     def _register(self, run: Run) -> None:
         for session in self.sessions:
             answer = run.http.post("/v1/wallet/deposit-addresses", headers=session)
-            while answer.status_code == 503:  # the chain moved on while it was asked, again and again
-                answer = run.http.post("/v1/wallet/deposit-addresses", headers=session)
             assert answer.status_code == 200, answer.text
             self.addresses.append(answer.json()["deposit_addresses"][0]["address"])
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from contracts.devnet import Devnet, Wallet, balance_of, rpc, send_signed
+from contracts.devnet import OWNER_ADDRESS, Devnet, Wallet, balance_of, call_data, rpc, send_signed
+from payments import receipts
 from payments.chain import channel_contract
 from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, Network, Token
 from payments.chain.rpc import Rpc
@@ -43,7 +44,7 @@ from payments.verification import vouchers
 from payments.verification.chain_state import ChainStates
 from payments.verification.signatures import checksum_address
 from payments.x402.channels import ChannelConfig, ChannelPayment, Deposit, Erc3009Deposit, PayloadType, Voucher, hex32
-from tests.payments.exact_samples import DETAILS, QUOTED, quote_of
+from tests.payments.exact_samples import DETAILS, QUOTED, assert_books_balance, quote_of
 from tests.payments.settling import PAY_TO, later_than_the_last_block, sign
 
 PRICE = QUOTED // 1000
@@ -105,12 +106,13 @@ class Gateway:
             refund_amount=refund,
         )
 
-    async def take(self, payment: ChannelPayment, request: bytes = b"request") -> ChannelHold:
+    async def take(self, payment: ChannelPayment, request: bytes = b"request", *, ready: bool = True) -> ChannelHold:
         requirement = self.scheme.requirement(self.token, QUOTED, 300)
         digest = hashlib.sha256(request).digest()
         tender = self.scheme.tender(payment, self.token, requirement, digest, int(time.time()))
         hold = await tender.authorize(quote_of(QUOTED), dict(DETAILS))
-        await hold.ready()
+        if ready:
+            await hold.ready()
         return hold
 
     async def pay(self, amount: int, cost: int, *, deposit: int = 0) -> ChannelPayment:
@@ -214,6 +216,46 @@ async def test_a_deposit_may_be_valid_from_later_than_the_last_block_on(opened: 
     hold = await opened.take(opened.payment(PRICE, deposit=5 * PRICE, valid_after=now - 1))
     await hold.capture(QUOTED, Outcome())
     assert (await opened.channel()).charged_nano_usd == QUOTED
+
+
+@pytest.mark.parametrize("arrives", [True, False], ids=["it arrives", "it fails"])
+async def test_whoever_hangs_up_before_its_deposit_is_there_pays_what_was_spent_when_it_is(
+    opened: Gateway, chain: Devnet, arrives: bool
+) -> None:
+    spent = QUOTED // 4
+    rpc(chain.rpc_url, "evm_setAutomine", False)
+    hold = await opened.take(opened.payment(PRICE, deposit=5 * PRICE), ready=False)
+    assert hold.may_start_early
+    going = asyncio.create_task(hold.interrupt(Outcome({"reason": "gone"}), spent))
+    await asyncio.sleep(0.3)
+    assert (going.done(), (await opened.channel()).charged_nano_usd) == (False, 0)
+    if not arrives:
+        blacklist = call_data("blacklist(address)", opened.wallet.address)
+        first = {"from": OWNER_ADDRESS, "to": chain.usdc.address, "data": blacklist, "gas": hex(100_000)}
+        fees = {"maxFeePerGas": hex(900 * 10**9), "maxPriorityFeePerGas": hex(800 * 10**9)}
+        rpc(chain.rpc_url, "eth_sendTransaction", first | fees)
+    rpc(chain.rpc_url, "evm_mine")
+    rpc(chain.rpc_url, "evm_setAutomine", True)
+    await going
+    assert (await opened.channel()).charged_nano_usd == spent * arrives
+    view = await opened.services.store.read(lambda tx: receipts.get(tx, hold.receipt_id))
+    assert view is not None
+    assert (view.state, view.charged_nano_usd) == (("captured", spent) if arrives else ("released", 0))
+    await assert_books_balance(opened.services.store)
+
+
+async def test_a_stop_ends_the_wait_for_the_deposit_of_whoever_hung_up(opened: Gateway, chain: Devnet) -> None:
+    rpc(chain.rpc_url, "evm_setAutomine", False)
+    hold = await opened.take(opened.payment(PRICE, deposit=5 * PRICE), ready=False)
+    going = asyncio.create_task(hold.interrupt(Outcome({"reason": "gone"}), QUOTED // 4))
+    await asyncio.sleep(0.2)
+    going.cancel()
+    await asyncio.wait({going})
+    view = await opened.services.store.read(lambda tx: receipts.get(tx, hold.receipt_id))
+    assert view is not None
+    assert view.state == "released"
+    rpc(chain.rpc_url, "evm_setAutomine", True)
+    rpc(chain.rpc_url, "evm_mine")
 
 
 async def test_a_deposit_is_made_once_and_its_replay_finds_the_first_outcome(opened: Gateway, chain: Devnet) -> None:
