@@ -275,9 +275,8 @@ def run(
 
 def _introduce(stack: Stack) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(show_header=False, box=None, pad_edge=False)
+    console = Console()
     for name, value in (
         ("gateway", stack.gateway_url),
         ("chain", f"{stack.rpc_url} ({stack.network})"),
@@ -286,9 +285,8 @@ def _introduce(stack: Stack) -> None:
         ("agent wallet key", stack.wallets[0]["private_key"]),
         ("API key", stack.api_key),
     ):
-        table.add_row(f"[bold]{name}[/bold]", value)
-    console = Console()
-    console.print(table)
+        # Whole, however narrow the terminal: these are there to be copied.
+        console.print(f"[bold]{name:<16}[/bold]  {value}", soft_wrap=True, highlight=False)
     console.print(
         f"\nTry:  FAREBOX_WALLET_KEY={stack.wallets[0]['private_key']} farebox ask 'Why is the sky blue?'"
         f" --gateway {stack.gateway_url} --max-usd 0.05\nCtrl-C stops everything; the data directory keeps it.",
