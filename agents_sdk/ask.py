@@ -37,7 +37,10 @@ def ask_command(
         str | None, typer.Option(help="balanced, cost-first, latency-first or availability-first.")
     ] = None,
     scheme: Annotated[
-        str, typer.Option(help="How to pay: exact, upto or batch-settlement (a channel); exact where that cannot be.")
+        str,
+        typer.Option(
+            help="How to pay what credit does not cover: exact, upto, batch-settlement (a channel); exact where that cannot be."
+        ),
     ] = "exact",
     deposit_usd: Annotated[str, typer.Option(help="The most that lies unspent in a channel.")] = "1.00",
     token: Annotated[str | None, typer.Option(help="Pay in this token only: a symbol or an address.")] = None,

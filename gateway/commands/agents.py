@@ -17,6 +17,7 @@ from gateway.commands.shared import Failed
 
 if TYPE_CHECKING:
     from agents_sdk import Agent
+    from agents_sdk.shared import CreditMode
 
 KEY_VARIABLE = "FAREBOX_WALLET_KEY"
 GATEWAY_VARIABLE = "FAREBOX_GATEWAY"
@@ -34,12 +35,15 @@ GATEWAY_DEFAULT = "http://127.0.0.1:8402"
 
 
 @contextlib.contextmanager
-def agent_at(gateway: str, *, rpc_url: str | None = None, **policy: Any) -> Iterator[Agent]:
+def agent_at(
+    gateway: str, *, rpc_url: str | None = None, credit: CreditMode = "known", **policy: Any
+) -> Iterator[Agent]:
     """The agent of the wallet in the environment.
 
     Args:
         gateway: The gateway's URL.
         rpc_url: A JSON-RPC server.
+        credit: As for `agents_sdk.Agent`.
         policy: Fields of `agents_sdk.SpendingPolicy`.
 
     Raises:
@@ -53,7 +57,7 @@ def agent_at(gateway: str, *, rpc_url: str | None = None, **policy: Any) -> Iter
     from agents_sdk import Agent, FareboxError, SpendingPolicy
 
     try:
-        agent = Agent(key, gateway, policy=SpendingPolicy(**policy), rpc_url=rpc_url)
+        agent = Agent(key, gateway, policy=SpendingPolicy(**policy), rpc_url=rpc_url, credit=credit)
     except ValueError as error:
         raise Failed(str(error), "Correct it, and try again") from None
     with agent:

@@ -50,8 +50,15 @@ def open_(
     tokens = None if asset is None else [asset.rpartition("/")[2]]
     networks = None if asset is None or "/" not in asset else [asset.rpartition("/")[0]]
     limits = {"max_per_request": usd, "max_per_day": None, "channel_deposit": usd}
+    # Whoever has credit would pay with that, and open nothing.
     with agent_at(
-        gateway, rpc_url=rpc_url, schemes=["batch-settlement"], tokens=tokens, networks=networks, **limits
+        gateway,
+        rpc_url=rpc_url,
+        credit="never",
+        schemes=["batch-settlement"],
+        tokens=tokens,
+        networks=networks,
+        **limits,
     ) as agent:
         before = {each.id: each.deposited_usd for each in agent.wallet.channels()}
         with agent.http_client() as http:

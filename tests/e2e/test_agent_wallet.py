@@ -266,6 +266,13 @@ def test_the_channel_commands_and_a_question_paid_through_a_channel(
     assert rows(stack, "SELECT 1 FROM settlement WHERE kind = 'channel_refund' AND pay_to = ?", owner.address.lower())
 
 
+def test_a_wallet_with_credit_opens_a_channel_all_the_same(farebox: Callable[..., Any]) -> None:
+    farebox("wallet", "topup", "1")
+    [opened] = farebox("channel", "open", "0.5")["channels"]
+    assert opened["deposited_usd"] == "0.50"
+    assert "enough" in farebox("channel", "open", "0.5", text=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "what", "fix"),
     [
