@@ -315,8 +315,15 @@ async def test_a_paused_token_fails_its_payments_and_no_others(
 
 @pytest.mark.parametrize("name", ["RETURNS_FALSE", "BURNS_ALL", "REVERTS_WITH_MEGABYTES", "CALLS_BACK"])
 async def test_a_token_that_turns_hostile_pays_nothing_and_the_others_of_its_batch_are_paid(
-    chain: Devnet, network: Network, store: Store, books: Books, batch_contract: str, name: str
+    chain: Devnet,
+    network: Network,
+    store: Store,
+    books: Books,
+    batch_contract: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(judge, "UNEXPLAINED_S", 1.0)
     usdc, usdt = network.tokens
     approve_permit2(chain.rpc_url, chain.usdt, chain.wallets[7].private_key)
     rpc(chain.rpc_url, "anvil_setCode", chain.usdt.address, getattr(hostile_code, name))
