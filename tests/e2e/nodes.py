@@ -66,6 +66,11 @@ class FaultyNode:
     async def _stop(self) -> None:
         await self._runner.cleanup()
         await self._session.close()
+        # What was made to hang hangs still.
+        hanging = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in hanging:
+            task.cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         body = await request.read()
