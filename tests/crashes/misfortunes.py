@@ -74,6 +74,7 @@ class ExecutedLate(Unfunded):
     """A payment that failed and that a stranger executes when its payer has money again: all of it is credit, by itself."""
 
     executed: bool = False
+    kills_from = "housekeeping: wrote LateExecutions"
     loops: ClassVar[Collection[str]] = ("housekeeping",)
 
     def act(self, run: Run) -> None:
@@ -83,7 +84,7 @@ class ExecutedLate(Unfunded):
 
     def done(self, run: Run) -> bool:
         """It is credited."""
-        return self.executed and run.rows("SELECT state FROM settlement") in ([("superseded",)], [("final",)])
+        return self.executed and run.rows("SELECT state FROM settlement") == [("superseded",)]
 
     def resume(self, run: Run) -> None:
         """Be told of the failure, if that was not yet so; wait for the credit."""

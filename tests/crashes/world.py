@@ -48,8 +48,6 @@ MILLION_USD = 10**12
 """In atomic units: nobody here runs out of money."""
 PATIENCE_S = 20.0
 """Everything must come to its end by itself within this."""
-DYING_S = 5.0
-"""From when its connections are closed until the kernel has taken a process away."""
 CONTRACTS = {USDC.symbol: "UsdcLike", USDT.symbol: "UsdtLike"}
 MODEL = "deepseek-v4-flash"
 UNAVAILABLE = "unavailable"
@@ -161,9 +159,9 @@ class Gateway:
         """End its pause."""
         self._file("paused").unlink(missing_ok=True)
 
-    def dies(self) -> bool:
-        """Wait a moment for a death that somebody has noticed already; False if it lives on."""
-        deadline = time.monotonic() + DYING_S
+    def dies(self, within_s: float) -> bool:
+        """Wait for its death; False if it lives on."""
+        deadline = time.monotonic() + within_s
         while self.alive and time.monotonic() < deadline:
             time.sleep(0.002)
         return not self.alive
