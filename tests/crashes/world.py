@@ -355,6 +355,7 @@ class Run:
             chain, self.treasury.address, self.treasury.address, [self.signer.address]
         )
         self.mine(1)
+        assert [self.balance(token, self.payer.address) for token in (USDC, USDT)] == [MILLION_USD] * 2
         network = {
             "chain_id": CHAIN_ID,
             "rpc_urls": [chain],
