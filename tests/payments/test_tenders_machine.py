@@ -218,6 +218,19 @@ class TendersMachine(GatewayMachine):
     def a_wallet_is_filled(self, payer: str) -> None:
         self.move(THIEF, payer, self.chain.state.balances.get(THIEF, 0))
 
+    @rule(
+        payer=st.sampled_from(PAYERS), cost=st.sampled_from((123_456, 350_500)), after=st.sampled_from((None, 3, 9, 20))
+    )
+    def a_wallet_is_short_for_a_moment(self, payer: str, cost: int, after: int | None) -> None:
+        """When its answer by upto is due; perhaps the process is killed when that is tried again."""
+        self.requests_at_once([Wish(payer, "upto", 350_500, cost, 0, "capture")])
+        self.run(asyncio.sleep(0.1))
+        self.a_wallet_is_emptied(payer, all_of_it=True)
+        self.let_time_pass(CONFIRMATIONS + 2, blocks=True, busy=False)
+        self.a_wallet_is_filled(payer)
+        self.world.kill_in = after
+        self.let_time_pass(2, blocks=True, busy=False)
+
     @rule(value=st.sampled_from((1, 50)))
     def somebody_sends_a_present(self, value: int) -> None:
         self.move(THIEF, TREASURY, min(value, self.chain.state.balances.get(THIEF, 0)))
@@ -253,7 +266,10 @@ class TendersMachine(GatewayMachine):
         super().check_always()
         at_risk = self.read(
             "SELECT receipt.payer, SUM(CASE receipt.state WHEN 'open' THEN quoted_nano_usd ELSE charged_nano_usd END)"
-            " FROM receipt LEFT JOIN settlement ON settlement.reference = receipt.id WHERE tender='upto'"
+            " FROM receipt JOIN payment_authorization AS pledge ON pledge.receipt_id = receipt.id"
+            " LEFT JOIN settlement ON settlement.reference = receipt.id WHERE tender='upto'"
+            # What a reorganisation took away was paid when others were taken on, and is sent again.
+            " AND pledge.state <> 'paid'"
             " AND (receipt.state='open' OR settlement.state IN ('queued', 'submitted')) GROUP BY receipt.payer"
         )
         assert all(risk <= LIMIT for _, risk in at_risk), at_risk
