@@ -268,11 +268,9 @@ def on_paid(tx: Transaction, row: dict[str, Any], token: Token) -> None:
 
 
 def on_failed(tx: Transaction, row: dict[str, Any]) -> None:
-    """A withdrawal's transfer cannot be made: the money is the wallet's again."""
+    """A withdrawal's transfer cannot be made: the money is the wallet's again, and its fee."""
     payouts.failed(tx, row)
-    fee = transfers.find(tx, _fee_id(row["id"]))
-    if fee is not None and fee.state == "pending":
-        transfers.void(tx, _fee_id(row["id"]))
+    payouts.give_back(tx, _fee_id(row["id"]))
     move(tx, row["id"], "failed", row.get("reason"))
 
 

@@ -81,17 +81,24 @@ def failed(tx: Transaction, row: dict[str, Any]) -> None:
 
     After a reorganisation it may have been posted before; then it is given back.
     """
-    made = transfers.find(tx, row["reference"])
-    assert made is not None
+    assert give_back(tx, row["reference"])
+
+
+def give_back(tx: Transaction, transfer_id: str) -> bool:
+    """Undo what was held, or was posted before a reorganisation. False if there is no such transfer."""
+    made = transfers.find(tx, transfer_id)
+    if made is None:
+        return False
     if made.state != "posted":
-        transfers.void(tx, row["reference"])
-        return
+        transfers.void(tx, transfer_id)
+        return True
     assert made.posted_amount is not None
     transfers.post(
         tx,
-        id=f"returned:{row['reference']}",
+        id=f"returned:{transfer_id}",
         debit=made.credit,
         credit=made.debit,
         amount=made.posted_amount,
         reference=made.reference,
     )
+    return True

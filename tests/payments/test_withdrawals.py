@@ -302,3 +302,22 @@ async def test_one_that_reverts_gives_the_money_and_the_fee_back(chain: Devnet, 
     assert await state_of(store, made) == "failed"
     assert await balance(store, wallet, usdc) == transfers.Balance(9 * USD, 0)
     assert await store.read(ledger_books.check) == []
+
+
+async def test_what_a_reorganisation_makes_impossible_is_given_back_with_its_fee(
+    network: Network, store: Store
+) -> None:
+    """A payout was mined and charged for; then its block is gone, and the treasury cannot make it any more."""
+    wallet, usdc = Wallet("0x" + "a1" * 20, "0x" + "11" * 32), network.tokens[0]
+    await owe(store, wallet, usdc, 10 * USD)
+    made, _ = await ask(store, wallet, usdc, 4 * USD, limits=replace(LIMITS, fee=USD // 2))
+    row = {"id": made.id, "reference": f"withdrawal:{made.id}", "value": "4000000", "reason": "no money"}
+    await store.write(lambda tx: withdrawals.on_paid(tx, row, usdc))
+    assert await balance(store, wallet, usdc) == transfers.Balance(5 * USD + USD // 2, 0)
+    for _ in range(2):
+        await store.write(lambda tx: withdrawals.on_failed(tx, row))
+        assert await balance(store, wallet, usdc) == transfers.Balance(10 * USD, 0)
+    assert await state_of(store, made) == "failed"
+    page = await store.read(lambda tx: history.page(tx, wallet.address, 10))
+    assert sum(entry.amount_nano_usd for entry in page.entries) == 10 * USD
+    assert await store.read(ledger_books.check) == []
