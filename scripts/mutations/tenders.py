@@ -149,8 +149,15 @@ TENDERS = (
     Mutation(
         "a failed withdrawal keeps the money",
         _PAYOUTS,
-        '        transfers.void(tx, row["reference"])\n',
+        "        transfers.void(tx, transfer_id)\n",
         "        pass\n",
+        ("tests/payments/test_withdrawals.py",),
+    ),
+    Mutation(
+        "a withdrawal that failed after it was paid keeps its fee",
+        "payments/withdrawals.py",
+        '    payouts.give_back(tx, _fee_id(row["id"]))\n',
+        "",
         ("tests/payments/test_withdrawals.py",),
     ),
     # --- the ledger ---------------------------------------------------------------------------------------------------
