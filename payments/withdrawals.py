@@ -34,8 +34,8 @@ TRANSITIONS: dict[str, frozenset[str]] = {
     "queued": frozenset({"paid", "failed"}),
     # On the chain. Back only if a reorganisation took it away for good.
     "paid": frozenset({"failed"}),
-    # The transfer cannot be made; the money is the wallet's again.
-    "failed": frozenset(),
+    # The transfer came to nothing; the money is the wallet's again, unless a reorganisation brings the transfer all the same.
+    "failed": frozenset({"paid"}),
     "rejected": frozenset(),
 }
 OPEN = ("review", "approved", "queued")
@@ -260,10 +260,9 @@ def enqueue_approved(tx: Transaction, tokens: dict[str, Token], treasury: str) -
 def on_paid(tx: Transaction, row: dict[str, Any], token: Token) -> None:
     """The settlement engine has evidence of a withdrawal's transfer."""
     payouts.paid(tx, row, token)
-    fee = _fee_id(row["id"])
-    held = transfers.find(tx, fee)
-    if held is not None:
-        transfers.capture(tx, fee, held.amount)
+    fee = transfers.find(tx, _fee_id(row["id"]))
+    if fee is not None:
+        payouts.take(tx, _fee_id(row["id"]), fee.amount)
     move(tx, row["id"], "paid")
 
 

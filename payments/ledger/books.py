@@ -55,12 +55,22 @@ _CHARGES = """
         <> COALESCE(SUM(transfer.posted_amount), 0)
 """
 # What a withdrawal says of itself, and what its money does.
+# After reorganisations money may have been given back and have left again: see `payments.settlement.payouts`.
 _WITHDRAWALS = """
-    SELECT withdrawal.id, withdrawal.state, COALESCE(transfer.state, 'missing') FROM withdrawal
-    LEFT JOIN ledger_transfer AS transfer ON transfer.id = 'withdrawal:' || withdrawal.id
-    WHERE COALESCE(transfer.state, 'missing') <> CASE withdrawal.state
-        WHEN 'paid' THEN 'posted' WHEN 'failed' THEN 'voided' WHEN 'rejected' THEN 'voided' ELSE 'pending' END
-      AND NOT (withdrawal.state = 'failed' AND transfer.state = 'posted')
+    SELECT id, state, place FROM (
+        SELECT withdrawal.id, withdrawal.state, CASE
+            WHEN hold.id IS NULL THEN 'nowhere'
+            WHEN hold.state = 'pending' THEN 'held'
+            WHEN CASE hold.state WHEN 'posted' THEN 1 ELSE 0 END + (
+                SELECT COALESCE(SUM(CASE
+                    WHEN later.id LIKE 'revived:withdrawal:%' THEN 1
+                    WHEN later.id LIKE 'returned:withdrawal:%' THEN -1 ELSE 0 END), 0)
+                FROM ledger_transfer AS later WHERE later.reference = withdrawal.id
+            ) = 0 THEN 'with the wallet' ELSE 'gone' END AS place
+        FROM withdrawal LEFT JOIN ledger_transfer AS hold ON hold.id = 'withdrawal:' || withdrawal.id
+    ) AS placed
+    WHERE place <> CASE state
+        WHEN 'paid' THEN 'gone' WHEN 'failed' THEN 'with the wallet' WHEN 'rejected' THEN 'with the wallet' ELSE 'held' END
 """
 
 
@@ -100,7 +110,7 @@ def check(tx: Transaction) -> list[Finding]:
         for receipt, charged, posted in tx.execute(_CHARGES).fetchall()
     ]
     findings += [
-        Finding("withdrawal_wrong", withdrawal, f"it is {state}, but its transfer is {transfer}")
-        for withdrawal, state, transfer in tx.execute(_WITHDRAWALS).fetchall()
+        Finding("withdrawal_wrong", withdrawal, f"it is {state}, but its money is {place}")
+        for withdrawal, state, place in tx.execute(_WITHDRAWALS).fetchall()
     ]
     return findings

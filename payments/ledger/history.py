@@ -29,6 +29,7 @@ WORDS = {
     "withdrawal": "withdrawal",
     "withdrawal-fee": "network_fee",
     "returned": "withdrawal_returned",
+    "revived": "withdrawal",
     "loss": "adjustment",
     "made-good": "adjustment",
     "excess": "adjustment",

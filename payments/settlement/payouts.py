@@ -18,6 +18,8 @@ from payments.settlement.evidence import TransferProof
 from payments.settlement.orders import Kind, LedgerCallback, SettlementOrder
 from payments.store import Transaction
 
+_ROUNDS = "SELECT COUNT(*) FROM ledger_transfer WHERE reference = ? AND id LIKE ?"
+
 
 def kind(on_paid: LedgerCallback, on_failed: LedgerCallback) -> Kind:
     """How the settlement engine carries a kind of payouts: the treasury signs, its own Transfer is the evidence."""
@@ -73,32 +75,74 @@ def enqueue(
 
 def paid(tx: Transaction, row: dict[str, Any], token: Token) -> None:
     """The treasury's transfer is mined. It paid the whole value, whatever a token with a fee let arrive."""
-    transfers.capture(tx, row["reference"], atomic_to_nano_down(int(row["value"]), token.decimals))
+    take(tx, row["reference"], atomic_to_nano_down(int(row["value"]), token.decimals))
 
 
 def failed(tx: Transaction, row: dict[str, Any]) -> None:
-    """The treasury's transfer cannot be mined any more: what was held is the wallet's again.
-
-    After a reorganisation it may have been posted before; then it is given back.
-    """
+    """The treasury's transfer came to nothing: what was held is the wallet's again."""
     assert give_back(tx, row["reference"])
 
 
+def take(tx: Transaction, transfer_id: str, amount: int) -> None:
+    """Post what was held, in nano-USD: once, however often it is told.
+
+    After a reorganisation it may have been given back before; then it is taken from the balance, and what that has no more is
+    the operator's loss.
+    """
+    made = transfers.find(tx, transfer_id)
+    assert made is not None, f"{transfer_id} was never held"
+    if made.state == "pending":
+        transfers.capture(tx, transfer_id, amount)
+        return
+    returns, revivals = _rounds(tx, transfer_id, made)
+    if _is_out(made, returns, revivals):
+        return
+    lost = amount - transfers.balance(tx, made.debit).available
+    if lost > 0:
+        _post(tx, f"loss:{transfer_id}:{revivals}", _variance(made), made.debit, lost, made.reference)
+    _post(tx, f"revived:{transfer_id}:{revivals}", made.debit, made.credit, amount, made.reference)
+
+
 def give_back(tx: Transaction, transfer_id: str) -> bool:
-    """Undo what was held, or was posted before a reorganisation. False if there is no such transfer."""
+    """Undo what was held, or was posted before a reorganisation: once, however often it is told. False if there is no such
+    transfer."""
     made = transfers.find(tx, transfer_id)
     if made is None:
         return False
-    if made.state != "posted":
+    if made.state == "pending":
         transfers.void(tx, transfer_id)
         return True
-    assert made.posted_amount is not None
-    transfers.post(
-        tx,
-        id=f"returned:{transfer_id}",
-        debit=made.credit,
-        credit=made.debit,
-        amount=made.posted_amount,
-        reference=made.reference,
-    )
+    returns, revivals = _rounds(tx, transfer_id, made)
+    if not _is_out(made, returns, revivals):
+        return True
+    before = None if revivals == 0 else f"{transfer_id}:{revivals - 1}"
+    revived = None if before is None else transfers.find(tx, f"revived:{before}")
+    amount = made.posted_amount if revived is None else revived.amount
+    assert amount is not None
+    _post(tx, f"returned:{transfer_id}:{returns}", made.credit, made.debit, amount, made.reference)
+    lost = None if before is None else transfers.find(tx, f"loss:{before}")
+    if lost is not None:
+        _post(tx, f"made-good:{before}", made.debit, _variance(made), lost.amount, made.reference)
     return True
+
+
+def _rounds(tx: Transaction, transfer_id: str, made: transfers.Transfer) -> tuple[int, int]:
+    """How often it was given back after it was posted, and posted after it was given back."""
+    returns, revivals = (
+        tx.execute(_ROUNDS, (made.reference, f"{kind}:{transfer_id}%")).fetchone()[0]
+        for kind in ("returned", "revived")
+    )
+    return returns, revivals
+
+
+def _is_out(made: transfers.Transfer, returns: int, revivals: int) -> bool:
+    """Whether the money has left by now, of a hold that has ended."""
+    return returns == revivals if made.state == "posted" else revivals == returns + 1
+
+
+def _variance(made: transfers.Transfer) -> str:
+    return account_id("variance", made.debit.rpartition("@")[2])
+
+
+def _post(tx: Transaction, transfer_id: str, debit: str, credit: str, amount: int, reference: str) -> None:
+    transfers.post(tx, id=transfer_id, debit=debit, credit=credit, amount=amount, reference=reference)

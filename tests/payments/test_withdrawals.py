@@ -321,3 +321,47 @@ async def test_what_a_reorganisation_makes_impossible_is_given_back_with_its_fee
     page = await store.read(lambda tx: history.page(tx, wallet.address, 10))
     assert sum(entry.amount_nano_usd for entry in page.entries) == 10 * USD
     assert await store.read(ledger_books.check) == []
+
+
+@pytest.mark.parametrize("first", ["paid", "failed"])
+async def test_however_often_the_chain_changes_its_mind_it_is_paid_or_given_back_and_never_both(
+    network: Network, store: Store, first: str
+) -> None:
+    wallet, usdc = Wallet("0x" + "a1" * 20, "0x" + "11" * 32), network.tokens[0]
+    await owe(store, wallet, usdc, 5 * USD)
+    made, _ = await ask(store, wallet, usdc, 4 * USD, limits=replace(LIMITS, fee=USD // 2))
+    row = {"id": made.id, "reference": f"withdrawal:{made.id}", "value": "4000000", "reason": "it reverted"}
+    custody = account_id("custody", usdc.asset)
+    verdicts = {
+        "paid": lambda tx: withdrawals.on_paid(tx, row, usdc),
+        "failed": lambda tx: withdrawals.on_failed(tx, row),
+    }
+    second = "failed" if first == "paid" else "paid"
+    for verdict in (first, first, second, second, first, second):
+        await store.write(verdicts[verdict])
+        left = USD // 2 if verdict == "paid" else 5 * USD
+        assert await balance(store, wallet, usdc) == transfers.Balance(left, 0)
+        assert await state_of(store, made) == verdict
+        assert await store.read(ledger_books.check) == []
+
+    # It was given back and spent: then the chain pays it all the same, and that is the operator's loss until it is undone.
+    await store.write(verdicts["failed"])
+    spent, revenue = 3 * USD, account_id("revenue", usdc.asset)
+    await store.write(
+        lambda tx: transfers.post(
+            tx, id="spent", debit=payer_account(wallet.address, usdc.asset), credit=revenue, amount=spent, reference="r"
+        )
+    )
+    for verdict, left, lost in (
+        ("paid", 0, 2 * USD + USD // 2),
+        ("failed", 2 * USD, 0),
+        ("paid", 0, 2 * USD + USD // 2),
+    ):
+        await store.write(verdicts[verdict])
+        assert await balance(store, wallet, usdc) == transfers.Balance(left, 0)
+        variance = await store.read(lambda tx: transfers.balance(tx, account_id("variance", usdc.asset)))
+        assert variance.balance == -lost
+        assert (await store.read(lambda tx: transfers.balance(tx, custody))).balance == -(
+            5 if verdict == "failed" else 1
+        ) * USD
+        assert await store.read(ledger_books.check) == []
