@@ -39,6 +39,7 @@ __all__ = [
     "call_data",
     "load",
     "mint",
+    "outbidding",
     "place_operator_contracts",
     "receipt",
     "rpc",
@@ -46,6 +47,7 @@ __all__ = [
     "send_signed",
 ]
 
+GWEI = 10**9
 PERMIT2_ADDRESS = "0x000000000022D473030F116dDEE9F6B43aC78BA3"
 MULTICALL3_ADDRESS = "0xcA11bde05977b3631167028862bE2a173976CA11"
 EXACT_PROXY_ADDRESS = "0x402085c248EeA27D92E8b30b2C58ed07f9E20001"
@@ -207,7 +209,7 @@ def as_owner(rpc_url: str, token: DevToken, signature: str, *arguments: str | in
 def send_as(rpc_url: str, sender: str, to: str, data: str) -> str:
     """Send a transaction from an account that Anvil signs for (a wallet or the tokens' owner); returns its hash once mined.
 
-    Mines a block if the chain does not by itself.
+    Mines a block if the chain does not by itself; the transaction goes before all others that wait for it.
 
     Raises:
         RpcRefused: it would revert; the message holds the reason, `data` what the contract returned.
@@ -215,9 +217,21 @@ def send_as(rpc_url: str, sender: str, to: str, data: str) -> str:
     call = {"from": sender, "to": to, "data": data}
     # Estimated first: Anvil would mine a call that reverts, and a receipt does not say why.
     gas = int(rpc(rpc_url, "eth_estimateGas", call), 16) * 5 // 4
-    sent: str = rpc(rpc_url, "eth_sendTransaction", call | {"gas": hex(gas)})
+    sent: str = rpc(rpc_url, "eth_sendTransaction", call | {"gas": hex(gas)} | outbidding(rpc_url, sender))
     receipt(rpc_url, sent)
     return sent
+
+
+def outbidding(rpc_url: str, sender: str, at_least: int = 0) -> dict[str, str]:
+    """The fees, in wei a unit of gas, of a transaction that is to go before all others that wait to be mined.
+
+    The gateway pays what others paid in the last blocks: after some of these, more than any fixed fee. Nothing of it, and so
+    the node's choice, where nobody waits and there is no minimum.
+    """
+    pool = rpc(rpc_url, "txpool_content")["pending"]
+    others = [waiting for account, own in pool.items() if account.lower() != sender.lower() for waiting in own.values()]
+    fee = max([at_least, *(int(waiting.get("maxFeePerGas") or waiting["gasPrice"], 16) + GWEI for waiting in others)])
+    return {"maxFeePerGas": hex(fee), "maxPriorityFeePerGas": hex(fee)} if fee else {}
 
 
 def approve_permit2(rpc_url: str, token: DevToken, private_key: str, atomic: int = _UINT256_MAX) -> str:
@@ -261,9 +275,10 @@ def send_signed(rpc_url: str, private_key: str, to: str, data: str = "0x", value
             "data": data,
             "value": value_wei,
             "gas": gas * 5 // 4,
-            "maxFeePerGas": 10 * 10**9,
-            "maxPriorityFeePerGas": 10**9,
+            "maxFeePerGas": 10 * GWEI,
+            "maxPriorityFeePerGas": GWEI,
         }
+        | outbidding(rpc_url, sender.address)
     )
     sent: str = rpc(rpc_url, "eth_sendRawTransaction", "0x" + bytes(signed.raw_transaction).hex())
     receipt(rpc_url, sent)

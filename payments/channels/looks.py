@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from payments.chain.channel_contract import ChannelState, decode_states, encode_deposit, states_call
 from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, PERMIT2_ADDRESS, Token
 from payments.chain.rpc import Rpc, RpcError, RpcUnavailable
-from payments.chain.transactions import decode_revert, encode_allowance, encode_balance_of
+from payments.chain.transactions import WORD, decode_revert, encode_allowance, encode_balance_of
 from payments.errors import PaymentError, PaymentRefused, SettlementUnavailable
 from payments.promises import Cover, Earlier, Funds, InUse, Needed
 from payments.verification.chain_state import LOOK_AGAIN_S, LOOKS_MAX, insufficient_funds, is_fresh, lacks_allowance
@@ -84,9 +84,10 @@ async def _look(
     try:
         (answer,) = await rpc.ask([states_call([channel], more)])
         block, (state,), (balance, allowance, simulated) = decode_states(answer, 1, len(more))
+        funds = Funds(_number(balance), _number(allowance))
     except (RpcUnavailable, RpcError, ValueError) as error:
         raise unavailable() from error
-    return block, state, Funds(_number(balance), _number(allowance)), simulated
+    return block, state, funds, simulated
 
 
 async def _simulate_next(rpc: Rpc, call: bytes, before: tuple[bool, bytes]) -> tuple[bool, bytes]:
@@ -115,4 +116,6 @@ def _judge(
 
 def _number(result: tuple[bool, bytes]) -> int:
     succeeded, returned = result
-    return int.from_bytes(returned[:32], "big") if succeeded else 0
+    if not succeeded or len(returned) < WORD:
+        raise ValueError("a contract that should be there did not answer")
+    return int.from_bytes(returned[:WORD], "big")

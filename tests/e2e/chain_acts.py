@@ -6,14 +6,13 @@ from typing import Any
 
 from eth_account.signers.local import LocalAccount
 
-from contracts.devnet import USDC, call_data, send_as
+from contracts.devnet import USDC, call_data, outbidding, send_as
 from contracts.jsonrpc import rpc
 from tests.e2e.clients import decoded
 
 CHAIN_ID = 84532
 HIGH_FEE = 50 * 10**9
 """Wei a unit of gas: more than the gateway pays where nobody else is in a hurry."""
-MORE = 10**9
 
 
 def transfer_call(headers: dict[str, str]) -> str:
@@ -38,16 +37,9 @@ def submit(rpc_url: str, stranger: str, headers: dict[str, str]) -> str:
 
 
 def send_dearly(rpc_url: str, sender: str, data: str, to: str = USDC.address, gas: int = 200_000) -> str:
-    """Put a transaction before all others that wait to be mined; not waited for.
-
-    The gateway pays what others paid in the last blocks: after some of these, more than any fixed fee.
-    """
-    pool = rpc(rpc_url, "txpool_content")["pending"]
-    others = [waiting for account, own in pool.items() if account.lower() != sender.lower() for waiting in own.values()]
-    bids = [int(waiting["maxFeePerGas"], 16) for waiting in others]
-    fee = hex(max([HIGH_FEE, *(bid + MORE for bid in bids)]))
+    """Put a transaction before all others that wait to be mined, and before what comes; not waited for."""
     transaction = {"from": sender, "to": to, "data": data, "gas": hex(gas)}
-    fees = {"maxFeePerGas": fee, "maxPriorityFeePerGas": fee}
+    fees = outbidding(rpc_url, sender, HIGH_FEE)
     sent: str = rpc(rpc_url, "eth_sendTransaction", transaction | fees)
     return sent
 

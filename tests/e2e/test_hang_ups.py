@@ -18,6 +18,7 @@ from contracts.devnet import USDC, approve_permit2, balance_of
 from gateway.dev.simulator.process import Simulator
 from gateway.dev.stack import Stack
 from payments.money import usd_to_nano
+from tests.e2e.agents import new_wallet
 from tests.e2e.clients import JSON, UPTO, ask, ask_and_sign, available, sign, sign_in, sign_upto
 from tests.e2e.conftest import QUESTION
 from tests.e2e.test_channels import Payer, row
@@ -68,6 +69,11 @@ def newest(stack: Stack, tender: str, *states: str) -> dict[str, Any]:
         assert time.monotonic() < deadline, found
         time.sleep(0.05)
     return found
+
+
+@pytest.fixture
+def wallet(stack: Stack) -> LocalAccount:
+    return new_wallet(stack)
 
 
 @pytest.fixture

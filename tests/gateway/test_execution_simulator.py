@@ -27,7 +27,11 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-QUICK: dict[str, Any] = {"first_token_ms": 400, "between_tokens_ms": 200}
+IMPATIENT: dict[str, dict[str, Any]] = {
+    "sim-silent": {"first_token_ms": 1_000},
+    "sim-stall-3": {"between_tokens_ms": 1_000},
+}
+"""With those who say nothing; all others are given the time that a loaded machine may need."""
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +136,7 @@ async def test_tool_call_and_its_result(simulator: Simulator, dialect: str, stre
 async def test_failure_before_the_first_token_fails_over(
     simulator: Simulator, dialect: str, stream: bool, model: str, code: str | None
 ) -> None:
-    async with executing(providers(simulator), **QUICK) as executor:
+    async with executing(providers(simulator), **IMPATIENT.get(model, {})) as executor:
         healthy = named("openai_chat", "sim-fast")
         running = await executor.start(chat(stream=stream), [named(dialect, model), healthy], 10)
         assert await told(running, stream=stream)
@@ -152,7 +156,7 @@ async def test_failure_before_the_first_token_fails_over(
     ],
 )
 async def test_failure_in_the_middle_is_told(simulator: Simulator, dialect: str, model: str, code: str) -> None:
-    async with executing(providers(simulator), **QUICK) as executor:
+    async with executing(providers(simulator), **IMPATIENT.get(model, {})) as executor:
         running = await executor.start(chat(stream=True), [named(dialect, model)], 50)
         frames = await read(running)
     assert frames[-1]["error"]["code"] == running.failure == code
@@ -164,7 +168,7 @@ async def test_failure_in_the_middle_is_told(simulator: Simulator, dialect: str,
 
 @EVERY_DIALECT
 async def test_missing_end_is_judged_by_the_finish_reason(simulator: Simulator, dialect: str) -> None:
-    async with executing(providers(simulator), **QUICK) as executor:
+    async with executing(providers(simulator)) as executor:
         running = await executor.start(chat(stream=True), [named(dialect, "sim-noend")], 50)
         await read(running)
     # Gemini has no end but the chunk with the finish reason.
@@ -208,7 +212,7 @@ async def test_hanging_up_is_seen_by_the_provider(simulator: Simulator, dialect:
 
 
 async def test_all_dialects_failing_is_reported_with_every_attempt(simulator: Simulator) -> None:
-    async with executing(providers(simulator), **QUICK) as executor:
+    async with executing(providers(simulator)) as executor:
         with pytest.raises(ExecutionFailed) as failed:
             await executor.start(chat(), [named(dialect, "sim-error-500") for dialect in DIALECTS], 50)
     assert [attempt.http_status for attempt in failed.value.attempts] == [500, 500, 500]
