@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import platform
 import shutil
@@ -29,6 +30,10 @@ _STOP_TIMEOUT_S = 20.0
 _PROBE_TIMEOUT_S = 0.5
 _START_ATTEMPTS = 3
 _PR_SET_PDEATHSIG = 1
+_FIRST_PORT, _PORTS = 10_240, 22_000
+_APART = 4_999
+"""Ports between the places where two processes begin that were started one after the other."""
+_given = itertools.count()
 
 
 class AnvilMissing(RuntimeError):
@@ -199,11 +204,18 @@ class Anvil:
 
 
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port on 127.0.0.1 that nobody listens on now.
+
+    It stays the caller's while nothing listens there: it is none of those that the system gives to whoever connects, each is
+    given out once in a long time, and processes that begin together count from places far apart.
+    """
+    for _ in range(_PORTS):
+        port = _FIRST_PORT + (os.getpid() * _APART + next(_given)) % _PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free on 127.0.0.1")
 
 
 def end_with_parent() -> Callable[[], None] | None:
