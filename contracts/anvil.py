@@ -30,6 +30,9 @@ _STOP_TIMEOUT_S = 20.0
 _PROBE_TIMEOUT_S = 0.5
 _START_ATTEMPTS = 3
 _PR_SET_PDEATHSIG = 1
+_STATES = 256
+"""Blocks whose state can be asked for. Otherwise Anvil writes that of every older one into the home directory, a megabyte each,
+and leaves it there."""
 _FIRST_PORT, _PORTS = 10_240, 22_000
 _APART = 4_999
 """Ports between the places where two processes begin that were started one after the other."""
@@ -103,6 +106,7 @@ class Anvil:
         self._state_file = state_file
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
+        self._cache: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def rpc_url(self) -> str:
@@ -150,6 +154,9 @@ class Anvil:
         if self._errors is not None:
             self._errors.close()
             self._errors = None
+        if self._cache is not None:
+            self._cache.cleanup()
+            self._cache = None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -161,6 +168,8 @@ class Anvil:
 
     def _arguments(self) -> list[str]:
         arguments = ["--quiet", "--host", "127.0.0.1", "--port", str(self.port), "--chain-id", str(self.chain_id)]
+        assert self._cache is not None
+        arguments += ["--prune-history", str(_STATES), "--cache-path", self._cache.name]
         if self._block_time_s is not None:
             arguments += ["--block-time", str(self._block_time_s)]
             if self._automine:
@@ -176,6 +185,7 @@ class Anvil:
 
     def _launch(self, program: Path) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # stop() closes it
+        self._cache = tempfile.TemporaryDirectory(prefix="anvil-")
         self._process = subprocess.Popen(
             [program, *self._arguments()],
             stdin=subprocess.DEVNULL,
