@@ -4,9 +4,10 @@
 All on one Anvil in one run, with Circle's own USDC: the settlement engine with its database on disk, given as many payments at
 once as it takes, in batches and singly, and in turns with it the official `x402` package's facilitator: as shipped, and with
 its best settings (see `benchmarks.reference_facilitator` for why these differ tenfold). All check the signature and the chain's
-state first and wait for evidence. The ratio is taken round by round against the reference's best, and again by this process's
-CPU time, which a busy machine does not change. Prints one JSON line with medians and, in `spread`, the least and the most of
-the rounds; exits 1 if a target is missed, or if the transfers on the chain are not those that were settled.
+state first and wait for evidence, and all begin on the same chain. The ratio is taken round by round against the reference's
+best, and again by this process's CPU time, which a busy machine does not change. Prints one JSON line with medians and, in
+`spread`, the least and the most of the rounds; exits 1 if a target is missed, or if the transfers on the chain are not those
+that were settled.
 
 Usage: .venv/bin/python scripts/bench_settlement.py [--payments N] [--quick]
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import secrets
 import sys
@@ -37,7 +39,7 @@ from benchmarks.reference_facilitator import ReferenceFailed
 
 from contracts.anvil import Anvil
 from contracts.devnet import Devnet, approve_permit2, load, mint, place_operator_contracts
-from contracts.jsonrpc import batch
+from contracts.jsonrpc import batch, rpc
 from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, KNOWN_NETWORKS, Network, Token
 from payments.chain.rpc import Rpc
 from payments.chain.transactions import address_of, settle_call
@@ -158,7 +160,8 @@ def measure_settlements(chain: Devnet, count: int, rounds: int) -> dict[str, Any
         # In another order each time: whoever comes after whom must not matter.
         names = list(ways)[turn % len(ways) :] + list(ways)[: turn % len(ways)]
         for name in names:
-            found[name].append(ways[name]())
+            with _taken_back(chain.rpc_url):
+                found[name].append(ways[name]())
     ratios = _ratios(found)
     verify = asyncio.run(_round_trips_to_verify(chain, network, keys, usdc, 256))
     gas = {name: _middle([each.gas for each in own if each.gas is not None]) for name, own in found.items()}
@@ -232,6 +235,16 @@ def measure_vouchers(chain: Devnet, count: int, rounds: int) -> dict[str, Any]:
             "round trips for a voucher": round_trips == 0,
         },
     }
+
+
+@contextlib.contextmanager
+def _taken_back(rpc_url: str) -> Iterator[None]:
+    """What happens on the chain within is undone: Anvil hashes the whole state for each block, so that a chain which has grown
+    is a slower one, most of all for whoever needs many blocks."""
+    snapshot = rpc(rpc_url, "evm_snapshot")
+    yield
+    assert rpc(rpc_url, "evm_revert", snapshot)
+    rpc(rpc_url, "evm_setTime", int(time.time()))
 
 
 async def _ours(
