@@ -30,9 +30,8 @@ _STOP_TIMEOUT_S = 20.0
 _PROBE_TIMEOUT_S = 0.5
 _START_ATTEMPTS = 3
 _PR_SET_PDEATHSIG = 1
-_STATES = 256
-"""Blocks whose state can be asked for. Otherwise Anvil writes that of every older one into the home directory, a megabyte each,
-and leaves it there."""
+_STATES = 500
+"""Blocks whose state is kept on the disk when memory is full, a megabyte each. Anvil would keep thousands, and leave them."""
 _FIRST_PORT, _PORTS = 10_240, 22_000
 _APART = 4_999
 """Ports between the places where two processes begin that were started one after the other."""
@@ -169,7 +168,7 @@ class Anvil:
     def _arguments(self) -> list[str]:
         arguments = ["--quiet", "--host", "127.0.0.1", "--port", str(self.port), "--chain-id", str(self.chain_id)]
         assert self._cache is not None
-        arguments += ["--prune-history", str(_STATES), "--cache-path", self._cache.name]
+        arguments += ["--max-persisted-states", str(_STATES), "--cache-path", self._cache.name]
         if self._block_time_s is not None:
             arguments += ["--block-time", str(self._block_time_s)]
             if self._automine:
