@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +61,12 @@ def batch(rpc_url: str, calls: Sequence[Call], *, timeout_s: float = 30.0) -> li
     return results
 
 
-@functools.cache
+_clients = threading.local()
+
+
 def _client() -> httpx.Client:
-    # One for the process: each new one costs 20 ms of TLS set-up. Proxies have no business between us and localhost.
-    return httpx.Client(trust_env=False)
+    """A client for each thread: its connections stay open, and no other thread closes one that is in use. Without proxies."""
+    found: httpx.Client | None = getattr(_clients, "found", None)
+    if found is None:
+        found = _clients.found = httpx.Client(trust_env=False)
+    return found
