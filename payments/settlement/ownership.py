@@ -161,7 +161,7 @@ class Ownership:
         """Of what is free: what is not spread, the share of what is, and what nobody has taken for long."""
         now = time.monotonic()
         self._free_since = {name: self._free_since.get(name, now) for name in free}
-        held = self._held()
+        held = sum(self._leases.held(name) for name in self._spread)
         for name in free:
             forgotten = now - self._free_since[name] > self._leases.ttl_s
             if name not in self._spread or held < share or forgotten:
@@ -172,9 +172,6 @@ class Ownership:
         """What is more than the share, the idlest first."""
         busy = {name: signer.in_flight for name, signer in self._spread.items() if signer.mine}
         return sorted(busy, key=lambda name: busy[name])[: max(len(busy) - share, 0)]
-
-    def _held(self) -> int:
-        return sum(self._leases.held(name) for name in self._spread)
 
     async def _take_over(self, gained: list[Signer]) -> None:
         await self._take(gained)

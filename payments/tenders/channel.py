@@ -390,7 +390,7 @@ class TopUpHold(ChannelHold):
     """
 
     async def capture(self, amount_nano_usd: int, outcome: Outcome, also: Also | None = None) -> Charge:
-        """See `payments.tenders.schemes.Scheme.topup`."""
+        """Make all that is held balance: `amount_nano_usd` is 0, for no request is charged to it."""
         assert amount_nano_usd == 0
         amount = self.maximum_nano_usd
         announced = self._announced(amount)

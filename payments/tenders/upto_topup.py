@@ -6,25 +6,16 @@ is evidence, resumed after a crash and told of a failure is `exact`'s matter, se
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS
 from payments.chain.transactions import encode_upto_settle
-from payments.settlement.orders import Kind
 from payments.tenders.exact import PAYMENT, ExactTender
 from payments.x402.wire import UptoAuthorization
 
 KIND = "upto_topup"
-TOP_UP = Kind(
-    PAYMENT.proof,
-    PAYMENT.on_paid,
-    PAYMENT.on_failed,
-    PAYMENT.gas,
-    batchable=True,
-    still_wanted=PAYMENT.still_wanted,
-    through_batch=True,
-    nonce=PAYMENT.nonce,
-)
+TOP_UP = replace(PAYMENT, through_batch=True)
 """Settlements of the kind ``upto_topup``: the whole of a payer's authorization pays the treasury and is its balance."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from contracts.devnet import Devnet, Wallet, place_operator_contracts, rpc
 from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS, Network, Token
 from payments.chain.rpc import Rpc
+from payments.kinds import register
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
 from payments.reconciliation import open_books, reconcile
@@ -21,7 +22,6 @@ from payments.settlement.outcomes import Outcomes
 from payments.store import Store
 from payments.tenders import upto_settlement
 from payments.tenders.base import Outcome
-from payments.tenders.exact import PAYMENT
 from payments.tenders.exact_services import ExactServices
 from payments.tenders.upto import UptoHold
 from payments.tenders.upto_scheme import UptoScheme
@@ -127,8 +127,7 @@ async def gateway(database: Path | str, chain: Devnet, network: Network) -> Asyn
         settlements = Settlements(
             store, chain_rpc, network, [signer.private_key], batch_contract=batch_contract, housekeeping_s=0.05
         )
-        settlements.handle("payment", PAYMENT)
-        settlements.handle(upto_settlement.KIND, upto_settlement.kind(network))
+        register(settlements, store)
         await settlements.start()
         services = ExactServices(
             store=store,

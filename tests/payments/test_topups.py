@@ -5,57 +5,32 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
-from contracts.devnet import Devnet, approve_permit2, balance_of, place_operator_contracts
+from contracts.devnet import Devnet, approve_permit2, balance_of
 from payments import promises, receipts
 from payments.chain.networks import Network
-from payments.chain.rpc import Rpc
 from payments.errors import PaymentConflict
-from payments.kinds import register
 from payments.ledger.accounts import payer_account
-from payments.reconciliation import open_books
-from payments.recovery import put_right, recover
-from payments.settlement.engine import Settlements
-from payments.store import Store
+from payments.recovery import put_right
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.base import Outcome
 from payments.tenders.exact import ExactHold
-from payments.tenders.exact_services import ExactServices
-from payments.tenders.upto_scheme import UptoScheme
-from payments.verification.chain_state import ChainStates
 from payments.x402.wire import Payment
 from tests.payments.exact_samples import QUOTED, quote_of
-from tests.payments.pledging import ANSWER_S, LIMIT, VALUE, Desk
+from tests.payments.pledging import VALUE, Desk, gateway
 from tests.payments.settling import PAY_TO
 
 TOPUP = {"kind": "topup"}
 
 
 @pytest.fixture
-async def desk(store: Store, chain: Devnet, network: Network) -> AsyncIterator[Desk]:
-    signer = chain.wallets[0]
+async def desk(database: Path | str, chain: Devnet, network: Network) -> AsyncIterator[Desk]:
     approve_permit2(chain.rpc_url, chain.usdc, chain.wallets[1].private_key)
-    batch_contract, _ = place_operator_contracts(chain.rpc_url, PAY_TO, signer.address, [signer.address])
-    await recover(store)
-    async with Rpc([chain.rpc_url], timeout_s=5) as chain_rpc:
-        await open_books(store, chain_rpc, network, PAY_TO)
-        settlements = Settlements(
-            store, chain_rpc, network, [signer.private_key], batch_contract=batch_contract, housekeeping_s=0.05
-        )
-        register(settlements, store)
-        await settlements.start()
-        services = ExactServices(
-            store=store,
-            settlements=settlements,
-            chain_states=ChainStates(chain_rpc, network),
-            payer_exposure_nano_usd=QUOTED,
-            settlement_wait_s=20,
-        )
-        scheme = UptoScheme(network, PAY_TO, batch_contract, services, answer_s=ANSWER_S, exposure_max_nano_usd=LIMIT)
-        yield Desk(chain, network, services, scheme, batch_contract)
-        await settlements.stop()
+    async with gateway(database, chain, network) as desk:
+        yield desk
 
 
 async def authorize(desk: Desk, payment: Payment, request: bytes = b"t" * 32) -> ExactHold:
