@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,13 +28,13 @@ def anvil() -> Iterator[Anvil]:
 
 @pytest.fixture(scope="session")
 def devnet(anvil: Anvil) -> Devnet:
-    """The loaded chain. Shared by the whole session: a test that changes anything takes `chain`."""
+    """The loaded chain. Shared by the whole session: a test that changes anything takes `chain` or `module_chain`."""
     return load(anvil.rpc_url)
 
 
-@pytest.fixture
-def chain(devnet: Devnet) -> Iterator[Devnet]:
-    """The loaded chain as if it were the test's own: whatever the test does to it is undone."""
+@contextlib.contextmanager
+def _undone(devnet: Devnet) -> Iterator[Devnet]:
+    """The chain, to do with it what one likes: it is as it was afterwards."""
     snapshot = rpc(devnet.rpc_url, "evm_snapshot")
     yield devnet
     rpc(devnet.rpc_url, "anvil_dropAllTransactions")
@@ -41,6 +42,20 @@ def chain(devnet: Devnet) -> Iterator[Devnet]:
     assert rpc(devnet.rpc_url, "evm_revert", snapshot)
     # Going back takes the chain's clock along: set it right, or what a payer signs "from now" lies in the future.
     rpc(devnet.rpc_url, "evm_setTime", int(time.time()))
+
+
+@pytest.fixture
+def chain(devnet: Devnet) -> Iterator[Devnet]:
+    """The loaded chain as if it were the test's own: whatever the test does to it is undone."""
+    with _undone(devnet) as chain:
+        yield chain
+
+
+@pytest.fixture(scope="module")
+def module_chain(devnet: Devnet) -> Iterator[Devnet]:
+    """The same for all tests of a file together, which have something running on it."""
+    with _undone(devnet) as chain:
+        yield chain
 
 
 @pytest.fixture

@@ -32,26 +32,28 @@ class Market:
 
 @pytest.fixture(scope="module", params=["python", "typescript"])
 def market(
-    request: pytest.FixtureRequest, devnet: Devnet, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, module_chain: Devnet, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Market]:
     directory = tmp_path_factory.mktemp("market")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with (
-        facilitated.facilitator(devnet, directory / "facilitator", port),
-        facilitated.shop(url, f"eip155:{devnet.chain_id}", directory / "shop.log", language=request.param) as thing,
+        facilitated.facilitator(module_chain, directory / "facilitator", port),
+        facilitated.shop(
+            url, f"eip155:{module_chain.chain_id}", directory / "shop.log", language=request.param
+        ) as thing,
     ):
         yield Market(url, thing, request.param)
 
 
 @pytest.fixture
-def wallet(devnet: Devnet) -> LocalAccount:
-    account: LocalAccount = Account.from_key(devnet.wallets[5].private_key)
+def wallet(module_chain: Devnet) -> LocalAccount:
+    account: LocalAccount = Account.from_key(module_chain.wallets[5].private_key)
     return account
 
 
-def test_an_official_shop_sells_through_it(market: Market, devnet: Devnet, wallet: LocalAccount) -> None:
-    before = balance_of(devnet.rpc_url, devnet.usdc, SHOP)
+def test_an_official_shop_sells_through_it(market: Market, module_chain: Devnet, wallet: LocalAccount) -> None:
+    before = balance_of(module_chain.rpc_url, module_chain.usdc, SHOP)
     with httpx.Client(timeout=60) as http:
         asked = http.get(market.thing)
         paid = http.get(market.thing, headers=sign(wallet, asked))
@@ -59,23 +61,23 @@ def test_an_official_shop_sells_through_it(market: Market, devnet: Devnet, walle
     response = decoded(paid.headers["payment-response"])
     assert response["success"]
     assert response["payer"].lower() == wallet.address.lower()
-    assert balance_of(devnet.rpc_url, devnet.usdc, SHOP) == before + VALUE
+    assert balance_of(module_chain.rpc_url, module_chain.usdc, SHOP) == before + VALUE
 
 
 def test_one_payment_sent_many_times_at_once_is_served_once(
-    market: Market, devnet: Devnet, wallet: LocalAccount
+    market: Market, module_chain: Devnet, wallet: LocalAccount
 ) -> None:
-    before = balance_of(devnet.rpc_url, devnet.usdc, SHOP)
+    before = balance_of(module_chain.rpc_url, module_chain.usdc, SHOP)
     with httpx.Client(timeout=60) as http, ThreadPoolExecutor(8) as several:
         headers = sign(wallet, http.get(market.thing))
         answers = list(several.map(lambda _: http.get(market.thing, headers=headers), range(8)))
         again = http.get(market.thing, headers=headers)
     assert sorted(answer.status_code for answer in answers) == [200] + [402] * 7
     assert again.status_code == 402
-    assert balance_of(devnet.rpc_url, devnet.usdc, SHOP) == before + VALUE
+    assert balance_of(module_chain.rpc_url, module_chain.usdc, SHOP) == before + VALUE
 
 
-def test_what_was_sold_is_discovered(market: Market, devnet: Devnet, wallet: LocalAccount) -> None:
+def test_what_was_sold_is_discovered(market: Market, module_chain: Devnet, wallet: LocalAccount) -> None:
     if market.language == "typescript":
         pytest.skip("the TypeScript shop describes nothing")
     with httpx.Client(timeout=60) as http:
@@ -90,11 +92,11 @@ def test_what_was_sold_is_discovered(market: Market, devnet: Devnet, wallet: Loc
     assert none.items == []
 
 
-def test_a_killed_facilitator_settles_what_it_began(devnet: Devnet, wallet: LocalAccount, tmp_path: Path) -> None:
+def test_a_killed_facilitator_settles_what_it_began(module_chain: Devnet, wallet: LocalAccount, tmp_path: Path) -> None:
     port = free_port()
-    network = f"eip155:{devnet.chain_id}"
+    network = f"eip155:{module_chain.chain_id}"
     with httpx.Client(timeout=60) as http:
-        with facilitated.facilitator(devnet, tmp_path / "facilitator", port) as first:
+        with facilitated.facilitator(module_chain, tmp_path / "facilitator", port) as first:
             shop = facilitated.shop(f"http://127.0.0.1:{port}", network, tmp_path / "shop.log")
             thing = shop.__enter__()
             headers = sign(wallet, http.get(thing))
@@ -102,7 +104,7 @@ def test_a_killed_facilitator_settles_what_it_began(devnet: Devnet, wallet: Loca
             first.wait()
         try:
             assert http.get(thing, headers=headers).status_code >= 400
-            with facilitated.facilitator(devnet, tmp_path / "facilitator", port):
+            with facilitated.facilitator(module_chain, tmp_path / "facilitator", port):
                 assert http.get(thing, headers=headers).status_code == 200
                 assert http.get(thing, headers=headers).status_code == 402
         finally:

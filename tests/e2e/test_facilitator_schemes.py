@@ -47,20 +47,20 @@ class Market:
 
 @pytest.fixture(scope="module", params=["the shop signs", "the facilitator signs"])
 def market(
-    request: pytest.FixtureRequest, devnet: Devnet, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, module_chain: Devnet, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Market]:
     directory = tmp_path_factory.mktemp("market")
-    signer = devnet.wallets[0].address
-    contract, _ = place_operator_contracts(devnet.rpc_url, signer, signer, [signer])
+    signer = module_chain.wallets[0].address
+    contract, _ = place_operator_contracts(module_chain.rpc_url, signer, signer, [signer])
     port, signed_here = free_port(), request.param == "the facilitator signs"
     # Each has its own: what one leaves claimed and not fetched, the other's would fetch.
     pay_to = "0x" + ("5c" if signed_here else "5d") * 20
-    more: dict[str, Any] = {"authorizer": devnet.wallets[8].private_key}
+    more: dict[str, Any] = {"authorizer": module_chain.wallets[8].private_key}
     if signed_here:
         (directory / "facilitator").mkdir()
         made = subprocess.run(
             [sys.executable, "-m", "gateway.cli", "keys", "create", "shop", "--pay-to", pay_to, "--json"],
-            env=os.environ | facilitated.settings(devnet, directory / "facilitator", contract),
+            env=os.environ | facilitated.settings(module_chain, directory / "facilitator", contract),
             capture_output=True,
             text=True,
             check=True,
@@ -68,11 +68,11 @@ def market(
         more = {"key": json.loads(made.stdout)["key"]}
     with (
         facilitated.facilitator(
-            devnet, directory / "facilitator", port, batch_contract=contract, anybody=not signed_here
+            module_chain, directory / "facilitator", port, batch_contract=contract, anybody=not signed_here
         ),
         facilitated.shop(
             f"http://127.0.0.1:{port}",
-            f"eip155:{devnet.chain_id}",
+            f"eip155:{module_chain.chain_id}",
             directory / "shop.log",
             schemes=SCHEMES,
             pay_to=pay_to,
@@ -83,39 +83,39 @@ def market(
 
 
 @pytest.fixture
-def wallet(devnet: Devnet) -> LocalAccount:
-    account: LocalAccount = Account.from_key(devnet.wallets[5].private_key)
-    approve_permit2(devnet.rpc_url, devnet.usdc, devnet.wallets[5].private_key)
+def wallet(module_chain: Devnet) -> LocalAccount:
+    account: LocalAccount = Account.from_key(module_chain.wallets[5].private_key)
+    approve_permit2(module_chain.rpc_url, module_chain.usdc, module_chain.wallets[5].private_key)
     return account
 
 
-def held(devnet: Devnet, address: str) -> int:
-    return balance_of(devnet.rpc_url, devnet.usdc, address)
+def held(module_chain: Devnet, address: str) -> int:
+    return balance_of(module_chain.rpc_url, module_chain.usdc, address)
 
 
-async def test_upto_takes_what_the_shop_says(market: Market, devnet: Devnet, wallet: LocalAccount) -> None:
+async def test_upto_takes_what_the_shop_says(market: Market, module_chain: Devnet, wallet: LocalAccount) -> None:
     client = x402Client()
     client.register("eip155:*", UptoEvmClientScheme(EthAccountSigner(wallet)))
     async with httpx.AsyncClient(transport=x402_httpx_transport(client), base_url=market.url, timeout=60) as http:
         for used in (321, VALUE, 0):
-            before = held(devnet, market.pay_to)
+            before = held(module_chain, market.pay_to)
             paid = await http.get("/metered", params={"used": str(used)})
             assert paid.status_code == 200, paid.text
             response = decoded(paid.headers["payment-response"])
             assert (response["success"], response["amount"]) == (True, str(used))
             assert (response["transaction"] != "") == (used > 0)
-            assert held(devnet, market.pay_to) == before + used
-        before = held(devnet, market.pay_to)
+            assert held(module_chain, market.pay_to) == before + used
+        before = held(module_chain, market.pay_to)
         refused = await http.get("/metered", params={"used": str(VALUE + 1)})
         assert refused.status_code == 402
-        assert held(devnet, market.pay_to) == before
+        assert held(module_chain, market.pay_to) == before
 
 
-async def test_a_channels_life(market: Market, devnet: Devnet, wallet: LocalAccount) -> None:
-    scheme = BatchSettlementEvmScheme(EthAccountSignerWithRPC(wallet, devnet.rpc_url))
+async def test_a_channels_life(market: Market, module_chain: Devnet, wallet: LocalAccount) -> None:
+    scheme = BatchSettlementEvmScheme(EthAccountSignerWithRPC(wallet, module_chain.rpc_url))
     client = x402Client()
     client.register("eip155:*", scheme)
-    before, funds = held(devnet, market.pay_to), held(devnet, wallet.address)
+    before, funds = held(module_chain, market.pay_to), held(module_chain, wallet.address)
     async with httpx.AsyncClient(transport=x402_httpx_transport(client), base_url=market.url, timeout=60) as http:
         for index in range(11):
             paid = await http.get("/channel")
@@ -126,35 +126,35 @@ async def test_a_channels_life(market: Market, devnet: Devnet, wallet: LocalAcco
         claimed = (await http.post("/claims")).json()
         assert len(claimed["claims"]) == 1
         assert claimed["settle"]
-        assert held(devnet, market.pay_to) == before + 11 * VALUE
+        assert held(module_chain, market.pay_to) == before + 11 * VALUE
         assert (await http.get("/channel")).status_code == 200
     refunded = await asyncio.to_thread(scheme.refund, f"{market.url}/channel")
     assert refunded.success, refunded
     # Its last request is claimed with the refund, and fetched with the next claims.
-    assert funds - held(devnet, wallet.address) == 12 * VALUE
+    assert funds - held(module_chain, wallet.address) == 12 * VALUE
 
 
-def test_the_typescript_client_pays_by_upto(market: Market, devnet: Devnet, wallet: LocalAccount) -> None:
-    before = held(devnet, market.pay_to)
+def test_the_typescript_client_pays_by_upto(market: Market, module_chain: Devnet, wallet: LocalAccount) -> None:
+    before = held(module_chain, market.pay_to)
     done = node("pay.mjs", wallet, f"{market.url}/metered?used=123", ACCEPT_PAYMENT="upto")
     end = json.loads(done.splitlines()[-1])
     assert (end["statuses"], end["paymentResponse"]["success"]) == ([402, 200], True), end
     assert end["paymentResponse"]["amount"] == "123"
-    assert held(devnet, market.pay_to) == before + 123
+    assert held(module_chain, market.pay_to) == before + 123
 
 
 def test_the_typescript_client_opens_uses_and_closes_a_channel(
-    market: Market, devnet: Devnet, wallet: LocalAccount
+    market: Market, module_chain: Devnet, wallet: LocalAccount
 ) -> None:
-    wallet = Account.from_key(devnet.wallets[6].private_key)
-    funds = held(devnet, wallet.address)
-    told = json.loads(node("channel.mjs", wallet, f"{market.url}/channel", RPC_URL=devnet.rpc_url))
+    wallet = Account.from_key(module_chain.wallets[6].private_key)
+    funds = held(module_chain, wallet.address)
+    told = json.loads(node("channel.mjs", wallet, f"{market.url}/channel", RPC_URL=module_chain.rpc_url))
     assert [payment["success"] for payment in told["payments"]] == [True] * 11
     assert [payment["transaction"] != "" for payment in told["payments"]] == [
         index in DEPOSITING for index in range(11)
     ]
     assert told["refund"]["success"] is True
-    assert funds - held(devnet, wallet.address) == 11 * VALUE
+    assert funds - held(module_chain, wallet.address) == 11 * VALUE
 
 
 def node(script: str, wallet: LocalAccount, url: str, **environment: str) -> str:
