@@ -12,6 +12,7 @@ from typing import Any
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
 from payments.chain.signers import Signer
 from payments.settlement import loading, news, outgoing, states
+from payments.settlement.orders import NO_LOG
 from payments.settlement.outbox import Entry
 from payments.settlement.outgoing import Outgoing
 from payments.store import Store, StoreBusy, Transaction
@@ -184,7 +185,7 @@ class Finality:
         for entry, receipt in zip(entries, await self._rpc.batch(requests), strict=True):
             if not isinstance(receipt, dict) or receipt["status"] != "0x1":
                 continue
-            places = {int(log["logIndex"], 16) for log in receipt["logs"]}
+            places = {NO_LOG, *(int(log["logIndex"], 16) for log in receipt["logs"])}
             if int(receipt["blockNumber"], 16) == entry.block_number and entry.transfer_log_index in places:
                 entry.block_hash = receipt["blockHash"]
 

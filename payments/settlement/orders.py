@@ -47,6 +47,10 @@ class SettlementOrder:
         assert all(address == address.lower() for address in (self.token, self.payer, self.pay_to, self.call_to))
 
 
+NO_LOG = -1
+"""The place of evidence that is no log: coin moves without any, and then the transaction itself is what proves it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """The log, mostly a Transfer, that proves a settlement."""
@@ -55,6 +59,7 @@ class Evidence:
     block_number: int
     block_hash: str
     transfer_log_index: int
+    """In its block; or `NO_LOG`."""
     received_value: int
     """Atomic units; less than what was sent if the token takes a fee."""
     withheld_value: int = 0

@@ -11,13 +11,12 @@ from payments.chain.signers import WEI_PER_GWEI
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, native_asset
 from payments.money import divide_up
-from payments.settlement.orders import Evidence, Kind, NoEvidence, SettlementOrder
+from payments.settlement.orders import NO_LOG, Evidence, Kind, NoEvidence, SettlementOrder
 from payments.store import Transaction
 
 KIND = "approval_funding"
 GAS = 30_000
 """An account without code takes 21,000."""
-NO_LOG = -1
 
 _SIGNER = (
     "SELECT chain_transaction.signer FROM settlement JOIN chain_transaction ON chain_transaction.id = settlement.transaction_id"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from mutations.channels import CHANNELS
 from mutations.mutation import Mutation
 from mutations.settlement import SETTLEMENTS
+from mutations.sponsoring import SPONSORING
 from mutations.tenders import TENDERS
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-MUTATIONS: tuple[Mutation, ...] = (*SETTLEMENTS, *TENDERS, *CHANNELS)
+MUTATIONS: tuple[Mutation, ...] = (*SETTLEMENTS, *TENDERS, *CHANNELS, *SPONSORING)

@@ -313,6 +313,11 @@ async def test_a_restart_between_funding_approval_and_settlement_goes_on(
         await hold.capture(QUOTED, ANSWERED)
         assert balance_of(chain.rpc_url, chain.usdt, PAY_TO) == VALUE
         assert sum(row[0].startswith("fund:") for row in await rows(desk.store)) == 1
+        mine(chain.rpc_url, 3)
+        async with asyncio.timeout(20):
+            while {state for _, state in await rows(desk.store)} != {"final"}:  # noqa: ASYNC110 - there is no event to wait for
+                await asyncio.sleep(0.02)
+        assert desk.settlements.reorganised == 0, "nothing was"
         await assert_books_balance(desk.store)
 
 
