@@ -100,6 +100,11 @@ class Channel:
         return max(0, self.topped_up_to_nano_usd - self.claimed_nano_usd)
 
     @property
+    def claimable_nano_usd(self) -> int:
+        """What was charged and is not claimed yet, as far as the channel holds it."""
+        return self.charged_nano_usd - self.lost_nano_usd - self.claimed_nano_usd
+
+    @property
     def spendable(self) -> int:
         """What it holds, claimed or not, and will not give back."""
         return self.on_chain.balance - self.on_chain.withdraw_amount - self.refunding

@@ -41,7 +41,7 @@ REORGANISED_BLOCKS = 64
 
 _DUE = """
     chain_id = ? AND claim_id IS NULL AND claim_from_ms <= ? AND unclaimed_since_ms IS NOT NULL
-    AND marks = synced_marks
+    AND marks = synced_marks AND charged_nano_usd - lost_nano_usd > claimed_nano_usd
     ORDER BY CASE WHEN state = 'withdrawing' THEN 0 ELSE 1 END, unclaimed_since_ms LIMIT ?
 """
 
@@ -155,7 +155,7 @@ class ChannelKeeper:
         return begun
 
     def _due(self, channels: Sequence[Channel], now: int) -> list[Channel]:
-        outstanding = sum(channel.charged_nano_usd - channel.claimed_nano_usd for channel in channels)
+        outstanding = sum(channel.claimable_nano_usd for channel in channels)
         oldest = min((channel.unclaimed_since_ms or now for channel in channels), default=now)
         if outstanding >= self._claim_nano_usd or oldest + self._claim_age_ms <= now:
             return list(channels)

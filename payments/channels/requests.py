@@ -205,7 +205,7 @@ def outcome_of(tx: Transaction, digest: bytes) -> AlreadyUsed | None:
 def _check_claims(channel: Channel, wanted: Wanted) -> None:
     """Serve no channel on and on of which nothing can be claimed: its payer may be withdrawing, and we have nobody to ask."""
     since = channel.unclaimed_since_ms
-    if since is None or channel.state == "drained" or book.now_ms() - since <= wanted.unclaimed_s_max * 1000:
+    if since is None or channel.claimable_nano_usd <= 0 or book.now_ms() - since <= wanted.unclaimed_s_max * 1000:
         return
     raise SettlementUnavailable(
         "channel_unclaimed",

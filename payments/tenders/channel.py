@@ -21,7 +21,7 @@ from payments.channels import book, requests
 from payments.channels.book import Seen
 from payments.channels.requests import MustWait, Taken, Wanted
 from payments.channels.services import ChannelServices, DepositCheck
-from payments.errors import AllowanceRequired, PaymentError, PaymentRefused, SettlementPending
+from payments.errors import AllowanceRequired, PaymentRefused, SettlementPending, SettlementUnavailable
 from payments.money import atomic_to_nano_down, nano_to_atomic_up
 from payments.quotes import Quote
 from payments.settlement import outbox
@@ -324,15 +324,27 @@ class ChannelHold(LedgerHold):
     async def interrupt(self, outcome: Outcome, spent_nano_usd: int = 0) -> None:
         """Charge what was spent; else give the voucher back: the same payment sent again is a new use then.
 
-        What is spent before the deposit is there is charged when it is: whoever hangs up soon enough would pay nothing.
+        Whether a deposit arrives is waited for, and where that cannot be known now, what was spent is charged: the payer has
+        signed for it, and it is claimed once the channel holds it. Else whoever hangs up soon enough would pay nothing.
         """
-        if spent_nano_usd and not self._certain:
-            await self._wait_for_the_deposit(outcome)
+        if not spent_nano_usd or self._certain:
+            await self._end_with(spent_nano_usd, outcome)
+            return
+        charge_nano_usd = spent_nano_usd
+        try:
+            with contextlib.suppress(SettlementPending, SettlementUnavailable, StoreBusy):
+                await self.ready()
+        except PaymentRefused:
+            charge_nano_usd = 0
+        finally:
+            # Whoever cancels this because the process stops must not leave a hold that nobody ends.
+            await self._end_with(charge_nano_usd, outcome)
+
+    async def _end_with(self, spent_nano_usd: int, outcome: Outcome) -> None:
         announced = self._announced(spent_nano_usd)
 
         def unit(tx: Transaction) -> None:
-            # Without its deposit the channel holds nothing that could be charged.
-            if not spent_nano_usd or not self._certain:
+            if not spent_nano_usd:
                 release_if_open(tx, self._use, outcome)
                 return
             with contextlib.suppress(HoldEnded):
@@ -340,15 +352,6 @@ class ChannelHold(LedgerHold):
 
         with contextlib.suppress(StoreBusy):
             await self._store.write_surely(unit, lambda _: self._end())
-
-    async def _wait_for_the_deposit(self, outcome: Outcome) -> None:
-        try:
-            with contextlib.suppress(PaymentError, StoreBusy):  # it is not there, or not known to be
-                await self.ready()
-        except BaseException:
-            # The process stops: it must not leave a hold that nobody ends.
-            await self.interrupt(outcome)
-            raise
 
     def payment_response(self, charge_nano_usd: int | None = None) -> dict[str, Any] | None:
         """What the payer is told: the charge, or for a stream the most that it can be; the next answer makes up for it."""

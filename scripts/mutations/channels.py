@@ -7,12 +7,34 @@ from mutations.mutation import Mutation
 BOOK = ("tests/payments/test_channel_book.py",)
 TOPUPS = ("tests/payments/test_channel_topups.py",)
 MACHINE = ("tests/payments/test_channels_machine.py",)
+ON_CHAIN = ("tests/payments/test_channels_on_chain.py",)
 
 _BOOK, _KEEPER = "payments/channels/book.py", "payments/channels/keeper.py"
 _REQUESTS, _KINDS = "payments/channels/requests.py", "payments/channels/kinds.py"
 _REFUNDS = "payments/channels/refunds.py"
 
 CHANNELS = (
+    Mutation(
+        "what can never be claimed holds up other claims",
+        _KEEPER,
+        " AND charged_nano_usd - lost_nano_usd > claimed_nano_usd\n",
+        "\n",
+        ON_CHAIN,
+    ),
+    Mutation(
+        "a hang-up is free while nobody knows of the deposit",
+        "payments/tenders/channel.py",
+        "        charge_nano_usd = spent_nano_usd\n",
+        "        charge_nano_usd = 0\n",
+        ON_CHAIN,
+    ),
+    Mutation(
+        "a hang-up is charged although the deposit failed",
+        "payments/tenders/channel.py",
+        "            charge_nano_usd = 0\n",
+        "            charge_nano_usd = spent_nano_usd\n",
+        ON_CHAIN,
+    ),
     Mutation(
         "a claim exceeds the voucher",
         _KEEPER,
@@ -46,14 +68,14 @@ CHANNELS = (
         _KEEPER,
         "if current is not None and current.claim_id is None and claim.total",
         "if current is not None and claim.total",
-        ("tests/payments/test_channels_on_chain.py",),
+        ON_CHAIN,
     ),
     Mutation(
         "a withdrawing channel is not claimed early",
         _KEEPER,
         'if channel.state == "withdrawing" or channel.uncollected_nano_usd]\n',
         "if channel.uncollected_nano_usd]\n",
-        ("tests/payments/test_channels_on_chain.py",),
+        ON_CHAIN,
     ),
     Mutation(
         "a top-up is claimed when it is worth it",
@@ -81,7 +103,7 @@ CHANNELS = (
         _KEEPER,
         "        await self._services.sync(known)\n",
         "        del known\n        known = []\n",
-        ("tests/payments/test_channels_on_chain.py", *MACHINE),
+        (*ON_CHAIN, *MACHINE),
     ),
     Mutation(
         "a failed claim is never tried again",

@@ -23,9 +23,9 @@ from payments.tenders.base import Outcome
 from payments.tenders.channel import ChannelHold, TopUpHold
 from payments.withdrawals import Limits, WithdrawalRefused
 from payments.x402.channels import ChannelPayment
+from tests.payments.channel_desk import PRICE, Gateway, gateway
 from tests.payments.exact_samples import QUOTED, assert_books_balance, quote_of
 from tests.payments.settling import PAY_TO
-from tests.payments.test_channels_on_chain import PRICE, Gateway, gateway
 
 TOPUP = {"kind": "topup"}
 LIMITS = Limits(minimum=1, maximum=10**18, daily=10**18, review=10**18, fee=0)

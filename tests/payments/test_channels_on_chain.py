@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import hashlib
-import secrets
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,174 +12,22 @@ from typing import Any
 
 import pytest
 
-from contracts.devnet import OWNER_ADDRESS, Devnet, Wallet, balance_of, call_data, rpc, send_signed
+from contracts.devnet import OWNER_ADDRESS, Devnet, as_owner, balance_of, call_data, rpc
 from payments import receipts
-from payments.chain import channel_contract
-from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, Network, Token
-from payments.chain.rpc import Rpc
-from payments.chain.transactions import selector, word
-from payments.channels import book
-from payments.channels.book import Channel
-from payments.channels.keeper import ChannelKeeper
+from payments.chain.networks import Network
+from payments.channels import keeper
 from payments.channels.refunds import Refunder
 from payments.channels.requests import OutOfStep
-from payments.channels.services import ChannelServices
 from payments.errors import PaymentRefused
-from payments.kinds import register
-from payments.leases import Leases
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id
 from payments.ledger.books import check
-from payments.recovery import recover
-from payments.settlement.engine import Settlements
-from payments.store import Store
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.base import Outcome
 from payments.tenders.channel import ChannelHold, deposit_id
-from payments.tenders.channel_scheme import ChannelScheme
-from payments.tenders.exact_services import ExactServices
-from payments.verification import vouchers
-from payments.verification.chain_state import ChainStates
-from payments.verification.signatures import checksum_address
-from payments.x402.channels import ChannelConfig, ChannelPayment, Deposit, Erc3009Deposit, PayloadType, Voucher, hex32
+from tests.payments.channel_desk import DELAY_S, FINALIZE, INITIATE, PAYER, PRICE, Gateway, gateway
 from tests.payments.exact_samples import DETAILS, QUOTED, assert_books_balance, quote_of
-from tests.payments.settling import PAY_TO, later_than_the_last_block, sign
-
-PRICE = QUOTED // 1000
-DELAY_S = 900
-PAYER, SIGNER = 3, 0
-INITIATE = "initiateWithdraw((address,address,address,address,address,uint40,bytes32),uint128)"
-FINALIZE = "finalizeWithdraw((address,address,address,address,address,uint40,bytes32))"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Gateway:
-    """What a gateway opens, as far as channels go."""
-
-    services: ChannelServices
-    settlements: Settlements
-    scheme: ChannelScheme
-    keeper: ChannelKeeper
-    token: Token
-    wallet: Wallet
-    salt: int = 0
-
-    @property
-    def config(self) -> ChannelConfig:
-        payer, signer = self.wallet.address.lower(), self.services.authorizer.address
-        return ChannelConfig(payer, payer, PAY_TO, signer, self.token.address, DELAY_S, self.salt)
-
-    @property
-    def number(self) -> int:
-        return vouchers.channel_id(self.config, self.token.chain_id)
-
-    def payment(
-        self,
-        amount: int,
-        *,
-        deposit: int = 0,
-        valid_after: int = 0,
-        type: PayloadType | None = None,
-        refund: int | None = None,
-    ) -> ChannelPayment:
-        """A payment as an official client signs it."""
-        chain_id = self.token.chain_id
-        signed: Deposit | None = None
-        if deposit:
-            unsigned = Erc3009Deposit(deposit, valid_after, int(time.time()) + 300, secrets.randbits(256), b"")
-            digest = vouchers.erc3009_deposit_digest(unsigned, self.config, self.number, self.token)
-            signed = dataclasses.replace(unsigned, signature=sign(self.wallet, digest))
-        voucher = sign(self.wallet, vouchers.voucher_digest(self.number, amount, chain_id))
-        return ChannelPayment(
-            version=2,
-            scheme="batch-settlement",
-            network=f"eip155:{chain_id}",
-            accepted=self.scheme.requirement(self.token, QUOTED, 300),
-            quote_token=None,
-            digest=secrets.token_bytes(32),
-            type=type or ("deposit" if deposit else "voucher"),
-            config=self.config,
-            voucher=Voucher(self.number, amount, voucher),
-            deposit=signed,
-            refund_amount=refund,
-        )
-
-    async def take(self, payment: ChannelPayment, request: bytes = b"request", *, ready: bool = True) -> ChannelHold:
-        requirement = self.scheme.requirement(self.token, QUOTED, 300)
-        digest = hashlib.sha256(request).digest()
-        tender = self.scheme.tender(payment, self.token, requirement, digest, int(time.time()))
-        hold = await tender.authorize(quote_of(QUOTED), dict(DETAILS))
-        if ready:
-            await hold.ready()
-        return hold
-
-    async def pay(self, amount: int, cost: int, *, deposit: int = 0) -> ChannelPayment:
-        payment = self.payment(amount, deposit=deposit)
-        hold = await self.take(payment)
-        await hold.capture(cost * 1000, Outcome())
-        return payment
-
-    async def channel(self) -> Channel:
-        found = await self.services.store.read(lambda tx: book.find(tx, hex32(self.number)))
-        assert found is not None
-        return found
-
-    async def receivable(self) -> int:
-        account = (await self.channel()).account
-        return (await self.services.store.read(lambda tx: transfers.balance(tx, account))).balance
-
-    async def settle_open(self) -> None:
-        """Wait for the claims under way."""
-        async with asyncio.timeout(20):
-            while await self.services.store.read(  # noqa: ASYNC110 - there is no event to wait for
-                lambda tx: book.select(tx, "claim_id IS NOT NULL", ())
-            ):
-                await asyncio.sleep(0.01)
-
-    def payer_calls(self, url: str, function: str, *more: int) -> None:
-        """A transaction of the payer's own."""
-        data = selector(function) + channel_contract.encode_config(self.config) + b"".join(word(each) for each in more)
-        send_signed(url, self.wallet.private_key, checksum_address(BATCH_SETTLEMENT_ADDRESS), "0x" + data.hex())
-
-
-@contextlib.asynccontextmanager
-async def gateway(
-    database: Path | str, chain: Devnet, network: Network, *, owner: str = "one"
-) -> AsyncIterator[Gateway]:
-    store = Store(database)
-    await recover(store)
-    leases = Leases(store, owner)
-    async with Rpc([chain.rpc_url], timeout_s=5) as chain_rpc:
-        settlements = Settlements(store, chain_rpc, network, [chain.wallets[SIGNER].private_key], housekeeping_s=0.05)
-        register(settlements, store)
-        await settlements.start()
-        payers = ExactServices(
-            store=store,
-            settlements=settlements,
-            chain_states=ChainStates(chain_rpc, network),
-            payer_exposure_nano_usd=QUOTED,
-            settlement_wait_s=20,
-        )
-        services = ChannelServices(
-            store=store,
-            settlements=settlements,
-            rpc=chain_rpc,
-            network=network,
-            receiver=PAY_TO,
-            authorizer=settlements.signers[0],
-            withdraw_delay_s=DELAY_S,
-            payers=payers,
-        )
-        keeper = ChannelKeeper(services, settlements, leases, claim_nano_usd=10**15, claim_age_s=3600)
-        assert await leases.acquire(f"channels:{network.chain_id}")
-        try:
-            yield Gateway(
-                services, settlements, ChannelScheme(services), keeper, network.tokens[0], chain.wallets[PAYER]
-            )
-        finally:
-            await settlements.stop()
-            await leases.stop()
-            store.close()
+from tests.payments.settling import PAY_TO, later_than_the_last_block
 
 
 @pytest.fixture
@@ -218,17 +64,11 @@ async def test_a_deposit_may_be_valid_from_later_than_the_last_block_on(opened: 
     assert (await opened.channel()).charged_nano_usd == QUOTED
 
 
-@pytest.mark.parametrize("arrives", [True, False], ids=["it arrives", "it fails"])
-async def test_whoever_hangs_up_before_its_deposit_is_there_pays_what_was_spent_when_it_is(
-    opened: Gateway, chain: Devnet, arrives: bool
-) -> None:
-    spent = QUOTED // 4
-    rpc(chain.rpc_url, "evm_setAutomine", False)
-    hold = await opened.take(opened.payment(PRICE, deposit=5 * PRICE), ready=False)
-    assert hold.may_start_early
-    going = asyncio.create_task(hold.interrupt(Outcome({"reason": "gone"}), spent))
-    await asyncio.sleep(0.3)
-    assert (going.done(), (await opened.channel()).charged_nano_usd) == (False, 0)
+SPENT = QUOTED // 4
+
+
+async def _decide(opened: Gateway, chain: Devnet, *, arrives: bool) -> None:
+    """Mine the deposit that is under way, or what makes it fail."""
     if not arrives:
         blacklist = call_data("blacklist(address)", opened.wallet.address)
         first = {"from": OWNER_ADDRESS, "to": chain.usdc.address, "data": blacklist, "gas": hex(100_000)}
@@ -236,26 +76,85 @@ async def test_whoever_hangs_up_before_its_deposit_is_there_pays_what_was_spent_
         rpc(chain.rpc_url, "eth_sendTransaction", first | fees)
     rpc(chain.rpc_url, "evm_mine")
     rpc(chain.rpc_url, "evm_setAutomine", True)
-    await going
-    assert (await opened.channel()).charged_nano_usd == spent * arrives
+
+
+async def _hung_up(opened: Gateway, hold: ChannelHold) -> tuple[str, int | None, int]:
     view = await opened.services.store.read(lambda tx: receipts.get(tx, hold.receipt_id))
     assert view is not None
-    assert (view.state, view.charged_nano_usd) == (("captured", spent) if arrives else ("released", 0))
+    await assert_books_balance(opened.services.store)
+    return view.state, view.charged_nano_usd, (await opened.channel()).charged_nano_usd
+
+
+@pytest.mark.parametrize("arrives", [True, False], ids=["it arrives", "it fails"])
+async def test_whoever_hangs_up_before_its_deposit_is_there_pays_what_was_spent_when_it_is(
+    opened: Gateway, chain: Devnet, arrives: bool
+) -> None:
+    rpc(chain.rpc_url, "evm_setAutomine", False)
+    hold = await opened.take(opened.payment(PRICE, deposit=5 * PRICE), ready=False)
+    assert hold.may_start_early
+    going = asyncio.create_task(hold.interrupt(Outcome({"reason": "gone"}), SPENT))
+    await asyncio.sleep(0.3)
+    assert (going.done(), (await opened.channel()).charged_nano_usd) == (False, 0)
+    await _decide(opened, chain, arrives=arrives)
+    await going
+    assert await _hung_up(opened, hold) == (("captured", SPENT, SPENT) if arrives else ("released", 0, 0))
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["waited long enough", "stopped"])
+@pytest.mark.parametrize("arrives", [True, False], ids=["it arrives", "it fails"])
+async def test_what_was_spent_is_owed_while_nobody_knows_of_the_deposit(
+    opened: Gateway, chain: Devnet, arrives: bool, stopped: bool
+) -> None:
+    opened.services.payers.settlement_wait_s = 20 if stopped else 0
+    rpc(chain.rpc_url, "evm_setAutomine", False)
+    payment = opened.payment(PRICE, deposit=5 * PRICE)
+    hold = await opened.take(payment, ready=False)
+    going = asyncio.create_task(hold.interrupt(Outcome({"reason": "gone"}), SPENT))
+    if stopped:
+        await asyncio.sleep(0.2)
+        going.cancel()
+    await asyncio.wait({going})
+    assert await _hung_up(opened, hold) == ("captured", SPENT, SPENT)
+    await _decide(opened, chain, arrives=arrives)
+    decided = await opened.settlements.outcome(deposit_id(payment, opened.token.chain_id) or "", 20)
+    assert decided.paid is arrives
+    await opened.keeper.sync_marked()
+    channel = await opened.channel()
+    assert (channel.lost_nano_usd, channel.claimable_nano_usd) == ((0, SPENT) if arrives else (SPENT, 0))
+    await assert_books_balance(opened.services.store)
+    if not arrives:
+        # The next deposit pays what is owed.
+        as_owner(chain.rpc_url, chain.usdc, "unBlacklist(address)", opened.wallet.address)
+        opened.services.payers.settlement_wait_s = 20
+        with pytest.raises(OutOfStep):
+            await opened.take(opened.payment(PRICE, deposit=5 * PRICE))
+        await opened.take(opened.payment(PRICE + SPENT // 1000, deposit=5 * PRICE))
+        channel = await opened.channel()
+        assert (channel.lost_nano_usd, channel.claimable_nano_usd) == (0, SPENT)
+    assert await opened.keeper.claim([channel], opened.token) == 1
+    await opened.settle_open()
+    assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) == SPENT // 1000
     await assert_books_balance(opened.services.store)
 
 
-async def test_a_stop_ends_the_wait_for_the_deposit_of_whoever_hung_up(opened: Gateway, chain: Devnet) -> None:
+async def test_what_can_never_be_claimed_holds_up_no_other_channel(
+    opened: Gateway, chain: Devnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened.services.payers.settlement_wait_s = 0
     rpc(chain.rpc_url, "evm_setAutomine", False)
-    hold = await opened.take(opened.payment(PRICE, deposit=5 * PRICE), ready=False)
-    going = asyncio.create_task(hold.interrupt(Outcome({"reason": "gone"}), QUOTED // 4))
-    await asyncio.sleep(0.2)
-    going.cancel()
-    await asyncio.wait({going})
-    view = await opened.services.store.read(lambda tx: receipts.get(tx, hold.receipt_id))
-    assert view is not None
-    assert view.state == "released"
-    rpc(chain.rpc_url, "evm_setAutomine", True)
-    rpc(chain.rpc_url, "evm_mine")
+    payment = opened.payment(PRICE, deposit=5 * PRICE)
+    await (await opened.take(payment, ready=False)).interrupt(Outcome(), SPENT)
+    await _decide(opened, chain, arrives=False)
+    opened.services.payers.settlement_wait_s = 20
+    assert not (await opened.settlements.outcome(deposit_id(payment, opened.token.chain_id) or "", 20)).paid
+    await opened.keeper.sync_marked()
+    other = dataclasses.replace(opened, wallet=chain.wallets[PAYER + 1])
+    await other.pay(PRICE, PRICE, deposit=5 * PRICE)
+    monkeypatch.setattr(keeper, "DUE_MAX", 1)
+    monkeypatch.setattr(opened.keeper, "_claim_age_ms", 0)
+    assert await opened.keeper.claim_due() == 1
+    await opened.settle_open()
+    assert await other.receivable() == 0
 
 
 async def test_a_deposit_is_made_once_and_its_replay_finds_the_first_outcome(opened: Gateway, chain: Devnet) -> None:

@@ -28,13 +28,13 @@ from payments.x402.channels import ChannelPayment, Permit2Deposit
 from payments.x402.extensions.eip2612 import Eip2612Permit
 from payments.x402.wire import Payment
 from tests.e2e.chain_acts import send_dearly
+from tests.payments.channel_desk import PRICE
+from tests.payments.channel_desk import Gateway as Channels
+from tests.payments.channel_desk import gateway as channel_gateway
 from tests.payments.exact_samples import DETAILS, QUOTED, quote_of
 from tests.payments.pledging import COST, VALUE, Desk
 from tests.payments.pledging import gateway as upto_gateway
 from tests.payments.settling import PAY_TO, pay, sign, transactions
-from tests.payments.test_channels_on_chain import PRICE
-from tests.payments.test_channels_on_chain import Gateway as Channels
-from tests.payments.test_channels_on_chain import gateway as channel_gateway
 
 PAYER = 5
 ANSWERED = Outcome({"model": "m"})

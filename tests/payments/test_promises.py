@@ -48,6 +48,7 @@ from payments.tenders.exact_services import ExactServices
 from payments.tenders.upto_scheme import UptoScheme
 from payments.verification.chain_state import ChainStates
 from tests.payments import facilitating
+from tests.payments.channel_desk import Gateway as ChannelDesk
 from tests.payments.channelling import Channel
 from tests.payments.exact_samples import (
     DETAILS,
@@ -59,7 +60,6 @@ from tests.payments.exact_samples import (
 )
 from tests.payments.pledging import Desk as UptoDesk
 from tests.payments.settling import PAY_TO, pay
-from tests.payments.test_channels_on_chain import Gateway as ChannelDesk
 
 PAYER = 3
 VALUE = QUOTED // 1000
