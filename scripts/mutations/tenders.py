@@ -60,7 +60,7 @@ TENDERS = (
         _AUTHORIZATIONS,
         '        return AlreadyUsed(receipt_id, "in_progress")\n    if receipt_state != "interrupted":',
         '        tx.execute("UPDATE receipt SET state=\'interrupted\'")\n    elif receipt_state != "interrupted":',
-        MACHINE,
+        ("tests/payments/test_exact_again.py", *MACHINE),
     ),
     Mutation(
         "a payment serves another request",

@@ -47,8 +47,6 @@ TREASURY = "0x" + "7e" * 20
 PAYERS = tuple(f"0x{number:040x}" for number in (0xA1, 0xA2, 0xA3, 0xA4))
 CUSTODY = account_id("custody", TOKEN.asset)
 FUNDS = 10_000
-ROUNDS_MAX = 120
-"""Blocks after which everything is decided once nothing is in the way; a deadline and its margin are among them."""
 LONG_S, SHORT_S = 3_600, 12
 DEADLINE_ROUNDS = 20
 """Seconds after a deadline by which it is decided."""
@@ -85,7 +83,8 @@ def entries_of(tx: Transaction, settlement_id: str) -> int:
 class SettlementMachine(Machine):
     """One engine, again and again, on one database and one chain."""
 
-    rounds_max = ROUNDS_MAX
+    rounds_max = 120
+    """Once nothing is in the way; a deadline and its margin are among them."""
 
     @initialize(seed=st.integers(0, 2**32), wanted=wanted_orders)
     def start(self, seed: int, wanted: list[tuple[str, int, int]]) -> None:
@@ -102,14 +101,8 @@ class SettlementMachine(Machine):
         self.submit_orders(wanted, enqueue=False)
 
     async def begin(self) -> None:
-        self.engine = Settlements(
-            self.process.store,
-            self.process.rpc,
-            NETWORK,
-            SIGNER_KEYS,
-            batch_contract=BATCH,
-            confirmations=CONFIRMATIONS,
-        )
+        store, rpc = self.process.store, self.process.rpc
+        self.engine = Settlements(store, rpc, NETWORK, SIGNER_KEYS, batch_contract=BATCH, confirmations=CONFIRMATIONS)
         self.engine.handle("payment", Kind(PaymentProof(), paid, failed, order_gas, batchable=True))
         await self.engine.start()
 
@@ -394,18 +387,30 @@ TestSettlementMachine = SettlementMachine.TestCase
 TestSettlementMachine.settings = exploring(60, 30)
 
 
-def test_confirmations_that_the_database_refused_are_recorded_later() -> None:
+def started(*payers: str) -> SettlementMachine:
     machine = SettlementMachine()
-    machine.start(seed=1, wanted=[(PAYERS[0], 300, LONG_S)])
+    machine.start(seed=1, wanted=[(payer, 300, LONG_S) for payer in payers])
+    return machine
+
+
+def test_confirmations_that_the_database_refused_are_recorded_later() -> None:
+    machine = started(PAYERS[0])
     machine.chain.mine()
     machine.time_passes(2, blocks=False, busy=False)
     machine.time_passes(6, blocks=True, busy=True)
     machine.teardown()
 
 
+def test_what_is_mined_and_not_deep_enough_is_watched_by_the_next_process() -> None:
+    machine = started(PAYERS[0])
+    machine.let_time_pass(2, blocks=True, busy=False)
+    assert machine.read("SELECT state FROM settlement") == [("mined",)]
+    machine.reopen()
+    machine.teardown()
+
+
 def test_what_a_reverted_batch_carried_goes_out_alone_after_a_long_outage() -> None:
-    machine = SettlementMachine()
-    machine.start(seed=1, wanted=[(PAYERS[0], 300, LONG_S), (PAYERS[1], 300, LONG_S)])
+    machine = started(*PAYERS[:2])
     machine.chain.contracts.batches_out_of_gas = 1
     machine.chain.mine()
     machine.time_passes(15, blocks=False, busy=True)
@@ -413,8 +418,7 @@ def test_what_a_reverted_batch_carried_goes_out_alone_after_a_long_outage() -> N
 
 
 def test_an_order_that_the_database_refused_to_bind_to_a_transaction_is_bound_later() -> None:
-    machine = SettlementMachine()
-    machine.start(seed=1, wanted=[(PAYERS[0], 300, LONG_S)])
+    machine = started(PAYERS[0])
     machine.let_time_pass(3, blocks=True, busy=False)
     order = machine.order(PAYERS[1], 300, LONG_S)
     machine.orders[order.id] = order
@@ -432,8 +436,7 @@ def test_an_order_that_the_database_refused_to_bind_to_a_transaction_is_bound_la
 
 
 def test_a_broadcast_that_reached_no_node_is_repeated() -> None:
-    machine = SettlementMachine()
-    machine.start(seed=1, wanted=[(PAYERS[0], 300, LONG_S)])
+    machine = started(PAYERS[0])
     machine.let_time_pass(5, blocks=True, busy=False)
     machine.process.rpc.refuse = refused = 1_000_000
     machine.submit_orders([(PAYERS[1], 300, LONG_S)], enqueue=False)
