@@ -39,6 +39,12 @@ _UNDER_WAY = """
     FROM settlement
     WHERE settlement.payer = ? AND settlement.state IN ('queued', 'submitted') AND settlement.kind NOT IN ('payment', 'upto')
     AND settlement.kind IN ('channel_deposit', 'facilitated', 'facilitated_upto', 'facilitated_deposit')
+    UNION ALL
+    SELECT settlement.id, receipt.asset, authorized.identity, settlement.value, receipt.paid_nano_usd, 0
+    FROM settlement JOIN payment_authorization AS authorized ON authorized.receipt_id = settlement.reference
+    JOIN receipt ON receipt.id = authorized.receipt_id
+    WHERE settlement.payer = ? AND settlement.state IN ('queued', 'submitted') AND settlement.received_value IS NOT NULL
+    AND authorized.state = 'paid'
 """
 
 
@@ -95,7 +101,7 @@ def under_way(tx: Transaction, payer: str) -> list[Promise]:
     """Everything of a payer's (lower-case hex), in all tokens."""
     return [
         Promise(row[0], row[1], int(row[3]), bool(row[5]), _by_permit2(row[2]), int(row[4]))
-        for row in tx.execute(_UNDER_WAY, (payer, payer)).fetchall()
+        for row in tx.execute(_UNDER_WAY, (payer, payer, payer)).fetchall()
     ]
 
 

@@ -185,6 +185,13 @@ class Settlement(SQLModel, table=True):
             sqlite_where=text("state IN ('queued', 'submitted') AND kind NOT IN ('payment', 'upto')"),
             postgresql_where=text("state IN ('queued', 'submitted') AND kind NOT IN ('payment', 'upto')"),
         ),
+        # Likewise what a reorganisation took out of the chain: it had arrived before.
+        Index(
+            "settlement_reopened",
+            "payer",
+            sqlite_where=text("state IN ('queued', 'submitted') AND received_value IS NOT NULL"),
+            postgresql_where=text("state IN ('queued', 'submitted') AND received_value IS NOT NULL"),
+        ),
     )
 
     id: str = Field(primary_key=True)

@@ -84,6 +84,13 @@ TENDERS = (
         MACHINE,
     ),
     Mutation(
+        "what a reorganisation took away exposes nothing",
+        "payments/promises.py",
+        "receipt.paid_nano_usd, 0\n",
+        "0, 0\n",
+        ("tests/payments/test_promises.py",),
+    ),
+    Mutation(
         "debts by upto are not looked at",
         _PLEDGES,
         "    _check_debts(tx, payer)\n",

@@ -131,9 +131,11 @@ def _enqueue(tx: Transaction, order: SettlementOrder) -> bool:
 
 def _mine(tx: Transaction, settlement_id: str, received: int | None) -> None:
     number = tx.execute("SELECT COUNT(*) FROM settlement WHERE block_number IS NOT NULL").fetchone()[0]
-    if states.move(tx, settlement_id, "mined", block_number=number + 1, transfer_log_index=0):
-        row = _row(tx, settlement_id)
-        on_mined(tx, row | {"received_value": row["value"] if received is None else str(received)})
+    row = _row(tx, settlement_id)
+    columns = {"block_number": number + 1, "transfer_log_index": 0}
+    columns["received_value"] = row["value"] if received is None else str(received)
+    if states.move(tx, settlement_id, "mined", **columns):
+        on_mined(tx, row | columns | {"state": "mined"})
 
 
 def _fail(tx: Transaction, settlement_id: str, reason: str) -> None:
