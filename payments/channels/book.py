@@ -369,9 +369,6 @@ def _book_losses(tx: Transaction, channel_id: str, token: Token) -> None:
 def _post(tx: Transaction, channel: Channel, what: str, account: str, amount_nano_usd: int) -> None:
     """Move an amount from one of the books' own accounts to the channel's, or back if it is below zero."""
     debit, credit = (account, channel.account) if amount_nano_usd > 0 else (channel.account, account)
-    pattern = f"{what}:{channel.id}:%"
-    (count,) = tx.execute(
-        "SELECT COUNT(*) FROM ledger_transfer WHERE reference = ? AND id LIKE ?", (channel.id, pattern)
-    ).fetchone()
-    transfer_id = f"{what}:{channel.id}:{int(count)}"
+    name = f"{what}:{channel.id}:"
+    transfer_id = f"{name}{transfers.count(tx, channel.id, name)}"
     transfers.post(tx, id=transfer_id, debit=debit, credit=credit, amount=abs(amount_nano_usd), reference=channel.id)

@@ -23,6 +23,7 @@ __all__ = [
     "TransferConflict",
     "balance",
     "capture",
+    "count",
     "ensure_account",
     "find",
     "hold",
@@ -64,6 +65,7 @@ _TAKE_RESERVED = (
 )
 _GIVE = "UPDATE ledger_account SET balance = balance + ? WHERE id = ? RETURNING id"
 _BALANCE = "SELECT balance, pending_out FROM ledger_account WHERE id = ?"
+_COUNT = "SELECT COUNT(*) FROM ledger_transfer WHERE reference = ? AND SUBSTR(id, 1, CAST(? AS INTEGER)) = ?"
 
 
 class InsufficientFunds(Exception):
@@ -182,6 +184,12 @@ def find(tx: Transaction, id: str) -> Transfer | None:
     """The transfer with this id, or None."""
     row = tx.execute(_FIND, (id,)).fetchone()
     return None if row is None else Transfer(*row)
+
+
+def count(tx: Transaction, reference: str, prefix: str) -> int:
+    """How many transfers for `reference` have an id that begins with `prefix`: what is done once more, as after a
+    reorganisation, needs a name that no earlier round has."""
+    return int(tx.execute(_COUNT, (reference, len(prefix), prefix)).fetchone()[0])
 
 
 def balance(tx: Transaction, account: str) -> Balance:

@@ -18,8 +18,6 @@ from payments.settlement.evidence import TransferProof
 from payments.settlement.orders import Kind, LedgerCallback, SettlementOrder
 from payments.store import Transaction
 
-_ROUNDS = "SELECT COUNT(*) FROM ledger_transfer WHERE reference = ? AND id LIKE ?"
-
 
 def kind(on_paid: LedgerCallback, on_failed: LedgerCallback) -> Kind:
     """How the settlement engine carries a kind of payouts: the treasury signs, its own Transfer is the evidence."""
@@ -129,8 +127,7 @@ def give_back(tx: Transaction, transfer_id: str) -> bool:
 def _rounds(tx: Transaction, transfer_id: str, made: transfers.Transfer) -> tuple[int, int]:
     """How often it was given back after it was posted, and posted after it was given back."""
     returns, revivals = (
-        tx.execute(_ROUNDS, (made.reference, f"{kind}:{transfer_id}%")).fetchone()[0]
-        for kind in ("returned", "revived")
+        transfers.count(tx, made.reference, f"{kind}:{transfer_id}") for kind in ("returned", "revived")
     )
     return returns, revivals
 

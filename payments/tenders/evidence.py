@@ -24,7 +24,6 @@ _FIND = """
 """
 PAID_LATE = "paid_after_it_had_failed"
 """Somebody executed the authorization when its settlement had failed and its request was over: all of it is credit."""
-_REVERSALS = "SELECT COUNT(*) FROM ledger_transfer WHERE reference = ? AND id LIKE 'unsettle:%'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +142,7 @@ def _post(tx: Transaction, transfer_id: str, debit: str, credit: str, amount: in
 
 
 def _reversals(tx: Transaction, settlement_id: str) -> int:
-    return int(tx.execute(_REVERSALS, (settlement_id,)).fetchone()[0])
+    return transfers.count(tx, settlement_id, "unsettle:")
 
 
 def _round(settlement_id: str, reversals: int) -> str:

@@ -24,7 +24,6 @@ from payments.tenders import authorizations
 KIND = "upto"
 
 _STATE = "SELECT state FROM payment_authorization WHERE receipt_id = ?"
-_ROUNDS = "SELECT COUNT(*) FROM ledger_transfer WHERE reference = ? AND id LIKE ?"
 
 
 def settlement_id(receipt_id: str) -> str:
@@ -63,7 +62,7 @@ class _Books:
         seen = transfers.find(tx, f"log:{row['transaction_hash']}:{row['transfer_log_index']}")
         source = custody if seen is None else seen.credit
         covered = min(received, charged)
-        turn = _turn(tx, row["id"], "settle:%")
+        turn = _turn(tx, row["id"], "settle:")
         _post(tx, f"settle:{row['id']}{turn}", source, receivable, covered, row["id"])
         _post(tx, f"excess:{row['id']}{turn}", source, _payer(receipt), received - covered, row["id"])
         _post(tx, f"short:{row['id']}{turn}", variance, receivable, charged - covered, row["id"])
@@ -83,13 +82,13 @@ class _Books:
         custody, variance, receivable = _accounts(receipt)
         if state == "paid":
             # A reorganisation took the transfer away for good; what it brought beyond the price may be spent by now.
-            turn = _turn(tx, row["id"], "unsettle:%")
+            turn = _turn(tx, row["id"], "unsettle:")
             covered = min(receipt.paid_nano_usd, receipt.charged_nano_usd)
             _post(tx, f"unsettle:{row['id']}{turn}", receivable, custody, covered, row["id"])
             _post(tx, f"unexcess:{row['id']}{turn}", variance, custody, receipt.paid_nano_usd - covered, row["id"])
             _post(tx, f"unshort:{row['id']}{turn}", receivable, variance, receipt.charged_nano_usd - covered, row["id"])
             receipts.set_paid(tx, receipt.id, 0)
-        turn = _turn(tx, row["id"], "loss:%")
+        turn = _turn(tx, row["id"], "loss:")
         _post(tx, f"loss:{row['id']}{turn}", variance, receivable, receipt.charged_nano_usd, row["id"])
 
     def on_tried_again(self, tx: Transaction, row: dict[str, Any]) -> bool:
@@ -100,7 +99,7 @@ class _Books:
         authorizations.mark(tx, receipt.id, "pledged")
         assert receipt.charged_nano_usd
         _, variance, receivable = _accounts(receipt)
-        turn = _turn(tx, row["id"], "unloss:%")
+        turn = _turn(tx, row["id"], "unloss:")
         _post(tx, f"unloss:{row['id']}{turn}", receivable, variance, receipt.charged_nano_usd, row["id"])
         return True
 
@@ -122,9 +121,9 @@ def _payer(receipt: receipts.ReceiptView) -> str:
     return payer_account(receipt.payer, receipt.asset)
 
 
-def _turn(tx: Transaction, settlement: str, pattern: str) -> str:
+def _turn(tx: Transaction, settlement: str, prefix: str) -> str:
     """What makes the names of a second round's transfers their own: only after reorganisations and late evidence."""
-    rounds = tx.execute(_ROUNDS, (settlement, pattern)).fetchone()[0]
+    rounds = transfers.count(tx, settlement, prefix)
     return f":{rounds}" if rounds else ""
 
 

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import coincurve
+import pytest
 
 from contracts.devnet import Wallet, rpc
 from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, Network, Token
@@ -187,6 +188,27 @@ async def until_rows(store: Store, expected: list[tuple[Any, ...]], timeout_s: f
     async with asyncio.timeout(timeout_s):
         while await rows(store) != expected:  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def lagging_logs(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[[int], Awaitable[None]]]:
+    """Inside, nodes know the state of the last block and none of its logs. Yields what waits until they were asked for logs so
+    often."""
+    looks, true_call = 0, Rpc.call
+
+    async def call(self: Rpc, method: str, *arguments: Any) -> Any:
+        nonlocal looks
+        if method != "eth_getLogs":
+            return await true_call(self, method, *arguments)
+        looks += 1
+        return []
+
+    async def asked(times: int) -> None:
+        await until(lambda: looks >= times)
+
+    with monkeypatch.context() as lag:
+        lag.setattr(Rpc, "call", call)
+        yield asked
 
 
 def mine(url: str, blocks: int = 1) -> None:

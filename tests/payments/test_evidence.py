@@ -7,14 +7,12 @@ import dataclasses
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from eth_utils.address import to_checksum_address
 
 from contracts.devnet import Devnet, approve_permit2, balance_of, call_data, rpc, send_signed
 from payments.chain.networks import MULTICALL3_ADDRESS, Network, Token
-from payments.chain.rpc import Rpc
 from payments.chain.transactions import (
     AUTHORIZATION_USED_TOPIC,
     TRANSFER_TOPIC,
@@ -32,7 +30,7 @@ from payments.verification.eip712 import token_domain_separator
 from payments.verification.signatures import keccak256
 from payments.x402.wire import Payment
 from tests.databases import open_store
-from tests.payments.settling import PAY_TO, Books, credit, engine, mine, order_for, pay, rows, sign, until
+from tests.payments.settling import PAY_TO, Books, credit, engine, lagging_logs, mine, order_for, pay, rows, sign, until
 
 SETTLED_S = 20
 
@@ -214,29 +212,19 @@ async def test_a_nonce_that_a_node_calls_used_before_it_has_the_logs_is_no_cance
     which: int,
 ) -> None:
     """Its logs lag behind its state: the same payment may have been executed by somebody else."""
-    token, payer, looks = network.tokens[which], chain.wallets[1], 0
+    token, payer = network.tokens[which], chain.wallets[1]
     if which == 1:
         approve_permit2(chain.rpc_url, chain.usdt, payer.private_key)
         mine(chain.rpc_url)
-    true_call = Rpc.call
-
-    async def lagging(self: Rpc, method: str, *arguments: Any) -> Any:
-        nonlocal looks
-        if method != "eth_getLogs":
-            return await true_call(self, method, *arguments)
-        looks += 1
-        return []
-
     monkeypatch.setattr(judge, "RETRY_S", 0.02)
     payment = pay(payer, token, 700)
     order_id = await submit(settlements, payment, token)
-    monkeypatch.setattr(Rpc, "call", lagging)
-    theirs = submit_elsewhere(chain, [settle_call(payment, token)])
-    let_ours_be_mined(chain, settlements)
-    await until(lambda: looks > 6)
-    assert (await settlements.outcome(order_id, 0.1)).state == "submitted"
-    assert books.failed == []
-    monkeypatch.setattr(Rpc, "call", true_call)
+    async with lagging_logs(monkeypatch) as asked:
+        theirs = submit_elsewhere(chain, [settle_call(payment, token)])
+        let_ours_be_mined(chain, settlements)
+        await asked(7)
+        assert (await settlements.outcome(order_id, 0.1)).state == "submitted"
+        assert books.failed == []
     outcome = await settlements.outcome(order_id, SETTLED_S)
     assert (outcome.state, outcome.transaction_hash, outcome.paid) == ("superseded", theirs, True)
     assert await credit(store, payer, token) == 700_000

@@ -8,7 +8,6 @@ import hashlib
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,7 +30,7 @@ from payments.tenders.exact import ExactServices, ExactTender
 from payments.verification.chain_state import ChainStates
 from payments.x402.wire import Eip3009Authorization, Payment, requirement_for
 from tests.payments.exact_samples import DETAILS, QUOTED, credit_of, quote_of
-from tests.payments.settling import PAY_TO, pay, rows, until
+from tests.payments.settling import PAY_TO, lagging_logs, pay, rows, until
 
 VALUE = QUOTED // 1000
 STRANGER = 7
@@ -179,24 +178,14 @@ async def test_what_is_failed_because_logs_came_too_late_is_credited_when_they_c
 ) -> None:
     """The nonce is used in a block that is final, and the node has no logs of that for longer than we wait."""
     token, payer = network.tokens[0], chain.wallets[1].address.lower()
-    payment, looks = pay(chain.wallets[1], token, VALUE), 0
-    true_call = Rpc.call
-
-    async def lagging(self: Rpc, method: str, *arguments: Any) -> Any:
-        nonlocal looks
-        if method != "eth_getLogs":
-            return await true_call(self, method, *arguments)
-        looks += 1
-        return []
-
+    payment = pay(chain.wallets[1], token, VALUE)
     async with gateway(database, chain, network) as services:
         await fails(services, chain, network, payment, token)
-        monkeypatch.setattr(Rpc, "call", lagging)
-        execute(chain, payment, token)
-        rpc(chain.rpc_url, "anvil_mine", "0x3")
-        await until(lambda: looks > 6)
-        await until_watched(services.store, True)
-        monkeypatch.setattr(Rpc, "call", true_call)
+        async with lagging_logs(monkeypatch) as asked:
+            execute(chain, payment, token)
+            rpc(chain.rpc_url, "anvil_mine", "0x3")
+            await asked(7)
+            await until_watched(services.store, True)
         await until_watched(services.store, False)
         assert await credit_of(services.store, payer, token.asset) == Balance(QUOTED, 0)
         await checked(services, chain, network)
