@@ -28,10 +28,10 @@ from payments.doctor import verify_tokens
 from payments.errors import PaymentError
 from tests.contracts.circle import build
 from tests.payments import contract_wallets as wallets
+from tests.payments.desks import VALUE, opened
 from tests.payments.exact_samples import assert_books_balance
 from tests.payments.settling import PAY_TO, pay
 from tests.payments.test_contract_wallets import refusal, send
-from tests.payments.test_tenders_on_chain import VALUE, gateway
 
 SMART = "0x" + "5a" * 20
 
@@ -48,18 +48,20 @@ async def test_the_domain_and_the_decimals_are_what_payers_sign(circle_chain: De
     assert build("v2/FiatTokenV2_2")["contractName"] == "FiatTokenV2_2"
 
 
-async def test_an_authorization_is_settled(circle_chain: Devnet, network: Network, tmp_path: Path) -> None:
+async def test_an_authorization_is_settled(circle_chain: Devnet, network: Network, sqlite_database: Path) -> None:
     token = network.tokens[0]
-    async with gateway(tmp_path, circle_chain, network) as services:
+    async with opened(sqlite_database, circle_chain, network) as (services, _):
         assert await send(services, network, token, pay(circle_chain.wallets[1], token, VALUE))
         assert balance_of(circle_chain.rpc_url, circle_chain.usdc, PAY_TO) == VALUE
         await assert_books_balance(services.store)
 
 
-async def test_permit2_moves_it_through_the_exact_proxy(circle_chain: Devnet, network: Network, tmp_path: Path) -> None:
+async def test_permit2_moves_it_through_the_exact_proxy(
+    circle_chain: Devnet, network: Network, sqlite_database: Path
+) -> None:
     chain, payer = circle_chain, circle_chain.wallets[1]
     network, token = permit2_token(network)
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         assert (await refusal(services, network, token, pay(payer, token, VALUE))).code == "permit2_allowance_required"
         approve_permit2(chain.rpc_url, chain.usdc, payer.private_key)
         assert await send(services, network, token, pay(payer, token, VALUE))
@@ -67,11 +69,13 @@ async def test_permit2_moves_it_through_the_exact_proxy(circle_chain: Devnet, ne
 
 
 @pytest.mark.parametrize("behind", [b"", b"wallet's own"], ids=["65 bytes", "longer"])
-async def test_a_contract_wallet_pays(circle_chain: Devnet, network: Network, tmp_path: Path, behind: bytes) -> None:
+async def test_a_contract_wallet_pays(
+    circle_chain: Devnet, network: Network, sqlite_database: Path, behind: bytes
+) -> None:
     token, owner = network.tokens[0], circle_chain.wallets[1]
     wallets.place(circle_chain, SMART, owner.address)
     mint(circle_chain.rpc_url, circle_chain.usdc, SMART, 10**9)
-    async with gateway(tmp_path, circle_chain, network) as services:
+    async with opened(sqlite_database, circle_chain, network) as (services, _):
         await send(services, network, token, wallets.pay_from(SMART, owner, token, VALUE, behind=behind))
         assert balance_of(circle_chain.rpc_url, circle_chain.usdc, PAY_TO) == VALUE
         stranger = circle_chain.wallets[2]
@@ -80,13 +84,13 @@ async def test_a_contract_wallet_pays(circle_chain: Devnet, network: Network, tm
 
 
 async def test_a_wallet_is_created_with_its_first_payment(
-    circle_chain: Devnet, network: Network, tmp_path: Path
+    circle_chain: Devnet, network: Network, sqlite_database: Path
 ) -> None:
     token, owner = network.tokens[0], circle_chain.wallets[1]
     wallets.place_factory(circle_chain)
     address = wallets.future_address(owner.address)
     mint(circle_chain.rpc_url, circle_chain.usdc, address, 10**9)
-    async with gateway(tmp_path, circle_chain, network) as services:
+    async with opened(sqlite_database, circle_chain, network) as (services, _):
         await send(
             services, network, token, wallets.wrapped(wallets.pay_from(address, owner, token, VALUE), owner.address)
         )
@@ -94,12 +98,12 @@ async def test_a_wallet_is_created_with_its_first_payment(
 
 
 async def test_a_key_that_delegated_its_account_elsewhere_no_longer_pays(
-    circle_chain: Devnet, network: Network, tmp_path: Path
+    circle_chain: Devnet, network: Network, sqlite_database: Path
 ) -> None:
     """EIP-7702: Circle asks the code, so a signature that ecrecover takes is refused before anything is sent."""
     chain, token, account = circle_chain, network.tokens[0], circle_chain.wallets[3]
     rpc(chain.rpc_url, "anvil_setCode", account.address, "0xef0100" + chain.permit2[2:])
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         assert (await refusal(services, network, token, pay(account, token, VALUE))).code == "transfer_would_fail"
         wallets.place(chain, SMART, "0x" + "00" * 20)
         rpc(chain.rpc_url, "anvil_setCode", account.address, "0xef0100" + SMART[2:])
@@ -110,7 +114,7 @@ async def test_a_key_that_delegated_its_account_elsewhere_no_longer_pays(
 @pytest.mark.parametrize("method", ["eip3009", "permit2"])
 @pytest.mark.parametrize("act", ["payer blacklisted", "treasury blacklisted", "paused"])
 async def test_what_circle_blocks_is_refused_and_costs_nothing(
-    circle_chain: Devnet, network: Network, tmp_path: Path, act: str, method: str
+    circle_chain: Devnet, network: Network, sqlite_database: Path, act: str, method: str
 ) -> None:
     chain, payer = circle_chain, circle_chain.wallets[1]
     if method == "permit2":
@@ -124,7 +128,7 @@ async def test_what_circle_blocks_is_refused_and_costs_nothing(
         "paused": lambda: as_owner(chain.rpc_url, chain.usdc, "pause()"),
     }
     acts[act]()
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         refused: PaymentError = await refusal(services, network, token, pay(payer, token, VALUE))
         assert refused.code == "transfer_would_fail"
         count = await services.store.read(lambda tx: tx.execute("SELECT COUNT(*) FROM settlement").fetchone()[0])

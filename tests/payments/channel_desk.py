@@ -14,32 +14,27 @@ from pathlib import Path
 from contracts.devnet import Devnet, Wallet, send_signed
 from payments.chain import channel_contract
 from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, Network, Token
-from payments.chain.rpc import Rpc
 from payments.chain.transactions import selector, word
 from payments.channels import book
 from payments.channels.book import Channel
 from payments.channels.keeper import ChannelKeeper
 from payments.channels.services import ChannelServices
-from payments.kinds import register
 from payments.leases import Leases
 from payments.ledger import transfers
-from payments.recovery import recover
 from payments.settlement.engine import Settlements
-from payments.store import Store
 from payments.tenders.base import Outcome
 from payments.tenders.channel import ChannelHold
 from payments.tenders.channel_scheme import ChannelScheme
-from payments.tenders.exact_services import ExactServices
 from payments.verification import vouchers
-from payments.verification.chain_state import ChainStates
 from payments.verification.signatures import checksum_address
 from payments.x402.channels import ChannelConfig, ChannelPayment, Deposit, Erc3009Deposit, PayloadType, Voucher, hex32
+from tests.payments.desks import opened
 from tests.payments.exact_samples import DETAILS, QUOTED, quote_of
 from tests.payments.settling import PAY_TO, sign
 
 PRICE = QUOTED // 1000
 DELAY_S = 900
-PAYER, SIGNER = 3, 0
+PAYER = 3
 INITIATE = "initiateWithdraw((address,address,address,address,address,uint40,bytes32),uint128)"
 FINALIZE = "finalizeWithdraw((address,address,address,address,address,uint40,bytes32))"
 
@@ -138,24 +133,12 @@ class Gateway:
 async def gateway(
     database: Path | str, chain: Devnet, network: Network, *, owner: str = "one"
 ) -> AsyncIterator[Gateway]:
-    store = Store(database)
-    await recover(store)
-    leases = Leases(store, owner)
-    async with Rpc([chain.rpc_url], timeout_s=5) as chain_rpc:
-        settlements = Settlements(store, chain_rpc, network, [chain.wallets[SIGNER].private_key], housekeeping_s=0.05)
-        register(settlements, store)
-        await settlements.start()
-        payers = ExactServices(
-            store=store,
-            settlements=settlements,
-            chain_states=ChainStates(chain_rpc, network),
-            payer_exposure_nano_usd=QUOTED,
-            settlement_wait_s=20,
-        )
+    async with opened(database, chain, network) as (payers, settlements):
+        leases = Leases(payers.store, owner)
         services = ChannelServices(
-            store=store,
+            store=payers.store,
             settlements=settlements,
-            rpc=chain_rpc,
+            rpc=settlements.rpc,
             network=network,
             receiver=PAY_TO,
             authorizer=settlements.signers[0],
@@ -169,6 +152,4 @@ async def gateway(
                 services, settlements, ChannelScheme(services), keeper, network.tokens[0], chain.wallets[PAYER]
             )
         finally:
-            await settlements.stop()
             await leases.stop()
-            store.close()

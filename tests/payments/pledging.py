@@ -12,11 +12,9 @@ from pathlib import Path
 from contracts.devnet import Devnet, Wallet, place_operator_contracts, rpc
 from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS, Network, Token
 from payments.chain.rpc import Rpc
-from payments.kinds import register
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
-from payments.reconciliation import open_books, reconcile
-from payments.recovery import recover
+from payments.reconciliation import reconcile
 from payments.settlement.engine import Settlements
 from payments.settlement.outcomes import Outcomes
 from payments.store import Store
@@ -25,15 +23,14 @@ from payments.tenders.base import Outcome
 from payments.tenders.exact_services import ExactServices
 from payments.tenders.upto import UptoHold
 from payments.tenders.upto_scheme import UptoScheme
-from payments.verification.chain_state import ChainStates
 from payments.verification.eip712 import permit2_upto_digest
 from payments.x402.wire import Payment, UptoAuthorization
+from tests.payments.desks import VALUE, opened
 from tests.payments.exact_samples import DETAILS, QUOTED, assert_books_balance, quote_of
 from tests.payments.settling import PAY_TO, sign
 
 COST = 7_654_321
 """Not whole in atomic units: 7,655 of them, and 679 nano-USD too much."""
-VALUE = QUOTED // 1000
 ANSWER_S = 60
 LIMIT = 3 * QUOTED
 ANSWERED = Outcome({"model": "m"})
@@ -120,25 +117,6 @@ class Desk:
 async def gateway(database: Path | str, chain: Devnet, network: Network) -> AsyncIterator[Desk]:
     signer = chain.wallets[0]
     batch_contract, _ = place_operator_contracts(chain.rpc_url, PAY_TO, signer.address, [signer.address])
-    store = Store(database)
-    await recover(store)
-    async with Rpc([chain.rpc_url], timeout_s=5) as chain_rpc:
-        await open_books(store, chain_rpc, network, PAY_TO)
-        settlements = Settlements(
-            store, chain_rpc, network, [signer.private_key], batch_contract=batch_contract, housekeeping_s=0.05
-        )
-        register(settlements, store)
-        await settlements.start()
-        services = ExactServices(
-            store=store,
-            settlements=settlements,
-            chain_states=ChainStates(chain_rpc, network),
-            payer_exposure_nano_usd=QUOTED,
-            settlement_wait_s=20,
-        )
+    async with opened(database, chain, network, batch_contract=batch_contract) as (services, _):
         scheme = UptoScheme(network, PAY_TO, batch_contract, services, answer_s=ANSWER_S, exposure_max_nano_usd=LIMIT)
-        try:
-            yield Desk(chain, network, services, scheme, batch_contract)
-        finally:
-            await settlements.stop()
-            store.close()
+        yield Desk(chain, network, services, scheme, batch_contract)

@@ -13,12 +13,9 @@ from typing import Any
 from eth_account import Account
 
 from contracts.devnet import Devnet, Wallet, mint, rpc
-from payments import kinds
 from payments.chain.networks import PERMIT2_ADDRESS, Network, Token
 from payments.chain.rlp import rlp_encode
-from payments.chain.rpc import Rpc
 from payments.chain.transactions import encode_allowance
-from payments.recovery import recover
 from payments.settlement.engine import Settlements
 from payments.sponsoring.records import Budget
 from payments.sponsoring.sponsor import Sponsor
@@ -27,15 +24,14 @@ from payments.tenders.exact import ExactHold
 from payments.tenders.exact_scheme import ExactScheme
 from payments.tenders.exact_services import ExactServices
 from payments.verification.approvals import encode_approve
-from payments.verification.chain_state import ChainStates
 from payments.verification.signatures import keccak256
 from payments.x402.extensions.erc20_approval import Erc20Approval
 from payments.x402.fields import UINT256_MAX
 from payments.x402.wire import Payment
+from tests.payments.desks import VALUE, opened
 from tests.payments.exact_samples import DETAILS, QUOTED, quote_of
 from tests.payments.settling import PAY_TO, key_of, pay
 
-VALUE = QUOTED // 1000
 BUDGET = Budget(hourly_wei=10**16, payer_wei=10**15)
 GWEI = 10**9
 
@@ -124,26 +120,11 @@ async def gateway(
     database: Path | str, chain: Devnet, network: Network, *, budget: Budget = BUDGET, watched: bool = True
 ) -> AsyncIterator[Desk]:
     """What a start of the gateway opens; unless `watched` nobody looks after approvals."""
-    store = Store(database)
-    await recover(store)
-    async with Rpc([chain.rpc_url], timeout_s=5) as chain_rpc:
-        settlements = Settlements(store, chain_rpc, network, [chain.wallets[0].private_key], housekeeping_s=0.05)
-        kinds.register(settlements, store)
-        await settlements.start()
-        sponsor = Sponsor(store, settlements, budget)
+    async with opened(database, chain, network) as (services, settlements):
+        services.sponsor = sponsor = Sponsor(services.store, settlements, budget)
         if watched:
             await sponsor.start()
-        services = ExactServices(
-            store=store,
-            settlements=settlements,
-            chain_states=ChainStates(chain_rpc, network),
-            payer_exposure_nano_usd=QUOTED,
-            settlement_wait_s=20,
-            sponsor=sponsor,
-        )
         try:
             yield Desk(chain, network, services, settlements, sponsor)
         finally:
             await sponsor.stop()
-            await settlements.stop()
-            store.close()

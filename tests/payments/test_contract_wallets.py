@@ -24,6 +24,7 @@ from payments.verification.wallet_signatures import ERC6492_SUFFIX, unwrap
 from payments.x402.wire import Payment, Requirement
 from tests.databases import open_store
 from tests.payments import contract_wallets as wallets
+from tests.payments.desks import VALUE, opened
 from tests.payments.exact_samples import (
     DETAILS,
     NETWORK,
@@ -36,7 +37,6 @@ from tests.payments.exact_samples import (
     quote_of,
 )
 from tests.payments.settling import PAY_TO, pay
-from tests.payments.test_tenders_on_chain import VALUE, gateway
 
 SMART = "0x" + "5a" * 20
 NOW_REQUEST = b"d" * 32
@@ -88,12 +88,12 @@ async def reserved(store: Store) -> int:
 @pytest.mark.parametrize("which", [0, 1], ids=["USDC", "USDT"])
 @pytest.mark.parametrize("behind", [b"", b"wallet's own"], ids=["65 bytes", "longer"])
 async def test_a_deployed_wallet_pays_and_its_inference_waits_for_the_money(
-    chain: Devnet, network: Network, tmp_path: Path, which: int, behind: bytes
+    chain: Devnet, network: Network, sqlite_database: Path, which: int, behind: bytes
 ) -> None:
     token, coin, owner = owned(chain, network, which)
     if which == 1:
         approve_from(chain, SMART)
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         early = await send(services, network, token, wallets.pay_from(SMART, owner, token, VALUE, behind=behind))
         assert not early
         assert balance_of(chain.rpc_url, coin, PAY_TO) == VALUE
@@ -102,7 +102,7 @@ async def test_a_deployed_wallet_pays_and_its_inference_waits_for_the_money(
 
 @pytest.mark.parametrize("which", [0, 1], ids=["USDC", "USDT"])
 async def test_a_wallet_that_does_not_exist_yet_is_deployed_with_its_first_payment(
-    chain: Devnet, network: Network, tmp_path: Path, which: int
+    chain: Devnet, network: Network, sqlite_database: Path, which: int
 ) -> None:
     token, coin, owner = network.tokens[which], (chain.usdc, chain.usdt)[which], chain.wallets[1]
     wallets.place_factory(chain)
@@ -110,7 +110,7 @@ async def test_a_wallet_that_does_not_exist_yet_is_deployed_with_its_first_payme
     mint(chain.rpc_url, coin, address, 10**9)
     if which == 1:
         approve_from(chain, address)
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         for paid in (VALUE, 2 * VALUE):  # the second one finds the wallet deployed
             payment = wallets.wrapped(wallets.pay_from(address, owner, token, VALUE), owner.address)
             assert not await send(services, network, token, payment)
@@ -119,21 +119,21 @@ async def test_a_wallet_that_does_not_exist_yet_is_deployed_with_its_first_payme
         await assert_books_balance(services.store)
 
 
-async def test_only_listed_factories_deploy(chain: Devnet, network: Network, tmp_path: Path) -> None:
+async def test_only_listed_factories_deploy(chain: Devnet, network: Network, sqlite_database: Path) -> None:
     token, owner = network.tokens[0], chain.wallets[1]
     payment = wallets.pay_from(wallets.future_address(owner.address), owner, token, VALUE)
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         elsewhere = wallets.wrapped(payment, owner.address, "0x" + "bb" * 20)
         assert (await refusal(services, network, token, elsewhere)).code == "unsupported_factory"
 
 
 async def test_a_deployment_that_leads_nowhere_is_refused_before_anything_is_sent(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, sqlite_database: Path
 ) -> None:
     token, owner = network.tokens[0], chain.wallets[1]
     wallets.place_factory(chain)
     mint(chain.rpc_url, chain.usdc, SMART, 10**9)
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         not_its_own = wallets.wrapped(wallets.pay_from(SMART, owner, token, VALUE), owner.address)
         assert (await refusal(services, network, token, not_its_own)).code == "transfer_would_fail"
         assert await reserved(services.store) == 0
@@ -141,11 +141,11 @@ async def test_a_deployment_that_leads_nowhere_is_refused_before_anything_is_sen
 
 @pytest.mark.parametrize("mood", [wallets.NEVER, wallets.BURNING, wallets.BOMB])
 async def test_a_hostile_wallet_is_refused_and_harms_nobody_beside_it(
-    chain: Devnet, network: Network, tmp_path: Path, mood: int
+    chain: Devnet, network: Network, sqlite_database: Path, mood: int
 ) -> None:
     token, _, owner = owned(chain, network)
     wallets.set_mood(chain, SMART, mood)
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         hostile = wallets.pay_from(SMART, owner, token, VALUE, behind=b"x")
         refused, *early = await asyncio.gather(
             send(services, network, token, hostile),
@@ -159,12 +159,12 @@ async def test_a_hostile_wallet_is_refused_and_harms_nobody_beside_it(
 
 
 async def test_a_wallet_that_changes_its_mind_gets_nothing_and_can_pay_anew(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, sqlite_database: Path
 ) -> None:
     token, _, owner = owned(chain, network)
     wallets.set_mood(chain, SMART, wallets.FICKLE)
     payment = wallets.pay_from(SMART, owner, token, VALUE)
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         refused = await refusal(services, network, token, payment)
         assert refused.code == "settlement_failed"
         wallets.set_mood(chain, SMART, 0)
@@ -173,12 +173,12 @@ async def test_a_wallet_that_changes_its_mind_gets_nothing_and_can_pay_anew(
 
 
 async def test_a_delegated_account_is_judged_by_its_code_whatever_its_key_signed(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, sqlite_database: Path
 ) -> None:
     token, account = network.tokens[0], chain.wallets[3]
     wallets.place(chain, SMART, "0x" + "00" * 20)
     rpc(chain.rpc_url, "anvil_setCode", account.address, "0xef0100" + SMART[2:])
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         assert not await send(services, network, token, pay(account, token, VALUE))
         # To code that is no wallet: the key's own signature is worth nothing any more.
         rpc(chain.rpc_url, "anvil_setCode", account.address, "0xef0100" + chain.usdc.address[2:])
@@ -188,7 +188,7 @@ async def test_a_delegated_account_is_judged_by_its_code_whatever_its_key_signed
 
 
 async def test_signatures_that_nobody_can_have_made_reserve_nothing(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, sqlite_database: Path
 ) -> None:
     token = network.tokens[0]
     good = pay(chain.wallets[1], token, VALUE)
@@ -201,7 +201,7 @@ async def test_signatures_that_nobody_can_have_made_reserve_nothing(
         "longer": good.signature + b"\0",
         "somebody else's": pay(chain.wallets[2], token, VALUE).signature,
     }
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         for name, signature in spellings.items():
             forged = dataclasses.replace(good, signature=signature)
             assert (await refusal(services, network, token, forged)).code == "bad_signature", name
@@ -232,10 +232,10 @@ async def test_nothing_is_reserved_while_a_contract_judges_its_signature(tmp_pat
     store.close()
 
 
-async def test_a_wallet_on_the_blacklist_is_told_so(chain: Devnet, network: Network, tmp_path: Path) -> None:
+async def test_a_wallet_on_the_blacklist_is_told_so(chain: Devnet, network: Network, sqlite_database: Path) -> None:
     token, _, owner = owned(chain, network)
     as_owner(chain.rpc_url, chain.usdc, "blacklist(address)", SMART)
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         refused = await refusal(services, network, token, wallets.pay_from(SMART, owner, token, VALUE))
         assert isinstance(refused, PaymentRefused)
         assert "blacklisted" in refused.message

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -19,20 +18,16 @@ from payments.chain.networks import Network, Token
 from payments.chain.rpc import Rpc
 from payments.chain.transactions import settle_call
 from payments.errors import PaymentRefused
-from payments.kinds import register
 from payments.ledger.transfers import Balance
-from payments.reconciliation import Report, open_books, reconcile
-from payments.recovery import recover
-from payments.settlement.engine import Settlements
+from payments.reconciliation import Report, reconcile
 from payments.store import Store
 from payments.tenders.evidence import PAID_LATE
 from payments.tenders.exact import ExactServices, ExactTender
-from payments.verification.chain_state import ChainStates
 from payments.x402.wire import Eip3009Authorization, Payment, requirement_for
+from tests.payments.desks import VALUE, opened
 from tests.payments.exact_samples import DETAILS, QUOTED, credit_of, quote_of
 from tests.payments.settling import PAY_TO, lagging_logs, pay, rows, until
 
-VALUE = QUOTED // 1000
 STRANGER = 7
 
 
@@ -40,28 +35,6 @@ STRANGER = 7
 def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(payments.settlement.judge, "FIRST_LOOK_MS", 10)
     monkeypatch.setattr(payments.settlement.late, "FIRST_LOOK_MS", 50)
-
-
-@contextlib.asynccontextmanager
-async def gateway(database: Path | str, chain: Devnet, network: Network) -> AsyncIterator[ExactServices]:
-    store = Store(database)
-    await recover(store)
-    async with Rpc([chain.rpc_url], timeout_s=5) as node:
-        await open_books(store, node, network, PAY_TO)
-        settlements = Settlements(store, node, network, [chain.wallets[0].private_key], housekeeping_s=0.05)
-        register(settlements, store)
-        await settlements.start()
-        try:
-            yield ExactServices(
-                store=store,
-                settlements=settlements,
-                chain_states=ChainStates(node, network),
-                payer_exposure_nano_usd=QUOTED,
-                settlement_wait_s=20,
-            )
-        finally:
-            await settlements.stop()
-            store.close()
 
 
 async def fails(services: ExactServices, chain: Devnet, network: Network, payment: Payment, token: Token) -> str:
@@ -128,14 +101,14 @@ async def test_what_a_stranger_executes_after_the_failure_is_credited_once_by_it
     approve_permit2(chain.rpc_url, chain.usdt, wallet.private_key)
     payment = pay(wallet, token, VALUE)
     async with contextlib.AsyncExitStack() as running:
-        services = await running.enter_async_context(gateway(database, chain, network))
+        services, _ = await running.enter_async_context(opened(database, chain, network))
         receipt_id = await fails(services, chain, network, payment, token)
         await until_watched(services.store, True)
         if restart:
             await running.aclose()
         execute(chain, payment, token)
         if restart:
-            services = await running.enter_async_context(gateway(database, chain, network))
+            services, _ = await running.enter_async_context(opened(database, chain, network))
         # A check of the books may come first: it cannot know yet whose the money is.
         await checked(services, chain, network)
         await until_watched(services.store, False)
@@ -146,7 +119,7 @@ async def test_what_a_stranger_executes_after_the_failure_is_credited_once_by_it
         assert (told["state"], told["reason"], told["credited_usd"]) == ("released", PAID_LATE, "0.02")
         assert told["transaction"]["state"] == "superseded"
         await checked(services, chain, network)
-    async with gateway(database, chain, network) as services:
+    async with opened(database, chain, network) as (services, _):
         await checked(services, chain, network)
         assert await credit_of(services.store, payment.payer, token.asset) == Balance(QUOTED, 0)
 
@@ -157,7 +130,7 @@ async def test_what_nobody_can_execute_any_more_is_watched_no_more(
 ) -> None:
     usdc, wallet = network.tokens[0], chain.wallets[1]
     payment = pay(wallet, usdc, VALUE, valid_s=120)
-    async with gateway(database, chain, network) as services:
+    async with opened(database, chain, network) as (services, _):
         await fails(services, chain, network, payment, usdc)
         await until_watched(services.store, True)
         if how == "expired":
@@ -179,7 +152,7 @@ async def test_what_is_failed_because_logs_came_too_late_is_credited_when_they_c
     """The nonce is used in a block that is final, and the node has no logs of that for longer than we wait."""
     token, payer = network.tokens[0], chain.wallets[1].address.lower()
     payment = pay(chain.wallets[1], token, VALUE)
-    async with gateway(database, chain, network) as services:
+    async with opened(database, chain, network) as (services, _):
         await fails(services, chain, network, payment, token)
         async with lagging_logs(monkeypatch) as asked:
             execute(chain, payment, token)
@@ -206,7 +179,7 @@ async def test_what_was_refused_before_it_was_settled_is_unattributed_when_it_ar
     usdc = network.tokens[0]
     payment = pay(chain.wallets[1], usdc, VALUE)
     requirement = requirement_for(usdc, network, QUOTED, PAY_TO, 300)
-    async with gateway(database, chain, network) as services:
+    async with opened(database, chain, network) as (services, _):
         as_owner(chain.rpc_url, chain.usdc, "blacklist(address)", payment.payer)
         tender = ExactTender(services, payment, usdc, network, requirement, b"d" * 32)
         with pytest.raises(PaymentRefused):

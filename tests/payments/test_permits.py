@@ -31,8 +31,9 @@ from tests.e2e.chain_acts import send_dearly
 from tests.payments.channel_desk import PRICE
 from tests.payments.channel_desk import Gateway as Channels
 from tests.payments.channel_desk import gateway as channel_gateway
+from tests.payments.desks import VALUE
 from tests.payments.exact_samples import DETAILS, QUOTED, quote_of
-from tests.payments.pledging import COST, VALUE, Desk
+from tests.payments.pledging import COST, Desk
 from tests.payments.pledging import gateway as upto_gateway
 from tests.payments.settling import PAY_TO, pay, sign, transactions
 

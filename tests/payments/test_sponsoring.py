@@ -24,11 +24,11 @@ from payments.tenders.exact import ExactHold
 from payments.verification.approvals import encode_approve
 from payments.x402.fields import UINT256_MAX
 from tests.e2e.chain_acts import send_dearly
+from tests.payments.desks import VALUE
 from tests.payments.exact_samples import QUOTED, assert_books_balance
 from tests.payments.settling import PAY_TO, mine, rows, until
 from tests.payments.sponsoring import (
     GWEI,
-    VALUE,
     Desk,
     allowance,
     coin_of,
@@ -187,7 +187,7 @@ class CannotSimulate(Rpc):
 async def test_nodes_that_cannot_simulate_in_a_row_are_asked_for_what_they_can(
     sqlite_database: Path, chain: Devnet, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.payments.sponsoring.Rpc", CannotSimulate)
+    monkeypatch.setattr("tests.payments.desks.Rpc", CannotSimulate)
     wallet = penniless(chain)
     async with gateway(sqlite_database, chain, network) as desk:
         as_owner(chain.rpc_url, chain.usdt, "pause()")

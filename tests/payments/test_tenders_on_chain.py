@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -13,45 +11,17 @@ import pytest
 from contracts.devnet import Devnet, approve_permit2, balance_of, rpc
 from payments import receipts
 from payments.chain.networks import Network, Token
-from payments.chain.rpc import Rpc
 from payments.errors import AllowanceRequired, PaymentRefused
 from payments.ledger import transfers
-from payments.recovery import recover
-from payments.settlement.engine import Settlements
 from payments.store import Store
 from payments.tenders.base import Outcome
-from payments.tenders.exact import PAYMENT, AlreadyUsed, ExactHold, ExactServices, ExactTender
-from payments.verification.chain_state import ChainStates
+from payments.tenders.exact import AlreadyUsed, ExactHold, ExactServices, ExactTender
 from payments.x402.wire import Payment, requirement_for
-from tests.databases import open_store
+from tests.payments.desks import VALUE, opened
 from tests.payments.exact_samples import DETAILS, QUOTED, assert_books_balance, credit_of, quote_of
 from tests.payments.settling import PAY_TO, pay
 
-VALUE = QUOTED // 1000
 ANSWERED = Outcome({"model": "m"})
-
-
-@contextlib.asynccontextmanager
-async def gateway(directory: Path, chain: Devnet, network: Network) -> AsyncIterator[ExactServices]:
-    """What a start of the gateway opens, as far as payments go."""
-    store = open_store(directory)
-    await recover(store)
-    async with Rpc([chain.rpc_url], timeout_s=5) as chain_rpc:
-        keys = [chain.wallets[0].private_key]
-        settlements = Settlements(store, chain_rpc, network, keys)
-        settlements.handle("payment", PAYMENT)
-        await settlements.start()
-        try:
-            yield ExactServices(
-                store=store,
-                settlements=settlements,
-                chain_states=ChainStates(chain_rpc, network),
-                payer_exposure_nano_usd=QUOTED,
-                settlement_wait_s=20,
-            )
-        finally:
-            await settlements.stop()
-            store.close()
 
 
 def tender(services: ExactServices, network: Network, token: Token, payment: Payment) -> ExactTender:
@@ -65,12 +35,12 @@ async def custody_of(store: Store, token: Token) -> int:
 
 @pytest.mark.parametrize("which", [0, 1], ids=["USDC", "USDT"])
 async def test_payment_is_settled_once_and_the_rest_is_credit(
-    chain: Devnet, network: Network, tmp_path: Path, which: int
+    chain: Devnet, network: Network, sqlite_database: Path, which: int
 ) -> None:
     token, wallet = network.tokens[which], chain.wallets[1]
     approve_permit2(chain.rpc_url, chain.usdt, wallet.private_key)
     payment = pay(wallet, token, VALUE)
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
 
         async def send() -> ExactHold | AlreadyUsed:
             try:
@@ -99,10 +69,10 @@ async def test_payment_is_settled_once_and_the_rest_is_credit(
 
 
 async def test_missing_allowance_and_balance_are_said_before_anything_is_sent(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, sqlite_database: Path
 ) -> None:
     usdc, usdt = network.tokens
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         unapproved = pay(chain.wallets[2], usdt, VALUE)
         with pytest.raises(AllowanceRequired):
             await tender(services, network, usdt, unapproved).authorize(quote_of(), DETAILS)
@@ -118,15 +88,15 @@ async def test_missing_allowance_and_balance_are_said_before_anything_is_sent(
 
 
 async def test_gateway_that_stops_before_the_block_gives_the_answer_after_the_next_start(
-    chain: Devnet, network: Network, tmp_path: Path
+    chain: Devnet, network: Network, sqlite_database: Path
 ) -> None:
     usdc = network.tokens[0]
     payment = pay(chain.wallets[3], usdc, VALUE)
     rpc(chain.rpc_url, "evm_setAutomine", False)
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         first = await tender(services, network, usdc, payment).authorize(quote_of(), DETAILS)
     rpc(chain.rpc_url, "evm_setAutomine", True)
-    async with gateway(tmp_path, chain, network) as services:
+    async with opened(sqlite_database, chain, network) as (services, _):
         hold = await tender(services, network, usdc, payment).authorize(quote_of(), DETAILS)
         assert hold.receipt_id == first.receipt_id
         rpc(chain.rpc_url, "evm_mine")

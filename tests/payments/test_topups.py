@@ -19,8 +19,9 @@ from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.base import Outcome
 from payments.tenders.exact import ExactHold
 from payments.x402.wire import Payment
+from tests.payments.desks import VALUE
 from tests.payments.exact_samples import QUOTED, quote_of
-from tests.payments.pledging import VALUE, Desk, gateway
+from tests.payments.pledging import Desk, gateway
 from tests.payments.settling import PAY_TO
 
 TOPUP = {"kind": "topup"}

@@ -34,8 +34,9 @@ from payments.tenders.base import Outcome
 from payments.tenders.upto import UptoHold
 from payments.x402.wire import Payment, UptoAuthorization
 from tests.payments.contract_wallets import place
+from tests.payments.desks import VALUE
 from tests.payments.exact_samples import QUOTED, assert_books_balance
-from tests.payments.pledging import ANSWER_S, ANSWERED, COST, VALUE, Desk, gateway
+from tests.payments.pledging import ANSWER_S, ANSWERED, COST, Desk, gateway
 from tests.payments.settling import PAY_TO, later_than_the_last_block, pay, until
 
 
