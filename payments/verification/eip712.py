@@ -38,7 +38,7 @@ _ADDRESS_PADDING = bytes(12)
 def eip3009_digest(authorization: Eip3009Authorization, token: Token) -> bytes:
     """The 32 bytes that the payer of a `TransferWithAuthorization` signs, in the domain of `token`."""
     payer = _word(authorization.payer)
-    to = _word(authorization.to)
+    to = _usual_word(authorization.to)
     value = authorization.value.to_bytes(32, "big")
     valid_after = authorization.valid_after.to_bytes(32, "big")
     valid_before = authorization.valid_before.to_bytes(32, "big")
@@ -49,14 +49,16 @@ def eip3009_digest(authorization: Eip3009Authorization, token: Token) -> bytes:
 
 def permit2_exact_digest(authorization: Permit2Authorization, chain_id: int) -> bytes:
     """The 32 bytes that the payer of a `PermitWitnessTransferFrom` with the exact scheme's witness signs, on `chain_id`."""
-    witness = keccak256(_WITNESS + _word(authorization.to) + authorization.valid_after.to_bytes(32, "big"))
+    witness = keccak256(_WITNESS + _usual_word(authorization.to) + authorization.valid_after.to_bytes(32, "big"))
     return _permit2_digest(_PERMIT_WITNESS_TRANSFER_FROM, authorization, witness, chain_id)
 
 
 def permit2_upto_digest(authorization: UptoAuthorization, chain_id: int) -> bytes:
     """The same with the witness of the scheme `upto`."""
     valid_after = authorization.valid_after.to_bytes(32, "big")
-    witness = keccak256(_UPTO_WITNESS + _word(authorization.to) + _word(authorization.facilitator) + valid_after)
+    witness = keccak256(
+        _UPTO_WITNESS + _usual_word(authorization.to) + _usual_word(authorization.facilitator) + valid_after
+    )
     return _permit2_digest(_UPTO_PERMIT_WITNESS_TRANSFER_FROM, authorization, witness, chain_id)
 
 
@@ -79,8 +81,9 @@ def permit2_domain_separator(chain_id: int) -> bytes:
 
 
 def _permit2_digest(type_hash: bytes, authorization: Permit2Authorization, witness: bytes, chain_id: int) -> bytes:
-    permitted = keccak256(_TOKEN_PERMISSIONS + _word(authorization.token) + authorization.amount.to_bytes(32, "big"))
-    spender = _word(authorization.spender)
+    amount = authorization.amount.to_bytes(32, "big")
+    permitted = keccak256(_TOKEN_PERMISSIONS + _usual_word(authorization.token) + amount)
+    spender = _usual_word(authorization.spender)
     nonce = authorization.nonce.to_bytes(32, "big")
     deadline = authorization.deadline.to_bytes(32, "big")
     struct = keccak256(type_hash + permitted + spender + nonce + deadline + witness)
@@ -101,3 +104,9 @@ def permit2_prefix(chain_id: int) -> bytes:
 
 def _word(address: str) -> bytes:
     return _ADDRESS_PADDING + bytes.fromhex(address[2:])
+
+
+@lru_cache(maxsize=256)
+def _usual_word(address: str) -> bytes:
+    """The same of an address that is in nearly every authorization: ours, or a contract's."""
+    return _word(address)
