@@ -181,13 +181,14 @@ class Rpc:
             self._look(now)
             self._echo([request for request in requests if request[0] == SEND], nodes[1:], now)
         problems = []
-        for node, following in zip(nodes, [*nodes[1:], None], strict=True):
+        for place, node in enumerate(nodes):
+            following = next(iter(nodes[place + 1 :]), None)
             self.round_trips += 1
             may_wait = following is None or not following.healthy(now)
             try:
                 replies = await self._ask(node, requests, self.timeout_s if may_wait else PATIENCE_S)
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-                problems.append(f"{node.host}: {error or type(error).__name__}")
+                problems.append(f"{node.host}: {str(error) or type(error).__name__}")
                 continue
             if following is not None and any(isinstance(r, RpcError) and r.is_the_nodes_own for r in replies):
                 problems.append(f"{node.host}: limits its callers, or is broken inside")

@@ -203,6 +203,18 @@ async def test_a_hung_node_delays_one_call_and_not_the_next(monkeypatch: pytest.
         hung.hang.set()
 
 
+async def test_while_every_node_hangs_nobody_answers_and_nobody_waits_for_that() -> None:
+    hung = ScriptedNode()
+    hung.hang = asyncio.Event()
+    async with serving(hung) as rpc:
+        rpc.timeout_s = 0.1
+        for said in ("TimeoutError", "every node hung"):
+            with pytest.raises(RpcUnavailable, match=said):
+                await rpc.batch([("eth_gasPrice", ())])
+        assert hung.calls == ["eth_gasPrice"]
+        hung.hang.set()
+
+
 async def test_a_transaction_goes_to_every_healthy_node_though_the_first_hangs() -> None:
     hung, second, third, sick = (ScriptedNode() for _ in range(4))
     hung.hang = asyncio.Event()
