@@ -31,7 +31,7 @@ from tests.payments import contract_wallets as wallets
 from tests.payments.desks import VALUE, opened
 from tests.payments.exact_samples import assert_books_balance
 from tests.payments.settling import PAY_TO, pay
-from tests.payments.test_contract_wallets import refusal, send
+from tests.payments.wallet_desk import refusal, send
 
 SMART = "0x" + "5a" * 20
 

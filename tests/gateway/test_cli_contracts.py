@@ -10,7 +10,7 @@ import pytest
 from contracts import operators
 from contracts.devnet import Devnet, call_data, rpc, send_as
 from contracts.operators import CREATE2_DEPLOYER
-from tests.gateway.test_cli import KEY, KEY_ADDRESS, Run, on_chain, parsed, run
+from tests.gateway.command_line import KEY, KEY_ADDRESS, Run, on_chain, parsed, run
 
 __all__ = ["on_chain", "run"]
 

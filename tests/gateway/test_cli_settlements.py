@@ -15,7 +15,7 @@ from payments.settlement import outbox, outgoing, states
 from payments.settlement.orders import SettlementOrder
 from payments.store import Transaction
 from tests.databases import open_store
-from tests.gateway.test_cli import Run, parsed, run
+from tests.gateway.command_line import Run, parsed, run
 
 __all__ = ["run"]
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from contracts.devnet import Devnet
+from contracts.devnet import Devnet, balance_of, rpc
 from contracts.wallets import Wallet
 from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, Network, Token
 from payments.facilitator.app import create_app
@@ -21,11 +22,13 @@ from payments.facilitator.opening import NetworkOptions, Options, Services, open
 from payments.verification.eip712 import eip3009_digest, permit2_exact_digest
 from payments.x402.wire import Eip3009Authorization, Permit2Authorization
 from tests.databases import sqlite_file
-from tests.payments.settling import sign
+from tests.payments.settling import rows, sign
 
 SHOP = "0x" + "5a" * 20
 VALUE = 1_000
 HOUR_S = 3_600
+Change = Callable[[dict[str, Any]], Any]
+"""Changes a body where it stands."""
 
 
 @dataclass(slots=True)
@@ -153,3 +156,45 @@ def body(
     if extensions is not None:
         payment["extensions"] = extensions
     return {"x402Version": version, "paymentPayload": payment, "paymentRequirements": wants}
+
+
+def at(path: str, value: Any) -> Change:
+    """Set one member of a body, by its dotted path; `...` takes it away."""
+
+    def change(call: dict[str, Any]) -> None:
+        *parents, last = path.split(".")
+        for name in parents:
+            call = call[name]
+        if value is ...:
+            del call[last]
+        else:
+            call[last] = value
+
+    return change
+
+
+def held_by_shop(chain: Devnet) -> int:
+    """In atomic units, of both tokens together."""
+    return balance_of(chain.rpc_url, chain.usdc, SHOP) + balance_of(chain.rpc_url, chain.usdt, SHOP)
+
+
+async def until_submitted(chain: Devnet, running: Running) -> None:
+    """Wait until the one settlement is written, and its transaction waits for a block."""
+    async with asyncio.timeout(20):
+        while await rows(running.services.store, "state") != [("submitted",)]:  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(0.01)
+        while int(rpc(chain.rpc_url, "txpool_status")["pending"], 16) == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def drain(chain: Devnet, address: str) -> None:
+    """Send all USDC of an address elsewhere, before what the facilitator sends."""
+    funds = balance_of(chain.rpc_url, chain.usdc, address)
+    data = "0xa9059cbb" + ("dd" * 20).rjust(64, "0") + f"{funds:064x}"
+    rpc(chain.rpc_url, "anvil_impersonateAccount", address)
+    price = hex(10**12)  # before ours in the block
+    rpc(
+        chain.rpc_url,
+        "eth_sendTransaction",
+        {"from": address, "to": chain.usdc.address, "data": data, "gasPrice": price},
+    )

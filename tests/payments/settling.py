@@ -167,6 +167,21 @@ async def credit(store: Store, wallet: Wallet, token: Token) -> int:
     return (await store.read(lambda tx: transfers.balance(tx, account))).balance
 
 
+async def owe(store: Store, wallet: Wallet, token: Token, amount_nano_usd: int) -> None:
+    """As if the wallet had paid and not used it."""
+    account = payer_account(wallet.address.lower(), token.asset)
+    await store.write(
+        lambda tx: transfers.post(
+            tx,
+            id=f"owed:{account}",
+            debit=account_id("custody", token.asset),
+            credit=account,
+            amount=amount_nano_usd,
+            reference="test",
+        )
+    )
+
+
 async def rows(store: Store, columns: str = "id, state") -> list[tuple[Any, ...]]:
     return await store.read(lambda tx: tx.execute(f"SELECT {columns} FROM settlement ORDER BY created_ms").fetchall())
 
@@ -188,6 +203,13 @@ async def until_rows(store: Store, expected: list[tuple[Any, ...]], timeout_s: f
     async with asyncio.timeout(timeout_s):
         while await rows(store) != expected:  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.02)
+
+
+async def decided(store: Store) -> None:
+    """Wait until no settlement is queued or submitted."""
+    async with asyncio.timeout(20):
+        while {"queued", "submitted"} & {state for (state,) in await rows(store, "state")}:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,13 @@ import pytest
 from contracts.devnet import Devnet, DevToken, Wallet, artifact, as_owner, balance_of, mint, rpc
 from payments.chain.networks import Network, Token
 from payments.chain.transactions import address_word, word
-from payments.errors import PaymentError, PaymentMalformed, PaymentRefused
+from payments.errors import PaymentMalformed, PaymentRefused
 from payments.store import Store
-from payments.tenders.base import Outcome
 from payments.tenders.exact import ExactTender
-from payments.tenders.exact_scheme import ExactScheme
-from payments.tenders.exact_services import ExactServices
 from payments.verification.chain_state import Seen
 from payments.verification.signatures import keccak256
 from payments.verification.wallet_signatures import ERC6492_SUFFIX, unwrap
-from payments.x402.wire import Payment, Requirement
+from payments.x402.wire import Requirement
 from tests.databases import open_store
 from tests.payments import contract_wallets as wallets
 from tests.payments.desks import VALUE, opened
@@ -37,9 +33,9 @@ from tests.payments.exact_samples import (
     quote_of,
 )
 from tests.payments.settling import PAY_TO, pay
+from tests.payments.wallet_desk import refusal, send
 
 SMART = "0x" + "5a" * 20
-NOW_REQUEST = b"d" * 32
 
 
 def owned(chain: Devnet, network: Network, which: int = 0) -> tuple[Token, DevToken, Wallet]:
@@ -55,30 +51,6 @@ def approve_from(chain: Devnet, address: str) -> None:
     slot = keccak256(address_word(address) + word(artifact("UsdtLike")["storage"]["allowance"]["slot"]))
     entry = keccak256(address_word(chain.permit2) + slot)
     rpc(chain.rpc_url, "anvil_setStorageAt", chain.usdt.address, "0x" + entry.hex(), "0x" + "7f" * 32)
-
-
-def scheme_of(services: ExactServices, network: Network) -> ExactScheme:
-    return ExactScheme(network, PAY_TO, services, [wallets.FACTORY])
-
-
-async def send(services: ExactServices, network: Network, token: Token, payment: Payment) -> bool:
-    """Pay for a request; returns whether its inference might have begun before the money was there."""
-    scheme = scheme_of(services, network)
-    requirement = scheme.requirement(token, QUOTED, 300)
-    payment = dataclasses.replace(payment, accepted=requirement)
-    hold = await scheme.tender(payment, token, requirement, NOW_REQUEST, int(time.time())).authorize(
-        quote_of(), DETAILS
-    )
-    early = hold.may_start_early
-    await hold.ready()
-    await hold.capture(QUOTED, Outcome({}))
-    return early
-
-
-async def refusal(services: ExactServices, network: Network, token: Token, payment: Payment) -> PaymentError:
-    with pytest.raises(PaymentError) as refused:
-        await send(services, network, token, payment)
-    return refused.value
 
 
 async def reserved(store: Store) -> int:
@@ -224,7 +196,7 @@ async def test_nothing_is_reserved_while_a_contract_judges_its_signature(tmp_pat
     payment = payment_of()
     unproven = PaymentRefused("bad_signature", "no key's")
     requirement = Requirement("exact", NETWORK.caip2, USDC.address, QUOTED // 1000, PAY_TO, 300, {})
-    tender = ExactTender(desk.services, payment, USDC, NETWORK, requirement, NOW_REQUEST, unproven=unproven)
+    tender = ExactTender(desk.services, payment, USDC, NETWORK, requirement, b"d" * 32, unproven=unproven)
     hold = await tender.authorize(quote_of(), DETAILS)
     # Before the reservation by the contract's word, after it with what else is under way.
     assert seen == [0, 1]

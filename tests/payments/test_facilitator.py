@@ -19,21 +19,8 @@ from payments.settlement.lookout import Lookout
 from payments.settlement.orders import SettlementOrder
 from payments.store import Store
 from payments.verification.chain_state import ChainStates
-from tests.payments.facilitating import SHOP, VALUE, Running, body, facilitator
+from tests.payments.facilitating import SHOP, VALUE, body, drain, facilitator, held_by_shop, until_submitted
 from tests.payments.settling import receipt, rows
-
-
-def held_by_shop(chain: Devnet) -> int:
-    return balance_of(chain.rpc_url, chain.usdc, SHOP) + balance_of(chain.rpc_url, chain.usdt, SHOP)
-
-
-async def until_submitted(chain: Devnet, running: Running) -> None:
-    """Wait until the one settlement is written, and its transaction waits for a block."""
-    async with asyncio.timeout(20):
-        while await rows(running.services.store, "state") != [("submitted",)]:  # noqa: ASYNC110 - there is no event
-            await asyncio.sleep(0.01)
-        while int(rpc(chain.rpc_url, "txpool_status")["pending"], 16) == 0:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(("symbol", "version"), [("USDC", 2), ("USDT", 2), ("USDC", 1)])
@@ -264,18 +251,6 @@ async def test_a_server_whose_settlements_fail_has_to_wait(
         assert (await settling)["errorReason"] == "transaction_failed"
         refused = await running.settle(body(chain.wallets[3], usdc, network))
         assert refused["errorReason"] == "client_suspended"
-
-
-def drain(chain: Devnet, address: str) -> None:
-    funds = balance_of(chain.rpc_url, chain.usdc, address)
-    data = "0xa9059cbb" + ("dd" * 20).rjust(64, "0") + f"{funds:064x}"
-    rpc(chain.rpc_url, "anvil_impersonateAccount", address)
-    price = hex(10**12)  # before ours in the block
-    rpc(
-        chain.rpc_url,
-        "eth_sendTransaction",
-        {"from": address, "to": chain.usdc.address, "data": data, "gasPrice": price},
-    )
 
 
 async def test_a_restart_carries_on_and_finds_the_outcome(

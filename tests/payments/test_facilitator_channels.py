@@ -17,16 +17,11 @@ from payments.chain.transactions import selector
 from payments.verification.signatures import checksum_address
 from payments.x402.channels import hex32
 from tests.payments.channelling import Channel, channel_of, claims
-from tests.payments.facilitating import SHOP, Running, facilitator
+from tests.payments.facilitating import SHOP, Running, drain, facilitator, held_by_shop, until_submitted
 from tests.payments.settling import rows
-from tests.payments.test_facilitator import drain, until_submitted
 
 DEPOSIT, PRICE = 10_000, 700
 WORD = "invalid_batch_settlement_evm_"
-
-
-def held_by_shop(chain: Devnet) -> int:
-    return sum(balance_of(chain.rpc_url, coin, SHOP) for coin in (chain.usdc, chain.usdt))
 
 
 def state(channel: Channel, balance: int, claimed: int = 0, nonce: int = 0, withdrawing: int = 0) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ from payments.chain.networks import Network
 from payments.verification.signatures import checksum_address
 from payments.x402.channel_actions import CLAIMS_MAX
 from tests.payments.channelling import Channel, channel_of, claims
-from tests.payments.facilitating import SHOP, Running, facilitator
+from tests.payments.facilitating import SHOP, Change, Running, at, facilitator
 from tests.payments.settling import rows
-from tests.payments.test_facilitator_hostile import at
 
 DEPOSIT, PRICE = 10_000, 700
 WORD = "invalid_batch_settlement_evm_"
 PAYLOAD = "paymentPayload.payload"
-Change = Callable[[dict[str, Any]], Any]
 ODD_NUMBERS: tuple[Any, ...] = ("1e3", "-1", " 5", "0x10", "007", "", str(2**128), 5, None, True, 1.5, [])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,8 @@ from contracts.devnet import Devnet
 from payments.chain.networks import Network
 from payments.facilitator import discovery
 from tests.e2e.clients import decoded
-from tests.payments.facilitating import VALUE, body, facilitator
+from tests.payments.facilitating import VALUE, Change, at, body, facilitator
 from tests.payments.settling import rows
-
-Change = Callable[[dict[str, Any]], Any]
-
-
-def at(path: str, value: Any) -> Change:
-    """Set one member, by its dotted path."""
-
-    def change(call: dict[str, Any]) -> None:
-        *parents, last = path.split(".")
-        for name in parents:
-            call = call[name]
-        if value is ...:
-            del call[last]
-        else:
-            call[last] = value
-
-    return change
 
 
 def both(*changes: Change) -> Change:

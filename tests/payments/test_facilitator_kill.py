@@ -20,7 +20,7 @@ from tests.payments.channelling import channel_of, claims
 from tests.payments.facilitating import SHOP, VALUE, Running, body, facilitator
 from tests.payments.killed_facilitator import live_until_dead
 from tests.payments.settling import rows
-from tests.payments.test_facilitator_upto import TAKEN, Market, taking
+from tests.payments.upto_market import TAKEN, Market, taking
 
 OCCURRENCES_MAX = 2
 """What happens more often than this is polling."""

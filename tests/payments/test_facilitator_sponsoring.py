@@ -33,6 +33,7 @@ from tests.payments.channelling import Channel
 from tests.payments.facilitating import SHOP, VALUE, Running, facilitator, requirement
 from tests.payments.settling import rows
 from tests.payments.sponsoring import BUDGET, penniless
+from tests.payments.upto_market import taking
 
 TAKEN = VALUE - 123
 """Of `VALUE`, by upto."""
@@ -150,11 +151,6 @@ def batch_contract(chain: Devnet) -> str:
     """The operator's, whom payers of `upto` name."""
     signer = chain.wallets[0].address
     return place_operator_contracts(chain.rpc_url, signer, signer, [signer])[0]
-
-
-def taking(call: dict[str, Any], amount: int) -> dict[str, Any]:
-    """The body of `/settle` for a payment of which less is taken than was authorised."""
-    return {**call, "paymentRequirements": call["paymentRequirements"] | {"amount": str(amount)}}
 
 
 @pytest.mark.parametrize("approval", [True, False], ids=["USDT with an approval", "USDC with a permit"])

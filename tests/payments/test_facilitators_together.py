@@ -9,9 +9,8 @@ from typing import Any
 
 from contracts.devnet import Devnet, balance_of, rpc
 from payments.chain.networks import Network
-from tests.payments.facilitating import SHOP, VALUE, Running, body, facilitator
+from tests.payments.facilitating import SHOP, VALUE, Running, body, drain, facilitator, until_submitted
 from tests.payments.settling import rows
-from tests.payments.test_facilitator import drain, until_submitted
 
 
 @contextlib.asynccontextmanager

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
-from contracts.devnet import Devnet, Wallet, as_owner, balance_of, rpc
+from contracts.devnet import Devnet, as_owner, balance_of, rpc
 from payments import wallet_accounts
-from payments.chain.networks import Network, Token
+from payments.chain.networks import Network
 from payments.ledger import books as ledger_books
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
 from payments.settlement.refunds import Refunds
 from payments.store import Store
-from tests.payments.settling import Books, credit, engine, order_for, pay, rows, transactions, until
+from tests.payments.settling import Books, credit, decided, engine, order_for, owe, pay, rows, transactions, until
 
 USD = 1_000_000_000
 
@@ -24,32 +22,11 @@ def books(network: Network) -> Books:
     return Books(network)
 
 
-async def owe(store: Store, wallet: Wallet, token: Token, amount_nano_usd: int) -> None:
-    """As if the wallet had paid and not used it."""
-    account = payer_account(wallet.address.lower(), token.asset)
-    await store.write(
-        lambda tx: transfers.post(
-            tx,
-            id=f"owed:{account}",
-            debit=account_id("custody", token.asset),
-            credit=account,
-            amount=amount_nano_usd,
-            reference="test",
-        )
-    )
-
-
 async def refund(refunds: Refunds, store: Store) -> int:
     """Begin what is due, and wait until nothing is open."""
     begun = await refunds.round()
     await decided(store)
     return begun
-
-
-async def decided(store: Store) -> None:
-    async with asyncio.timeout(20):
-        while {"queued", "submitted"} & {state for (state,) in await rows(store, "state")}:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 async def test_credit_at_the_threshold_is_sent_back_to_the_unit(

@@ -19,8 +19,8 @@ from payments.settlement.orders import SettlementOrder
 from payments.settlement.reverts import REVERTS_MAX
 from payments.store import Store
 from tests.databases import open_store
+from tests.payments.nodes import LyingNode
 from tests.payments.settling import PAY_TO, Books, credit, engine, order_for, pay, rows, until
-from tests.payments.test_lying_nodes import LyingNode
 
 
 @pytest.fixture

@@ -28,13 +28,13 @@ from tests.payments.settling import (
     credit,
     mine,
     order_for,
+    owe,
     pay,
     rows,
     transactions,
     until,
     until_rows,
 )
-from tests.payments.test_refunds import owe
 
 TTL_S = 3.0
 

@@ -15,8 +15,7 @@ from payments.ledger.accounts import account_id
 from payments.settlement.sweeps import Sweeps
 from payments.store import Store
 from tests.payments.depositing import CENT, CONFIRMATIONS, USD, balance, deposits, factory, give, proof, treasury
-from tests.payments.settling import Books, engine, mine, rows
-from tests.payments.test_refunds import decided
+from tests.payments.settling import Books, decided, engine, mine, rows
 
 __all__ = ["deposits", "factory", "treasury"]
 

@@ -19,8 +19,7 @@ from payments.settlement.engine import Settlements
 from payments.settlement.withdrawer import Withdrawer
 from payments.store import Store
 from payments.withdrawals import Limits, NotUnderReview, UnknownWithdrawal, Withdrawal, WithdrawalRefused
-from tests.payments.settling import Books, engine, rows, transactions, until
-from tests.payments.test_refunds import decided, owe
+from tests.payments.settling import Books, decided, engine, owe, rows, transactions, until
 
 USD = 1_000_000_000
 LIMITS = Limits(minimum=USD, maximum=100 * USD, daily=150 * USD, review=50 * USD, fee=0)
