@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from contracts.devnet import Devnet, approve_permit2, balance_of, rpc
+from contracts.devnet import Devnet, approve_permit2, balance_of, rpc, send_as
 from payments import accounts
 from payments.chain.channel_contract import encode_config
 from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, Network
@@ -280,11 +280,7 @@ async def test_a_payers_announced_withdrawal_is_told(chain: Devnet, network: Net
         initiate = selector("initiateWithdraw((address,address,address,address,address,uint40,bytes32),uint128)")
         data = initiate + encode_config(channel.config) + DEPOSIT.to_bytes(32, "big")
         rpc(chain.rpc_url, "anvil_impersonateAccount", channel.payer.address)
-        rpc(
-            chain.rpc_url,
-            "eth_sendTransaction",
-            {"from": channel.payer.address, "to": BATCH_SETTLEMENT_ADDRESS, "data": "0x" + data.hex()},
-        )
+        send_as(chain.rpc_url, channel.payer.address, BATCH_SETTLEMENT_ADDRESS, "0x" + data.hex())
         verified = await running.verify(channel.pays(2 * PRICE))
         assert verified["extra"]["withdrawRequestedAt"] > 0
         assert (await running.settle(claims((channel, 2 * PRICE, 2 * PRICE))))["success"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from contracts.devnet import Devnet, approve_permit2, balance_of, place_operator_contracts, rpc
+from contracts.devnet import Devnet, approve_permit2, balance_of, place_operator_contracts, rpc, send_as
 from payments.chain.networks import Network
 from payments.facilitator import kinds
 from tests.payments.contract_wallets import place
@@ -104,7 +104,7 @@ def send_back(chain: Devnet, to: str, value: int) -> None:
     data = "0xa9059cbb" + to[2:].lower().rjust(64, "0") + f"{value:064x}"
     richest = chain.wallets[9].address
     rpc(chain.rpc_url, "anvil_impersonateAccount", richest)
-    rpc(chain.rpc_url, "eth_sendTransaction", {"from": richest, "to": chain.usdc.address, "data": data})
+    send_as(chain.rpc_url, richest, chain.usdc.address, data)
 
 
 async def test_an_unknown_outcome_is_pending_and_found_later(market: Market, database: Path | str) -> None:
@@ -192,7 +192,7 @@ async def test_a_deployed_contract_wallet_pays_and_nobody_burns_for_it(market: M
     approve = "0x095ea7b3" + "000000000022d473030f116ddee9f6b43ac78ba3".rjust(64, "0") + "f" * 64
     rpc(chain.rpc_url, "anvil_impersonateAccount", wallet)
     rpc(chain.rpc_url, "anvil_setBalance", wallet, hex(10**18))
-    rpc(chain.rpc_url, "eth_sendTransaction", {"from": wallet, "to": chain.usdc.address, "data": approve})
+    send_as(chain.rpc_url, wallet, chain.usdc.address, approve)
     send_back(chain, wallet, MAXIMUM)
     async with facilitator(chain, market.network, sqlite_database, batch_contract=market.batch_contract) as running:
         stranger = market.call(chain.wallets[5], payer=wallet, nonce=7)
