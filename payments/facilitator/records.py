@@ -32,12 +32,12 @@ _FIND = """
     WHERE facilitated.identity = ?
 """
 _INSERT = (
-    "INSERT INTO facilitated_payment (identity, settlement_id, client, asked_until_ms, granted_to, granted_ms, created_ms)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (identity) DO NOTHING RETURNING identity"
+    "INSERT INTO facilitated_payment (identity, settlement_id, client, asked_until_ms, grants, created_ms)"
+    " VALUES (?, ?, ?, ?, 0, ?) ON CONFLICT (identity) DO NOTHING RETURNING identity"
 )
 _BEGIN_ANEW = (
-    "UPDATE facilitated_payment SET settlement_id = ?, client = ?, asked_until_ms = ?, granted_to = NULL, granted_ms = NULL"
-    " WHERE identity = ? AND settlement_id = ? RETURNING identity"
+    "UPDATE facilitated_payment SET settlement_id = ?, client = ?, asked_until_ms = ?, granted_to = NULL, granted_ms = NULL,"
+    " grants = 0 WHERE identity = ? AND settlement_id = ? RETURNING identity"
 )
 Begun = Literal["begun", "known", "short"]
 
@@ -85,7 +85,7 @@ class Record:
 class Beginning:
     """What is to be begun, and for whom.
 
-    `order` is None for an authorization that settles nothing: it is burnt, and its success granted, at once.
+    `order` is None for an authorization that settles nothing: it is burnt at once.
     """
 
     identity: str
@@ -93,7 +93,6 @@ class Beginning:
     from_block: int
     """Before it nobody can have executed it, see `outbox.enqueue`."""
     client: str
-    call_name: str
     wait_ms: int
     """How long its caller waits for the outcome."""
     cover: Cover | None = None
@@ -157,8 +156,7 @@ def _reserve(tx: Transaction, wanted: Beginning) -> bool:
         values = (order.id, wanted.client, asked_until_ms, wanted.identity, wanted.instead_of)
         return tx.execute(_BEGIN_ANEW, values).fetchone() is not None and outbox.enqueue(tx, order, wanted.from_block)
     name = settlement_id(wanted.identity) if order is None else order.id
-    granted = (wanted.call_name, now) if order is None else (None, None)
-    row = tx.execute(_INSERT, (wanted.identity, name, wanted.client, asked_until_ms, *granted, now)).fetchone()
+    row = tx.execute(_INSERT, (wanted.identity, name, wanted.client, asked_until_ms, now)).fetchone()
     if row is None or order is None:
         return row is not None
     if wanted.approval is not None:
@@ -177,13 +175,13 @@ def ask(tx: Transaction, identity: str, wait_ms: int) -> None:
 
 
 def grant(tx: Transaction, identity: str, call: str) -> bool:
-    """Let the call named `call` be the one that is told of the success.
+    """Let the call named `call` be the one that is told of the success, once more if it is made again.
 
     Returns:
         False if another one was.
     """
     row = tx.execute(
-        "UPDATE facilitated_payment SET granted_to = ?, granted_ms = ? WHERE identity = ?"
+        "UPDATE facilitated_payment SET granted_to = ?, granted_ms = ?, grants = grants + 1 WHERE identity = ?"
         " AND (granted_to IS NULL OR granted_to = ?) RETURNING identity",
         (call, tx.now_ms(), identity, call),
     ).fetchone()
@@ -191,9 +189,12 @@ def grant(tx: Transaction, identity: str, call: str) -> bool:
 
 
 def take_back(tx: Transaction, identity: str, call: str) -> None:
-    """Nobody was told after all: the call that it was granted to is gone."""
+    """The call is gone, and was told nothing of what it was granted. Made before or since, it may have been told all the same:
+    only when nothing of what it was granted is left, another one may be.
+    """
     tx.execute(
-        "UPDATE facilitated_payment SET granted_to = NULL, granted_ms = NULL WHERE identity = ? AND granted_to = ?",
+        "UPDATE facilitated_payment SET grants = grants - 1, granted_to = CASE WHEN grants > 1 THEN granted_to END,"
+        " granted_ms = CASE WHEN grants > 1 THEN granted_ms END WHERE identity = ? AND granted_to = ?",
         (identity, call),
     )
 

@@ -28,7 +28,7 @@ from payments.money import atomic_to_nano_down
 from payments.promises import Earlier
 from payments.settlement.engine import Settlements
 from payments.settlement.outcomes import SettlementOutcome
-from payments.store import Store
+from payments.store import Store, Transaction
 
 BEGINNINGS_MAX = 3
 """How often a settlement is begun anew because others of the same payer were begun since the chain was asked."""
@@ -190,17 +190,17 @@ class Facilitator:
         call_name = f"{client.name} {idempotency_key}" if idempotency_key else secrets.token_hex(16)
         record = await self._find(payment)
         if record is None or (record.state in payment.repeats and record.granted_to != call_name):
-            record = await self._begun(payment, client, call_name, record)
+            record = await self._begun(payment, client, record)
         elif record.open:
             await self._store.write(lambda tx: records.ask(tx, payment.identity, self._wait_ms))
         self._check_known(record, payment)
         return await self._conclude(call, payment, record, call_name)
 
-    async def _begun(self, payment: Facilitated, client: Client, call_name: str, before: Record | None) -> Record:
+    async def _begun(self, payment: Facilitated, client: Client, before: Record | None) -> Record:
         """The record of a payment that nobody settled here a moment ago, or whose settlement is over and may be made anew."""
         refusal: PaymentError = PaymentRefused("authorization_used", "this authorization paid for something else")
         try:
-            await self._begin_once(payment, client, call_name, before)
+            await self._begin_once(payment, client, before)
         except PaymentError as error:
             # Another process may have settled it since, which makes the chain refuse it.
             refusal = error
@@ -216,17 +216,17 @@ class Facilitator:
     async def _find(self, payment: Facilitated) -> Record | None:
         return await self._store.read(lambda tx: records.find(tx, payment.identity))
 
-    async def _begin_once(self, payment: Facilitated, client: Client, call_name: str, before: Record | None) -> None:
+    async def _begin_once(self, payment: Facilitated, client: Client, before: Record | None) -> None:
         """Begin a settlement, together with whoever else wants to begin the same one at this moment."""
         task = self._beginning.get(payment.identity)
         if task is None:
-            task = asyncio.create_task(self._begin(payment, client, call_name, before))
+            task = asyncio.create_task(self._begin(payment, client, before))
             self._beginning[payment.identity] = task
             task.add_done_callback(lambda _: self._beginning.pop(payment.identity))
         # Shielded: a caller that hangs up must not leave an order that is written and that nobody takes up.
         await asyncio.shield(task)
 
-    async def _begin(self, payment: Facilitated, client: Client, call_name: str, before: Record | None) -> bool:
+    async def _begin(self, payment: Facilitated, client: Client, before: Record | None) -> bool:
         engine = self._settlements[payment.token.chain_id]
         for _ in range(BEGINNINGS_MAX):
             from_block = engine.from_block
@@ -239,7 +239,6 @@ class Facilitator:
                 order=order,
                 from_block=from_block,
                 client=client.name,
-                call_name=call_name,
                 wait_ms=self._wait_ms,
                 cover=checked.cover,
                 instead_of=None if before is None else before.settlement_id,
@@ -282,9 +281,12 @@ class Facilitator:
         return wire.settled(transaction, call.network_name, call.payer, told.amount, told.extra)
 
     async def _grant(self, payment: Facilitated, call_name: str) -> bool:
+        def take_back(tx: Transaction, granted: bool) -> None:
+            if granted:
+                records.take_back(tx, payment.identity, call_name)
+
         granted = await self._store.write(
-            lambda tx: records.grant(tx, payment.identity, call_name),
-            if_abandoned=lambda tx, _: records.take_back(tx, payment.identity, call_name),
+            lambda tx: records.grant(tx, payment.identity, call_name), if_abandoned=take_back
         )
         return granted or not payment.once
 

@@ -24,6 +24,8 @@ class FacilitatedPayment(SQLModel, table=True):
     granted_to: str | None = None
     """The one call that was told of the success."""
     granted_ms: int | None = Field(default=None, sa_column=big(nullable=True))
+    grants: int = 0
+    """How often it was granted to that call, without what is taken back because the call had gone."""
     created_ms: int = Field(sa_column=big())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mutations.channels import CHANNELS
+from mutations.facilitator import FACILITATOR
 from mutations.mutation import Mutation
 from mutations.settlement import SETTLEMENTS
 from mutations.sponsoring import SPONSORING
@@ -10,4 +11,4 @@ from mutations.tenders import TENDERS
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-MUTATIONS: tuple[Mutation, ...] = (*SETTLEMENTS, *TENDERS, *CHANNELS, *SPONSORING)
+MUTATIONS: tuple[Mutation, ...] = (*SETTLEMENTS, *TENDERS, *CHANNELS, *SPONSORING, *FACILITATOR)
