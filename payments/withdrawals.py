@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -41,6 +42,7 @@ TRANSITIONS: dict[str, frozenset[str]] = {
 OPEN = ("review", "approved", "queued")
 
 DAY_MS = 86_400_000
+ENQUEUED_AT_ONCE = 100
 PER_DAY_MAX = 50
 """Withdrawals of one wallet in a day, whatever became of them: each costs gas."""
 _KEY = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
@@ -240,7 +242,8 @@ def reject(tx: Transaction, withdrawal_id: str, reason: str) -> Withdrawal:
 
 
 def enqueue_approved(tx: Transaction, tokens: dict[str, Token], treasury: str) -> list[str]:
-    """Write the orders of what was approved; returns their ids, for the engine to take up.
+    """Write the orders of what was approved, what was asked for first before the rest; returns their ids, for the engine to
+    take up.
 
     Args:
         tx: The unit's transaction.
@@ -248,13 +251,22 @@ def enqueue_approved(tx: Transaction, tokens: dict[str, Token], treasury: str) -
         treasury: Lower-case hex.
     """
     enqueued = []
-    for each in listed(tx, ("approved",), 100):
-        token = tokens.get(each.asset)
-        if token is not None and move(tx, each.id, "queued"):
+    for each in approved(tx, tokens, ENQUEUED_AT_ONCE):
+        token = tokens[each.asset]
+        if move(tx, each.id, "queued"):
             value = _value(each.amount_nano_usd, token)
             payouts.enqueue(tx, "withdrawal", each.id, each.address, token, value, treasury)
             enqueued.append(each.id)
     return enqueued
+
+
+def approved(tx: Transaction, assets: Collection[str], limit: int) -> list[Withdrawal]:
+    """What was approved in these tokens and is not sent yet, oldest first."""
+    marks = ",".join("?" * len(assets))
+    condition = (
+        f"WHERE withdrawal.state = 'approved' AND withdrawal.asset IN ({marks}) ORDER BY withdrawal.created_ms LIMIT ?"
+    )
+    return _select(tx, condition, (*assets, limit))
 
 
 def on_paid(tx: Transaction, row: dict[str, Any], token: Token) -> None:

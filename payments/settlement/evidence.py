@@ -7,6 +7,7 @@ another recipient. So a use of this very nonce and a Transfer are paired, and th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from payments.chain.logs import Log, get_logs, receipt_with, transferred
@@ -61,8 +62,8 @@ class TransferProof:
     """A transfer of our own, which nobody else can make: a Transfer in our own transaction."""
 
     def of_call(self, order: SettlementOrder, receipt: dict[str, Any], logs: list[Log]) -> Evidence | None:
-        """See `Proof`."""
-        return pick_transfer(receipt, logs, order)
+        """See `Proof`. Whoever signed it has paid: since the order was written the treasury may have been exchanged."""
+        return pick_transfer(receipt, logs, replace(order, payer=receipt["from"].lower()))
 
     async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
         """See `Proof`."""

@@ -16,6 +16,7 @@ from payments.chain.rpc import Reply, Request, Rpc, RpcError, RpcUnavailable
 from payments.chain.signers import FeeEstimate, Signer
 from payments.settlement import loading, outgoing, states
 from payments.settlement.courier import Courier
+from payments.settlement.nonces import user_of
 from payments.settlement.outbox import Entry
 from payments.settlement.outgoing import Outgoing
 from payments.store import Store, Transaction
@@ -153,6 +154,9 @@ class Repairs:
         self._lost[transaction.id] = self._lost.get(transaction.id, 0) + 1
         if self._lost[transaction.id] < NONCE_LOST_ROUNDS or self._fees.fees is None:
             return
+        if not await self._is_used_by_another(transaction):
+            self._lost.pop(transaction.id, None)
+            return
         if not any(entry.state == "submitted" for entry in transaction.entries):
             await self._store.write(lambda tx: _give_up(tx, transaction))
             self._abandon(transaction)
@@ -170,6 +174,18 @@ class Repairs:
         del self._lost[transaction.id]
         self._troubles.pop(transaction.id, None)
         self._courier.carry(transaction)
+
+    async def _is_used_by_another(self, transaction: Outgoing) -> bool:
+        """Whether a block shows that the nonce went to none of our forms: receipts may only be late."""
+        assert transaction.signer is not None
+        head = int(await self._rpc.call("eth_blockNumber"), 16)
+        try:
+            user = await user_of(self._rpc, transaction.signer.address, transaction.signer_nonce, head)
+        except RpcError as error:
+            # A node that forgets old states cannot tell. An authorization is executed once, whoever sends it how often.
+            log.warning("cannot see who used nonce %d: %s", transaction.signer_nonce, error)
+            return all(entry.order.authorization_nonce is not None for entry in transaction.entries)
+        return user is not None and user not in transaction.hashes
 
     async def _fill(self, signer: Signer, start: int, end: int) -> None:
         """Provide what the chain waits for below our lowest open transaction: stored bytes, or an empty transaction."""

@@ -88,8 +88,7 @@ class Withdrawer:
 
     async def round(self) -> int:
         """Send what is approved; returns how many that were."""
-        waiting = await self._store.read(lambda tx: withdrawals.listed(tx, ("approved",), 1))
-        if not waiting:
+        if not await self._store.read(lambda tx: withdrawals.approved(tx, self.tokens, 1)):
             return 0
         enqueued = await self._store.write(lambda tx: withdrawals.enqueue_approved(tx, self.tokens, self.treasury))
         for withdrawal_id in enqueued:

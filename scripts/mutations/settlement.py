@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutations.mutation import Mutation
 
 MACHINE = ("tests/payments/test_settlement_machine.py",)
+PAYOUTS = ("tests/payments/test_payouts_once.py",)
 RETRIES = ("tests/payments/test_upto_retries.py",)
 EVIDENCE = ("tests/payments/test_evidence.py", *MACHINE)
 
@@ -165,6 +166,20 @@ SETTLEMENTS = (
         "            await self._fill(signer, chain_nonce, waiting[0].signer_nonce)\n",
         "",
         MACHINE,
+    ),
+    Mutation(
+        "a payout is signed anew because its receipt is late",
+        _REPAIRS,
+        "        if not await self._is_used_by_another(transaction):\n",
+        "        if transaction is None:\n",
+        PAYOUTS,
+    ),
+    Mutation(
+        "a payout has to come from the treasury that its order names",
+        _EVIDENCE,
+        'replace(order, payer=receipt["from"].lower())',
+        "order",
+        PAYOUTS,
     ),
     Mutation(
         "a stolen nonce is waited for",

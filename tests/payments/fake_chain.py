@@ -171,7 +171,7 @@ class FakeChain:
             case "eth_feeHistory":
                 return {"baseFeePerGas": [hex(self.base_fee)], "reward": [["0x1"]]}
             case "eth_getTransactionCount":
-                return hex(self._count(params[0], pending=params[1] == "pending"))
+                return hex(self._count(*params))
             case "eth_sendRawTransaction":
                 return self._take(bytes.fromhex(params[0][2:]))
             case "eth_getTransactionReceipt":
@@ -184,7 +184,13 @@ class FakeChain:
                 if number > self.head.number:
                     return None
                 block = self.blocks[number]
-                return {"number": hex(number), "hash": block.hash, "timestamp": hex(block.timestamp)}
+                held = [{"from": each.sender, "nonce": hex(each.nonce), "hash": each.hash} for each in block.sent]
+                return {
+                    "number": hex(number),
+                    "hash": block.hash,
+                    "timestamp": hex(block.timestamp),
+                    "transactions": held if params[1] else [each["hash"] for each in held],
+                }
             case "eth_getCode":
                 return "0x"
             case "eth_getLogs":
@@ -194,9 +200,9 @@ class FakeChain:
             case _:
                 return RpcError(-32601, f"{method} is not known here")
 
-    def _count(self, address: str, *, pending: bool) -> int:
-        count = self.state.nonces.get(address, 0)
-        while pending and (address, count) in self.mempool:
+    def _count(self, address: str, tag: str) -> int:
+        count = self._state_at(tag).nonces.get(address, 0)
+        while tag == "pending" and (address, count) in self.mempool:
             count += 1
         return count
 

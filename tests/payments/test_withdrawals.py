@@ -237,6 +237,24 @@ async def test_what_a_person_approved_is_sent_once_by_a_gateway_that_runs_or_sta
     assert await store.read(ledger_books.check) == []
 
 
+async def test_what_was_approved_in_a_token_that_is_gone_holds_up_nothing(
+    chain: Devnet, network: Network, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(withdrawals, "ENQUEUED_AT_ONCE", 2)
+    usdc, limits = network.tokens[0], replace(LIMITS, review=1)
+    gone = replace(usdc, symbol="GONE")
+    approved = []
+    for number, token in enumerate((usdc, gone, gone, usdc)):
+        await owe(store, chain.wallets[number], token, 2 * USD)
+        made, _ = await ask(store, chain.wallets[number], token, USD, limits=limits)
+        approved.append((await store.write(lambda tx, made=made: withdrawals.approve(tx, made.id))).id)  # type: ignore[misc]
+    async with withdrawing(chain, network, store) as (withdrawer, _):
+        del withdrawer.tokens[network.tokens[1].asset]
+        assert await withdrawer.round() == 2
+        await decided(store)
+    assert sorted(id for id, _ in await rows(store)) == sorted((approved[0], approved[3]))
+
+
 async def test_one_that_was_written_before_a_crash_is_sent_once_after_it(
     chain: Devnet, network: Network, store: Store
 ) -> None:
