@@ -19,31 +19,27 @@ from payments.tenders import upto_settlement, upto_topup
 from payments.tenders.exact import PAYMENT
 
 
-def every_kind(store: Store, network: Network, *, batches: bool) -> dict[str, Kind]:
+def every_kind(store: Store, network: Network) -> dict[str, Kind]:
     """By name.
 
     Args:
         store: The database.
         network: Its tokens.
-        batches: Whether the operator has a batch contract there: what only that can settle is left to a process that has.
     """
-    kinds = {
+    return {
         "payment": PAYMENT,
         "refund": refunds.kind(network.tokens),
         "withdrawal": withdrawer.kind(network.tokens),
         "sweep": sweeps.kind(),
         funding.KIND: funding.kind(),
-        **facilitated.kinds(batches=batches),
+        **facilitated.kinds(),
         **channels.kinds(store, network),
+        upto_settlement.KIND: upto_settlement.kind(network),
+        upto_topup.KIND: upto_topup.TOP_UP,
     }
-    if batches:
-        kinds[upto_settlement.KIND] = upto_settlement.kind(network)
-        kinds[upto_topup.KIND] = upto_topup.TOP_UP
-    return kinds
 
 
 def register(settlements: Settlements, store: Store) -> None:
     """Teach an engine all of them; before it starts."""
-    kinds = every_kind(store, settlements.network, batches=settlements.batch_contract is not None)
-    for name, kind in kinds.items():
+    for name, kind in every_kind(store, settlements.network).items():
         settlements.handle(name, kind)

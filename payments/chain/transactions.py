@@ -166,6 +166,8 @@ _AUTHORIZATION_STATE = selector("authorizationState(address,bytes32)")
 _NONCE_BITMAP = selector("nonceBitmap(address,uint256)")
 PERMIT_WORDS = 5
 _TERMS_WORDS = 7
+_FACILITATOR_PLACE = 7
+"""Of the words that follow the permit, if there is one."""
 _AGGREGATE3 = selector("aggregate3((address,bool,bytes)[])")
 _ERROR_STRING = selector("Error(string)")
 _PANIC = selector("Panic(uint256)")
@@ -242,6 +244,12 @@ def encode_upto_settle(
             _tail(signature),
         )
     )
+
+
+def upto_facilitator(data: bytes) -> str:
+    """Who alone can make a call that `encode_upto_settle` made, lower-case hex."""
+    permit_words = PERMIT_WORDS if has_permit(data) else 0
+    return f"0x{_uint(data, 4 + (permit_words + _FACILITATOR_PLACE) * WORD):040x}"
 
 
 def proxy_terms(data: bytes) -> bytes | None:

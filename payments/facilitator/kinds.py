@@ -3,6 +3,7 @@ since the gas was."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from payments.chain.channel_contract import (
@@ -29,12 +30,8 @@ SETTLE = "facilitated_settle"
 REFUND = "facilitated_refund"
 
 
-def kinds(*, batches: bool) -> dict[str, Kind]:
-    """By name.
-
-    Args:
-        batches: Whether the operator has a batch contract on the network: nobody else can settle `upto`.
-    """
+def kinds() -> dict[str, Kind]:
+    """By name."""
     channels: dict[str, tuple[Proof, Any]] = {
         CLAIM: (ClaimedProof(), gas_of_claim),
         SETTLE: (SettledProof(), lambda _: GAS_SETTLE),
@@ -45,16 +42,7 @@ def kinds(*, batches: bool) -> dict[str, Kind]:
         DepositProof(), _paid, records.blame, lambda _: GAS_DEPOSIT, batchable=True, nonce=deposit_nonce
     )
     found[EXACT] = Kind(PaymentProof(), _paid, records.blame, outbox.order_gas, batchable=True, nonce=payment_nonce)
-    if batches:
-        found[UPTO] = Kind(
-            PaymentProof(),
-            _paid,
-            records.blame,
-            outbox.order_gas,
-            batchable=True,
-            through_batch=True,
-            nonce=payment_nonce,
-        )
+    found[UPTO] = replace(found[EXACT], through=outbox.order_facilitator)
     return found
 
 

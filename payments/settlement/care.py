@@ -166,7 +166,7 @@ class Care:
             carry=self.courier.carry,
             ours=self._ours,
         )
-        retries = Retries(store, rpc, network.chain_id, kinds, batch_contract, self._requeued)
+        retries = Retries(store, rpc, network.chain_id, kinds, self._requeued)
         self._late = LateExecutions(store, rpc, network.chain_id, self.judge, kinds, retries, confirmations, self._ours)
 
     @property

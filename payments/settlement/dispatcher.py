@@ -72,7 +72,11 @@ class _Load:
 
     signer: Signer
     items: list[_Waiting]
-    batch: bool
+    through: str | None
+    """The batch contract, lower-case hex, that makes the calls where there are several, or that alone can make the one; None if
+    there is none."""
+    gas: int
+    """Of all calls, at the most."""
 
 
 @dataclass(slots=True)
@@ -281,28 +285,30 @@ class Dispatcher:
     def _load(self, lane: _Lane) -> list[_Load]:
         """Take from the lane what the free signers can carry now."""
         loads: list[_Load] = []
-        batch: _Load | None = None
-        gas = taken = 0
+        batches: dict[str | None, _Load] = {}
+        taken = 0
         while lane.waiting and taken < ROUND_MAX:
             item = lane.waiting[0]
             if item.entry is not None and item.entry.state != "queued":
                 lane.waiting.popleft()  # it was decided while it waited
                 continue
             kind = self._kinds[item.order.kind]
-            joins = self._batch_contract is not None and kind.batchable and not item.alone
-            gas_each = kind.gas(item.order)
-            if joins and batch is not None and gas + gas_each <= BATCH_GAS_MAX:
+            through = kind.through(item.order) or self._batch_contract
+            joins = through is not None and kind.batchable and not item.alone
+            batch = batches.get(through) if joins else None
+            gas = kind.gas(item.order)
+            if batch is not None and batch.gas + gas <= BATCH_GAS_MAX:
                 batch.items.append(item)
-                gas += gas_each
+                batch.gas += gas
             else:
                 signer = least_loaded(lane.signers)
                 if signer is None:
                     break
                 signer.in_flight += 1
-                load = _Load(signer, [item], joins)
+                load = _Load(signer, [item], through, gas)
                 loads.append(load)
                 if joins:
-                    batch, gas = load, gas_each
+                    batches[through] = load
             lane.waiting.popleft()
             taken += 1
             if item.timer is not None:
@@ -327,8 +333,8 @@ class Dispatcher:
         if not entries:
             return None
         calls = [outbox.call_for(entry.order, self._kinds[entry.kind].gas(entry.order)) for entry in entries]
-        single = len(calls) == 1 and not self._kinds[entries[0].kind].through_batch
-        call = calls[0] if single else self._batch(calls)
+        single = len(calls) == 1 and self._kinds[entries[0].kind].through(entries[0].order) is None
+        call = calls[0] if single else _batch(calls, load.through)
         call = replace(call, gas=call.gas + self._bytes_gas.besides(len(call.data)))
         transaction = outgoing.write(
             tx,
@@ -341,10 +347,6 @@ class Dispatcher:
         )
         outbox.carry(tx, transaction, entries)
         return transaction
-
-    def _batch(self, calls: Sequence[Call]) -> Call:
-        assert self._batch_contract is not None
-        return Call(self._batch_contract, encode_batch(calls), batch_gas_limit(calls))
 
     def _put_back(self, lane: _Lane, loads: list[_Load]) -> None:
         """Nothing was written, and another account may sign it all."""
@@ -377,6 +379,11 @@ class Dispatcher:
         if self._running:
             lane.waiting.extend(items)
             self.changed()
+
+
+def _batch(calls: Sequence[Call], contract: str | None) -> Call:
+    assert contract is not None
+    return Call(contract, encode_batch(calls), batch_gas_limit(calls))
 
 
 def _busy() -> SettlementUnavailable:

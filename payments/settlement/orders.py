@@ -129,6 +129,10 @@ def _always(tx: Transaction, order: SettlementOrder) -> bool:
     return True
 
 
+def _through_anybody(order: SettlementOrder) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """How orders of one kind are carried, proven and booked."""
@@ -146,8 +150,9 @@ class Kind:
     still_wanted: Callable[[Transaction, SettlementOrder], bool] = _always
     """Whether an order may be written now: what it is for may have been forgotten since its process looked, if that process was
     stopped meanwhile."""
-    through_batch: bool = False
-    """Whether nobody but the batch contract can make the call, so that it does so even for one alone."""
+    through: Callable[[SettlementOrder], str | None] = _through_anybody
+    """The one batch contract that can make an order's call, lower-case hex: the operator's at the time that the payer signed,
+    which need not be the configured one any more. None where it makes no difference who calls."""
     on_tried_again: Callable[[Transaction, dict[str, Any]], bool] | None = None
     """Called in the unit that queues a failed order again, with the settlement's row: tells whether it is wanted still, and
     takes back what `on_failed` booked. None for what is not tried again, see `payments.settlement.retries`."""

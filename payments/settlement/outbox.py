@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from payments.chain.networks import NOBODY
-from payments.chain.transactions import Call, has_permit, has_wallet_signature, last_call
+from payments.chain.transactions import Call, has_permit, has_wallet_signature, last_call, upto_facilitator
 from payments.settlement import news, states
 from payments.settlement.orders import SettlementOrder
 from payments.settlement.outgoing import Outgoing
@@ -51,6 +51,11 @@ def gas_limit(call_to: str, call_data: bytes, token: str) -> int:
 def order_gas(order: SettlementOrder) -> int:
     """`gas_limit` of an order."""
     return gas_limit(order.call_to, order.call_data, order.token)
+
+
+def order_facilitator(order: SettlementOrder) -> str:
+    """Of an order by `upto`: the batch contract that its payer named."""
+    return upto_facilitator(order.call_data)
 
 
 @dataclass(slots=True, eq=False)

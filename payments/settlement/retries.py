@@ -32,7 +32,6 @@ class Retries:
 
     Args:
         kinds: By name, what may be tried again and what that does to the books.
-        batch_contract: Who makes the calls, lower-case hex; None if nobody does, and nothing is tried.
         requeued: Called with an entry that is queued again.
     """
 
@@ -42,11 +41,10 @@ class Retries:
         rpc: Rpc,
         chain_id: int,
         kinds: Mapping[str, Kind],
-        batch_contract: str | None,
         requeued: Callable[[Entry], None],
     ) -> None:
         self._store, self._rpc, self._chain_id = store, rpc, chain_id
-        self._kinds, self._batch_contract, self._requeued = kinds, batch_contract, requeued
+        self._kinds, self._requeued = kinds, requeued
 
     async def round(self, unused: Sequence[Entry], final: int) -> None:
         """Queue those again whose call succeeds now.
@@ -58,8 +56,6 @@ class Retries:
         Raises:
             RpcUnavailable: No node answered; they are looked at again in time.
         """
-        if self._batch_contract is None:
-            return
         latest_s = time.time() + DEADLINE_MARGIN_S
         worth = [entry for entry in unused if entry.order.valid_before > latest_s and self._may_be_tried(entry)]
         entries = await self._store.read(lambda tx: [entry for entry in worth if _is_over(tx, entry, final)])
@@ -74,9 +70,9 @@ class Retries:
         return self._kinds[entry.kind].on_tried_again is not None and entry.attempts + 1 < TRIES_MAX
 
     def _simulation(self, entry: Entry) -> Request:
-        gas = hex(self._kinds[entry.kind].gas(entry.order))
-        call = {"from": self._batch_contract, "to": entry.order.call_to, "data": "0x" + entry.order.call_data.hex()}
-        return "eth_call", (call | {"gas": gas}, "latest")
+        kind, order = self._kinds[entry.kind], entry.order
+        call = {"from": kind.through(order), "to": order.call_to, "data": "0x" + order.call_data.hex()}
+        return "eth_call", (call | {"gas": hex(kind.gas(order))}, "latest")
 
     async def _queue(self, entry: Entry) -> None:
         """In one commit it is open again in the outbox and in the books; whoever has a signer then takes it up."""

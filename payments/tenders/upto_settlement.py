@@ -17,7 +17,7 @@ from payments.ledger.accounts import account_id, payer_account
 from payments.money import atomic_to_nano_down
 from payments.settlement.evidence import PaymentProof, payment_nonce
 from payments.settlement.orders import Kind
-from payments.settlement.outbox import order_gas
+from payments.settlement.outbox import order_facilitator, order_gas
 from payments.store import Transaction
 from payments.tenders import authorizations
 
@@ -40,7 +40,7 @@ def kind(network: Network) -> Kind:
         books.on_failed,
         order_gas,
         batchable=True,
-        through_batch=True,
+        through=order_facilitator,
         on_tried_again=books.on_tried_again,
         nonce=payment_nonce,
     )

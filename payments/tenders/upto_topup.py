@@ -11,11 +11,12 @@ from typing import Literal
 
 from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS
 from payments.chain.transactions import encode_upto_settle
+from payments.settlement.outbox import order_facilitator
 from payments.tenders.exact import PAYMENT, ExactTender
 from payments.x402.wire import UptoAuthorization
 
 KIND = "upto_topup"
-TOP_UP = replace(PAYMENT, through_batch=True)
+TOP_UP = replace(PAYMENT, through=order_facilitator)
 """Settlements of the kind ``upto_topup``: the whole of a payer's authorization pays the treasury and is its balance."""
 
 

@@ -150,7 +150,7 @@ async def engine(
             batch_contract=batch_contract,
             housekeeping_s=housekeeping_s,
         )
-        kinds = every_kind(store, network, batches=batch_contract is not None) | {"payment": books.kind}
+        kinds = every_kind(store, network) | {"payment": books.kind}
         for name, kind in kinds.items():
             settlements.handle(name, kind)
         if start:

@@ -84,7 +84,7 @@ async def replica(
         keys = [wallet.private_key for wallet in signers or [chain.wallets[0]]]
         engine = Settlements(store, chain_rpc, network, keys, housekeeping_s=0.05, look_s=look_s, leases=held, **wanted)
         books = Books(network)
-        kinds = every_kind(store, network, batches=False) | {"payment": books.kind}
+        kinds = every_kind(store, network) | {"payment": books.kind}
         for name, kind in kinds.items():
             if name != without:
                 engine.handle(name, kind)

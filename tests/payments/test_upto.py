@@ -18,6 +18,7 @@ from contracts.devnet import (
     as_owner,
     balance_of,
     call_data,
+    place_operator_contracts,
     rpc,
     send_signed,
 )
@@ -32,9 +33,10 @@ from payments.recovery import recover
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.base import Outcome
 from payments.tenders.upto import UptoHold
+from payments.tenders.upto_settlement import settlement_id
 from payments.x402.wire import Payment, UptoAuthorization
 from tests.payments.contract_wallets import place
-from tests.payments.desks import VALUE
+from tests.payments.desks import VALUE, opened
 from tests.payments.exact_samples import QUOTED, assert_books_balance
 from tests.payments.pledging import ANSWER_S, ANSWERED, COST, Desk, gateway
 from tests.payments.settling import PAY_TO, later_than_the_last_block, pay, until
@@ -331,3 +333,22 @@ async def test_upto_works_only_where_the_batch_contract_knows_every_signer(desk:
         assert await missing_for_upto(node, desk.batch_contract, [known]) is None
         assert stranger in (await missing_for_upto(node, desk.batch_contract, [known, stranger]) or "")
         assert "no batch contract" in (await missing_for_upto(node, "0x" + "12" * 20, [known]) or "")
+
+
+@pytest.mark.parametrize("exchanged", [True, False], ids=["exchanged", "taken out"])
+async def test_an_answer_is_settled_through_the_batch_contract_that_its_payer_named(
+    database: Path | str, chain: Devnet, network: Network, monkeypatch: pytest.MonkeyPatch, exchanged: bool
+) -> None:
+    """The operator may have another one by then, or none."""
+    wallet, token, owner = chain.wallets[1], network.tokens[0], chain.wallets[8].address
+    approve_permit2(chain.rpc_url, chain.usdc, wallet.private_key)
+    another, _ = place_operator_contracts(chain.rpc_url, PAY_TO, owner, [chain.wallets[0].address])
+    async with gateway(database, chain, network) as desk:
+        hold = await desk.authorize(desk.sign(wallet, token))
+        assert another != desk.batch_contract
+        # Written, and carried by nobody before the process ends.
+        monkeypatch.setattr(desk.services.settlements, "take_queued", lambda _: None)
+        await hold.capture(COST, ANSWERED)
+    async with opened(database, chain, network, batch_contract=another if exchanged else None) as (_, settlements):
+        assert (await settlements.outcome(settlement_id(hold.receipt_id), 20)).paid
+    assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) == 7_655
