@@ -46,6 +46,10 @@ _INSERT = (
     " VALUES (?, ?, ?, 'new', ?, ?, ?, ?, ?, ?, ?, '0', '0', '0', 0, '0', -1, 0, 0, '0', ?, 0, 0, 0, '0', '0', 0, 0, ?, ?)"
     " ON CONFLICT (id) DO NOTHING"
 )
+_REFUNDS = (
+    "SELECT authorization_nonce, value FROM settlement"
+    " WHERE reference = ? AND kind = 'channel_refund' AND state <> 'final'"
+)
 _SETTABLE = frozenset({
     "balance", "total_claimed", "withdraw_amount", "withdraw_at", "refund_nonce", "synced_block", "synced_marks", "voucher",
     "signature", "charged_nano_usd", "claimed_nano_usd", "lost_nano_usd", "announced", "refunding", "refund_id", "claim_id",
@@ -249,11 +253,10 @@ def sync(tx: Transaction, channel_id: str, seen: Seen, token: Token) -> Channel:
         "withdraw_amount": state.withdraw_amount if state.withdraw_at else 0,
         "withdraw_at": state.withdraw_at,
         "refund_nonce": state.refund_nonce,
+        "refunding": signed_refunds(tx, channel_id, state.refund_nonce),
         "synced_block": seen.block,
         "synced_marks": seen.marks,
     }
-    if current.refund_id is None:
-        columns["refunding"] = 0
     if claimed_nano_usd > current.charged_nano_usd:
         # A channel from before this database: what was claimed was charged.
         columns["charged_nano_usd"] = columns["claimed_nano_usd"] = claimed_nano_usd
@@ -264,6 +267,18 @@ def sync(tx: Transaction, channel_id: str, seen: Seen, token: Token) -> Channel:
     synced = find(tx, channel_id)
     assert synced is not None
     return synced
+
+
+def signed_refunds(tx: Transaction, channel_id: str, refund_nonce: int) -> int:
+    """What refunds that we signed may still give back, atomic units, when the chain has made those below `refund_nonce`.
+
+    Whoever has seen one can submit it, also when ours has failed or a reorganisation took it away; of one nonce it is one.
+    """
+    greatest: dict[int, int] = {}
+    for nonce, value in tx.execute(_REFUNDS, (channel_id,)).fetchall():
+        if int(nonce) >= refund_nonce:
+            greatest[int(nonce)] = max(int(value), greatest.get(int(nonce), 0))
+    return sum(greatest.values())
 
 
 def book_claimed(tx: Transaction, channel_id: str, claimed_nano_usd: int, token: Token) -> None:

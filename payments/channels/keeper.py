@@ -83,6 +83,7 @@ class ChannelKeeper:
         self._interval_s = interval_s
         self._watch_s = watch_s
         self._next_watch = 0.0
+        self._touched: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -129,7 +130,16 @@ class ChannelKeeper:
                 lambda tx: [channel.id for channel in book.select(tx, "chain_id = ?", (self._chain_id,))]
             )
         await self._services.sync(known)
-        await self._store.write(lambda tx: self._set_cursor(tx, head))
+        # Their events are deep enough by now, or a reorganisation took them away.
+        gone = [channel_id for channel_id in self._touched if channel_id not in touched]
+
+        def unit(tx: Transaction) -> None:
+            for channel_id in gone:
+                book.mark(tx, channel_id, None)
+            self._set_cursor(tx, head)
+
+        await self._store.write(unit)
+        self._touched = touched
         return len(known)
 
     async def sync_marked(self) -> None:

@@ -136,10 +136,23 @@ def kinds(store: Store, network: Network) -> dict[str, Kind]:
             lambda _: GAS_DEPOSIT,
             batchable=True,
             nonce=deposit_nonce,
+            on_reopened=books.deposit_reopened,
         ),
-        "channel_claim": Kind(ClaimProof(store), books.claimed, books.claim_failed, gas_of_claim, batchable=True),
+        "channel_claim": Kind(
+            ClaimProof(store),
+            books.claimed,
+            books.claim_failed,
+            gas_of_claim,
+            batchable=True,
+            on_reopened=books.claim_reopened,
+        ),
         "channel_refund": Kind(
-            RefundProof(), books.refunded, books.refund_failed, lambda _: GAS_REFUND, batchable=True
+            RefundProof(),
+            books.refunded,
+            books.refund_failed,
+            lambda _: GAS_REFUND,
+            batchable=True,
+            on_reopened=books.refund_reopened,
         ),
     }
 
@@ -159,6 +172,10 @@ class _Books:
     def deposit_failed(self, tx: Transaction, row: dict[str, Any]) -> None:
         self._mark(tx, row)
 
+    def deposit_reopened(self, tx: Transaction, row: dict[str, Any]) -> None:
+        # It is not there, and nothing is lent on it until it is again.
+        self._mark(tx, row)
+
     def claimed(self, tx: Transaction, row: dict[str, Any]) -> None:
         token = self._network.token_at(row["token"])
         assert token is not None
@@ -169,15 +186,7 @@ class _Books:
             if total_nano_usd > channel.claimed_nano_usd:
                 book.book_claimed(tx, channel_id, total_nano_usd, token)
             self._end_claim(tx, channel, row, claim_from_ms=0)
-        self._withheld(tx, row, token)
-
-    def _withheld(self, tx: Transaction, row: dict[str, Any], token: Token) -> None:
-        """What was claimed and did not arrive, because the token took a fee, is the operator's loss."""
-        amount = atomic_to_nano_down(int(row.get("withheld_value") or 0), token.decimals)
-        if amount:
-            variance, custody = account_id("variance", token.asset), account_id("custody", token.asset)
-            name = f"withheld:{row['id']}"
-            transfers.post(tx, id=name, debit=variance, credit=custody, amount=amount, reference=row["id"])
+        _book_withheld(tx, row, token)
 
     def claim_failed(self, tx: Transaction, row: dict[str, Any]) -> None:
         for channel_id, _ in tx.execute(_CLAIMS, (row["id"],)).fetchall():
@@ -186,12 +195,31 @@ class _Books:
             # At once again, it would fail again: the chain is asked first, and gas is not burnt without bound.
             self._end_claim(tx, channel, row, claim_from_ms=book.now_ms() + CLAIM_RETRY_MS)
 
+    def claim_reopened(self, tx: Transaction, row: dict[str, Any]) -> None:
+        token = self._network.token_at(row["token"])
+        assert token is not None
+        _book_withheld(tx, row, token, back=True)
+        for channel_id, _ in tx.execute(_CLAIMS, (row["id"],)).fetchall():
+            channel = book.find(tx, channel_id)
+            assert channel is not None
+            if channel.claim_id is None:
+                # It is under way again, and nothing else is to claim the same meanwhile.
+                book.put(tx, channel_id, claim_id=row["id"])
+            book.mark(tx, channel_id, None)
+
     def refunded(self, tx: Transaction, row: dict[str, Any]) -> None:
         # What is given back stays out of reach until the chain was asked what is left.
         self._end_refund(tx, row)
 
     def refund_failed(self, tx: Transaction, row: dict[str, Any]) -> None:
         self._end_refund(tx, row)
+
+    def refund_reopened(self, tx: Transaction, row: dict[str, Any]) -> None:
+        channel = book.find(tx, row["reference"])
+        assert channel is not None
+        if channel.refund_id is None:
+            book.put(tx, channel.id, refund_id=row["id"])
+        self._mark(tx, row)
 
     def _end_claim(self, tx: Transaction, channel: book.Channel, row: dict[str, Any], claim_from_ms: int) -> None:
         if channel.claim_id == row["id"]:
@@ -207,6 +235,24 @@ class _Books:
 
     def _mark(self, tx: Transaction, row: dict[str, Any]) -> None:
         book.mark(tx, row["reference"], row.get("block_number"))
+
+
+def _book_withheld(tx: Transaction, row: dict[str, Any], token: Token, *, back: bool = False) -> None:
+    """What was claimed and did not arrive, because the token took a fee, is the operator's loss; or is `back`, for the claim is
+    not in the chain any more."""
+    name = f"withheld:{row['id']}:"
+    variance, custody = account_id("variance", token.asset), account_id("custody", token.asset)
+    rounds = transfers.count(tx, row["id"], name)
+    if back != bool(rounds % 2):
+        return
+    if back:
+        booked = transfers.find(tx, f"{name}{rounds - 1}")
+        assert booked is not None
+        debit, credit, amount = custody, variance, booked.amount
+    else:
+        debit, credit, amount = variance, custody, atomic_to_nano_down(int(row["withheld_value"]), token.decimals)
+    if amount:
+        transfers.post(tx, id=f"{name}{rounds}", debit=debit, credit=credit, amount=amount, reference=row["id"])
 
 
 def _pick(receipt: dict[str, Any], logs: list[Log], event: str, order: SettlementOrder) -> Evidence | None:

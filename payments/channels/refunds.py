@@ -126,7 +126,9 @@ def _begin(
     channel = book.find(tx, channel_id)
     assert channel is not None
     if channel.refund_id is not None:
-        return channel.refund_id, channel.refunding
+        under_way = outbox.find(tx, channel.refund_id)
+        assert under_way is not None
+        return channel.refund_id, under_way.order.value
     if channel.unsynced:
         # Something happened since it was asked, such as the refund that somebody asked for at the same time.
         return None
@@ -159,6 +161,6 @@ def _begin(
         call_data=encode_refund(channel.config, amount, nonce, sign_digest(services.authorizer.key, digest)),
         valid_before=0,
     )
-    book.put(tx, channel.id, refunding=amount, refund_id=settlement_id)
     outbox.enqueue(tx, order)
+    book.put(tx, channel.id, refunding=book.signed_refunds(tx, channel.id, nonce), refund_id=settlement_id)
     return settlement_id, amount

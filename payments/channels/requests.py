@@ -147,7 +147,7 @@ def take(tx: Transaction, wanted: Wanted, *, patient: bool) -> Taken | MustWait 
     assert channel is not None
     _check_claims(channel, wanted)
     deposit = _deposit_stage(tx, wanted)
-    if channel.unsynced and deposit in ("none", "paid"):
+    if channel.unsynced and deposit != "due":
         return MustWait("unsynced")
     if wanted.identifier is not None and channel.on_chain.balance:
         # Before the voucher is judged: whoever lost everything but the name has no right voucher either. Only a channel that
@@ -253,7 +253,7 @@ def _shortage(
         return MustWait("deposit")
     return PaymentRefused(
         EXCEEDS_BALANCE,
-        f"the channel has {max(there, 0)} atomic units that are not to be withdrawn, and "
+        f"the channel has {max(there, 0)} atomic units that are not to be withdrawn or given back, and "
         f"{max(nano_to_atomic_up(needed, wanted.decimals), wanted.voucher.amount)} are signed or needed in all: add a deposit",
     )
 

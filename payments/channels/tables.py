@@ -53,9 +53,9 @@ class Channel(SQLModel, table=True):
     announced: str = "0"
     """What the payer was told that was charged, atomic units as decimal text: a stream announces its maximum."""
     refunding: str = "0"
-    """What a refund under way gives back, atomic units as decimal text."""
+    """What the refunds that were signed may still give back, atomic units as decimal text."""
     refund_id: str | None = None
-    """The settlement of that refund."""
+    """The settlement of a refund under way."""
     claim_id: str | None = Field(default=None, index=True)
     """The settlement of a claim under way."""
     claim_from_ms: int = Field(default=0, sa_column=_big(default=0))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
 from payments.chain.signers import Signer
 from payments.settlement import loading, news, outgoing, states
-from payments.settlement.orders import NO_LOG
+from payments.settlement.orders import NO_LOG, Kind
 from payments.settlement.outbox import Entry
 from payments.settlement.outgoing import Outgoing
 from payments.store import Store, StoreBusy, Transaction
@@ -36,7 +36,7 @@ class Finality:
         rpc: The chain.
         chain_id: Of the network.
         accounts: All that the configuration names.
-        kinds: The kinds of orders that are known here.
+        kinds: By name, the kinds of orders that are known here.
         confirmations: Blocks on top of the evidence's own after which it is final.
         interval_s: At most one look per this time: a chain that mines at once would make hundreds of blocks to look at.
         finalised: Called with an entry that is final.
@@ -50,7 +50,7 @@ class Finality:
         rpc: Rpc,
         chain_id: int,
         accounts: Mapping[str, Signer],
-        kinds: Collection[str],
+        kinds: Mapping[str, Kind],
         *,
         confirmations: int,
         interval_s: float,
@@ -169,6 +169,10 @@ class Finality:
             if entry.state != "failed" and _stands_by(tx, entry)
             if states.move(tx, entry.id, entry.state_without_evidence, **gone)
         ]
+        for entry in moved:
+            on_reopened = self._kinds[entry.kind].on_reopened
+            if on_reopened is not None:
+                on_reopened(tx, entry.row() | {"state": entry.state_without_evidence, "block_number": None})
         for transaction in transactions:
             outgoing.exclude(tx, transaction)
         if any(entry.transaction_id is None for entry in moved):

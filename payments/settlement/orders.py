@@ -156,5 +156,8 @@ class Kind:
     on_tried_again: Callable[[Transaction, dict[str, Any]], bool] | None = None
     """Called in the unit that queues a failed order again, with the settlement's row: tells whether it is wanted still, and
     takes back what `on_failed` booked. None for what is not tried again, see `payments.settlement.retries`."""
+    on_reopened: LedgerCallback | None = None
+    """Called in the unit that opens a paid order again because a reorganisation took its evidence away, with the settlement's
+    row. What `on_paid` booked may stand until it is paid again or fails; what is known of the chain does not."""
     nonce: Callable[[SettlementOrder], NonceRead | None] = _no_nonce
     """Where the chain keeps the nonce of an authorization that anybody may execute, also after ours has failed."""

@@ -19,6 +19,7 @@ from payments.chain.channel_contract import encode_deposit
 from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS, Token
 from payments.channels import book, requests
 from payments.channels.book import Seen
+from payments.channels.looks import unavailable
 from payments.channels.requests import MustWait, Taken, Wanted
 from payments.channels.services import ChannelServices, DepositCheck
 from payments.errors import AllowanceRequired, PaymentRefused, SettlementPending, SettlementUnavailable
@@ -143,6 +144,11 @@ class ChannelTender:
             if isinstance(decision, AlreadyUsed | PaymentRefused):
                 raise decision
             if decision.why == "unsynced":
+                if seen is not None and not patient:
+                    raise unavailable()
+                if seen is not None:
+                    # By a node that lags, or too early: something has happened since.
+                    await services.change(self._channel_id, POLL_S)
                 seen = await self._look()
             elif patient:
                 await services.change(self._channel_id, POLL_S)

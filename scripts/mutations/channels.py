@@ -8,12 +8,41 @@ BOOK = ("tests/payments/test_channel_book.py",)
 TOPUPS = ("tests/payments/test_channel_topups.py",)
 MACHINE = ("tests/payments/test_channels_machine.py",)
 ON_CHAIN = ("tests/payments/test_channels_on_chain.py",)
+REORGANISED = ("tests/payments/test_channels_reorganised.py",)
 
 _BOOK, _KEEPER = "payments/channels/book.py", "payments/channels/keeper.py"
 _REQUESTS, _KINDS = "payments/channels/requests.py", "payments/channels/kinds.py"
 _REFUNDS = "payments/channels/refunds.py"
 
 CHANNELS = (
+    Mutation(
+        "a deposit that a reorganisation took away is lent on",
+        _KINDS,
+        "            on_reopened=books.deposit_reopened,\n",
+        "",
+        REORGANISED,
+    ),
+    Mutation(
+        "a claim that a reorganisation took away is made twice",
+        _KINDS,
+        '                book.put(tx, channel_id, claim_id=row["id"])\n',
+        "                pass\n",
+        REORGANISED,
+    ),
+    Mutation(
+        "a refund that a reorganisation took away is lent on",
+        _BOOK,
+        "        if int(nonce) >= refund_nonce:\n",
+        "        if int(nonce) > refund_nonce:\n",
+        (*REORGANISED, *BOOK),
+    ),
+    Mutation(
+        "an event that a reorganisation took away is remembered",
+        _KEEPER,
+        "                book.mark(tx, channel_id, None)\n            self._set_cursor",
+        "                pass\n            self._set_cursor",
+        REORGANISED,
+    ),
     Mutation(
         "what can never be claimed holds up other claims",
         _KEEPER,

@@ -137,7 +137,7 @@ SETTLEMENTS = (
         _FINALITY,
         "        for transaction in transactions:\n            self._adopt(transaction)\n",
         "        del transactions\n",
-        MACHINE,
+        ("tests/payments/test_channels_reorganised.py", *MACHINE),
     ),
     Mutation(
         "gas of a reorganised transaction stays booked",

@@ -23,6 +23,8 @@ from payments.errors import PaymentRefused
 from payments.ledger import transfers
 from payments.ledger.books import check
 from payments.migrate import upgrade
+from payments.settlement import outbox, states
+from payments.settlement.orders import SettlementOrder
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.base import Outcome
 from payments.tenders.closing import Use, release
@@ -117,6 +119,34 @@ def test_what_is_on_its_way_back_to_the_payer_is_lent_to_nobody(chain: Chain) ->
     assert isinstance(refused, PaymentRefused)
     assert refused.code == "invalid_batch_settlement_evm_cumulative_exceeds_balance"
     assert isinstance(chain.take(200, 200), Taken)
+
+
+def sign_refund(chain: Chain, nonce: int, amount: int, state: str) -> None:
+    token = USDC.address
+    order = SettlementOrder(
+        id=f"refund:{nonce}:{amount}", kind="channel_refund", reference=ID, chain_id=USDC.chain_id, token=token,
+        payer=token, pay_to=CONFIG.payer, value=amount, authorization_nonce=nonce, call_to=token, call_data=b"",
+        valid_before=0,
+    )  # fmt: skip
+    assert outbox.enqueue(chain.database, order)
+    if state != "queued":
+        assert states.move(chain.database, order.id, state)
+
+
+def test_a_refund_that_was_signed_is_good_until_the_chain_has_made_one_of_its_nonce(chain: Chain) -> None:
+    chain.becomes(balance=1_000)
+    sign_refund(chain, 0, 600, "failed")
+    sign_refund(chain, 0, 100, "failed")
+    chain.becomes()
+    assert chain.channel.spendable == 400, "whoever has seen them can submit one of them"
+    # Two of which a reorganisation took away one, and knows nothing of the other yet.
+    sign_refund(chain, 1, 50, "queued")
+    chain.becomes()
+    assert chain.channel.spendable == 350
+    chain.becomes(balance=400, refund_nonce=1)
+    assert chain.channel.spendable == 350
+    chain.becomes(balance=350, refund_nonce=2)
+    assert chain.channel.spendable == 350
 
 
 def test_vouchers_that_arrive_out_of_order_are_taken_on_the_highest(chain: Chain) -> None:

@@ -13,6 +13,7 @@ from payments.settlement.finality import Finality
 from payments.settlement.orders import SettlementOrder
 from payments.settlement.outbox import Entry
 from payments.store import Store, StoreBusy, Transaction
+from payments.tenders.exact import PAYMENT
 from tests.databases import open_store
 from tests.payments.exact_samples import NETWORK, PAY_TO, PAYER, USDC
 from tests.payments.fake_chain import FakeChain, FakeRpc
@@ -63,7 +64,7 @@ async def test_what_could_not_be_recorded_is_found_by_the_next_look(
         FakeRpc(chain),
         NETWORK.chain_id,
         {},
-        {ORDER.kind},
+        {ORDER.kind: PAYMENT},
         confirmations=CONFIRMATIONS,
         interval_s=0,
         finalised=lambda entry: told.append(("final", entry)),
