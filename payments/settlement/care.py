@@ -12,9 +12,9 @@ from typing import Any
 
 from payments.chain.gas import BytesGas
 from payments.chain.networks import Network
-from payments.chain.rpc import Request, Rpc
+from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
 from payments.chain.signers import FeeEstimate, Signer
-from payments.leases import LeaseLost, living_signers, require, signer_name
+from payments.leases import LeaseLost, require, signer_name
 from payments.settlement import loading, states
 from payments.settlement.courier import HEAD, Courier
 from payments.settlement.dispatcher import Dispatcher, Role
@@ -31,7 +31,7 @@ from payments.settlement.retries import Retries
 from payments.settlement.reverts import Reverts
 from payments.settlement.second_looks import SecondLooks
 from payments.settlement.witnesses import Witnesses
-from payments.store import Store, Transaction
+from payments.store import Store, StoreBusy, Transaction
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +161,7 @@ class Care:
             rpc,
             network.chain_id,
             self.judge,
+            kinds,
             self.entries,
             self.transactions,
             carry=self.courier.carry,
@@ -186,19 +187,35 @@ class Care:
         self.dispatcher.stop()
 
     async def round(self) -> None:
-        """What no block announces: deadlines, stalled signers, depth on a chain that nobody else uses.
+        """What no block announces: deadlines, stalled signers, depth on a chain that nobody else uses. What one of these meets
+        keeps none of the others from being looked after, now or in the next round."""
+        for part in (
+            self._repairs.round,
+            self._second_looks.round,
+            self._late.round,
+            self._measure,
+            self._look_deeper,
+            self._look_for_what_fell_to_us,
+        ):
+            try:
+                await part()
+            except LeaseLost as lost:
+                self._lost(lost.name)
+            except (RpcUnavailable, RpcError, StoreBusy) as error:
+                log.warning("housekeeping of settlements must wait: %s", error)
+            except Exception:
+                # Without it stalled signers stay stalled.
+                log.exception("housekeeping of settlements failed")
 
-        Raises:
-            LeaseLost: An account is another process's now.
-            RpcUnavailable, RpcError: The chain cannot be asked now.
-        """
-        await self._repairs.round()
-        await self._second_looks.round()
-        await self._late.round()
+    async def _measure(self) -> None:
         if self._bytes_gas.stale:
             self._bytes_gas.read(*await self._rpc.batch([BytesGas.REQUEST]))
+
+    async def _look_deeper(self) -> None:
         if self.finality.due:
             await self.finality.round(int(await self._rpc.call(*HEAD), 16))
+
+    async def _look_for_what_fell_to_us(self) -> None:
         if self._store.shared and time.monotonic() - self._refreshed_at > REFRESH_S:
             self.courier.head = int(await self._rpc.call(*HEAD), 16)
             await self.refresh()
@@ -278,13 +295,9 @@ class Care:
                 log.warning("transaction %s was signed by an account whose key nobody has now", transaction.id)
             self._adopt(transaction)
 
-    def _ours(self, tx: Transaction) -> Callable[[str | None], bool]:
-        """Of which account's transactions (None: of none's) this process looks after what they carry."""
-        mine = {signer.address for signer in self._accounts.values() if signer.mine}
-        if not self._caretaker():
-            return lambda address: address in mine
-        others = living_signers(tx, self._chain_id) - mine
-        return lambda address: address not in others
+    def _ours(self, tx: Transaction) -> loading.Ours:
+        mine = frozenset(signer.address for signer in self._accounts.values() if signer.mine)
+        return loading.ours(tx, self._chain_id, mine, caretaker=self._caretaker())
 
     # --- transactions -------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from payments.chain.rpc import Rpc, RpcError, RpcUnavailable
 from payments.chain.signers import WEI_PER_GWEI, FeeEstimate, Signer
 from payments.chain.transactions import Fees
 from payments.errors import SettlementUnavailable
-from payments.leases import LeaseLost, Leases
+from payments.leases import Leases
 from payments.settlement import outbox
 from payments.settlement.care import Care
 from payments.settlement.courier import HEAD
@@ -293,15 +293,7 @@ class Settlements:
     async def _housekeeping(self) -> None:
         while self._running:
             await asyncio.sleep(self._housekeeping_s)
-            try:
-                await self._care.round()
-            except LeaseLost as lost:
-                self._ownership.lost(lost.name)
-            except (RpcUnavailable, RpcError) as error:
-                log.warning("housekeeping of settlements must wait: %s", error)
-            except Exception:
-                # Nothing that housekeeping meets may end it: without it stalled signers stay stalled.
-                log.exception("housekeeping of settlements failed")
+            await self._care.round()
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

@@ -83,10 +83,6 @@ class Judge:
         self._included: list[_Included] = []
         self._recording = False
 
-    def knows(self, kind: str) -> bool:
-        """Whether orders of a kind can be decided here."""
-        return kind in self._kinds
-
     def receipt(self, transaction: Outgoing, receipt: dict[str, Any]) -> None:
         """One of our transactions is in a block.
 
@@ -268,18 +264,25 @@ class Judge:
             self._spawn(self.look_elsewhere(entry, head, sender=sender, reverted=True))
 
     async def record(self, entry: Entry, evidence: Evidence) -> bool:
-        """Record evidence, whatever it takes. False if its log is already another settlement's evidence."""
+        """Record evidence, whatever it takes: for work that nothing else waits for. See `book`."""
         while True:
             try:
-                state = await self._store.write(lambda tx: self._book(tx, entry, evidence))
+                return await self.book(entry, evidence)
             except Exception:
                 # Nothing is shown to the caller until the money is booked, so trying again is the only way out.
                 log.exception("booking settlement %s failed", entry.id)
                 await asyncio.sleep(RETRY_S)
-                continue
-            if state is not None:
-                self._paid(entry, evidence, state)
-            return state is not None
+
+    async def book(self, entry: Entry, evidence: Evidence) -> bool:
+        """Record evidence. False, with nothing written, if its log is already another settlement's evidence.
+
+        Raises:
+            Exception: Whatever keeps it from being booked; nothing was written.
+        """
+        state = await self._store.write(lambda tx: self._book(tx, entry, evidence))
+        if state is not None:
+            self._paid(entry, evidence, state)
+        return state is not None
 
     def _book(self, tx: Transaction, entry: Entry, evidence: Evidence) -> str | None:
         """Book evidence and tell it; the state that it makes, or None if it proves something else already."""

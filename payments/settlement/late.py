@@ -12,8 +12,8 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
-from payments.settlement import outbox, states
+from payments.chain.rpc import Reply, Request, Rpc, RpcError, RpcUnavailable
+from payments.settlement import loading, outbox, states
 from payments.settlement.courier import HEAD
 from payments.settlement.judge import FIRST_LOOK_MS, Judge
 from payments.settlement.orders import Evidence, Kind, NoEvidence, NonceRead
@@ -33,11 +33,6 @@ AGE_PER_INTERVAL = 4
 LOOK_BACK_BLOCKS = 50_000
 """How far back evidence is searched for what no transaction of ours ever carried."""
 
-_DUE = (
-    "SELECT settlement.id, settlement.updated_ms, settlement.kind, chain_transaction.signer FROM settlement"
-    " LEFT JOIN chain_transaction ON chain_transaction.id = settlement.transaction_id"
-    " WHERE settlement.chain_id=? AND watch_again_ms<=? ORDER BY watch_again_ms LIMIT ?"
-)
 _TAKE = "UPDATE settlement SET watch_again_ms=? WHERE id=? AND state='failed' AND watch_again_ms<=? RETURNING id"
 _END = "UPDATE settlement SET watch_again_ms=NULL WHERE id=? AND state='failed'"
 
@@ -56,7 +51,7 @@ class LateExecutions:
         kinds: By name, where the chain keeps their nonces.
         retries: Told of those that nobody has executed, and nobody has cancelled.
         confirmations: Blocks on top of one after which it is final.
-        ours: Tells, for one unit, of which account's transactions (None: of none's) this process looks after what they carry.
+        ours: Tells what this process looks after.
     """
 
     def __init__(
@@ -68,19 +63,22 @@ class LateExecutions:
         kinds: Mapping[str, Kind],
         retries: Retries,
         confirmations: int,
-        ours: Callable[[Transaction], Callable[[str | None], bool]],
+        ours: Callable[[Transaction], loading.Ours],
     ) -> None:
         self._store, self._rpc, self._chain_id, self._judge = store, rpc, chain_id, judge
         self._kinds, self._retries, self._confirmations, self._ours = kinds, retries, confirmations, ours
 
     async def round(self) -> None:
-        """Look at every failed settlement whose time it is.
+        """Look at every failed settlement whose time it is. One that cannot be looked at, or not be booked, holds up none of
+        the others: it is looked at again in time.
 
         Raises:
             RpcUnavailable: No node answered; they are looked at again in time.
-            RpcError: A node refused; likewise.
+            RpcError: A node refused to say what is final; likewise.
         """
-        due = await self._store.read(self._due)
+        due = await self._store.read(
+            lambda tx: loading.due(tx, self._chain_id, "watch_again_ms", self._kinds, self._ours(tx), LOOKS_MAX)
+        )
         if not due:
             return
         watched = await self._store.write(lambda tx: self._take(tx, due))
@@ -90,21 +88,23 @@ class LateExecutions:
         final = max(head - self._confirmations, 0)
         requests: list[Request] = [("eth_getBlockByNumber", (hex(final), False))]
         requests += [each.nonce.request(head) for each in watched]
-        block, *answers = await self._rpc.ask(requests)
+        block, *answers = await self._rpc.batch(requests)
+        if isinstance(block, RpcError):
+            raise block
         final_s = int(block["timestamp"], 16)
         over: list[str] = []
         unused: list[Entry] = []
         for each, answer in zip(watched, answers, strict=True):
             try:
-                used = each.nonce.is_used(answer)
+                used = _is_used(each, answer)
                 if await self._is_over(each, used, final_s, final, head):
                     over.append(each.entry.id)
                 elif not used:
                     unused.append(each.entry)
-            except (RpcUnavailable, RpcError):
-                raise
+            except (RpcUnavailable, RpcError) as error:
+                log.warning("the failed settlement %s cannot be looked at now: %s", each.entry.id, error)
             except Exception:
-                # Nonsense from a node about one of them; it is looked at again in time.
+                # Nonsense from a node about one of them, or books that do not take it.
                 log.exception("a look at the failed settlement %s failed", each.entry.id)
         if over:
             await self._store.write(lambda tx: [tx.execute(_END, (settlement,)) for settlement in over])
@@ -120,19 +120,12 @@ class LateExecutions:
         found = await self._judge.search(entry, head)
         if isinstance(found, Evidence):
             log.warning("the failed settlement %s was executed by somebody else later", entry.id)
-            return not await self._judge.record(entry, found)
+            return not await self._judge.book(entry, found)
         # Cancelled, unless a reorganisation takes that away again.
         settled = await self._judge.search(entry, final)
         if not isinstance(settled, NoEvidence) or not settled.nonce_consumed:
             return False
         return settled.explained or states.now_ms() > each.failed_ms + UNEXPLAINED_MS
-
-    def _due(self, tx: Transaction) -> list[tuple[str, int]]:
-        rows = tx.execute(_DUE, (self._chain_id, states.now_ms(), LOOKS_MAX)).fetchall()
-        if not rows:
-            return []
-        ours = self._ours(tx)
-        return [(row[0], row[1]) for row in rows if ours(row[3]) and self._judge.knows(row[2])]
 
     def _take(self, tx: Transaction, due: list[tuple[str, int]]) -> list[_Watched]:
         """Those that no other process took, with their next time set."""
@@ -143,10 +136,15 @@ class LateExecutions:
                 continue
             entry = outbox.find(tx, settlement_id)
             assert entry is not None
-            kind = self._kinds.get(entry.kind)
-            nonce = None if kind is None else kind.nonce(entry.order)
+            nonce = self._kinds[entry.kind].nonce(entry.order)
             if nonce is not None:
                 taken.append(_Watched(entry, nonce, failed_ms))
-            elif kind is not None:
+            else:
                 tx.execute(_END, (settlement_id,))
         return taken
+
+
+def _is_used(each: _Watched, answer: Reply) -> bool:
+    if isinstance(answer, RpcError):
+        raise answer
+    return each.nonce.is_used(answer)

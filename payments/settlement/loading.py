@@ -4,7 +4,9 @@ behind."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from payments.chain.signers import Signer
 from payments.leases import living_signers
@@ -18,6 +20,63 @@ log = logging.getLogger(__name__)
 
 SHALLOW_BLOCKS = 64
 """How deep somebody else's execution of an authorization is watched after a restart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """Of which accounts' transactions this process looks after what they carry, as one unit finds it."""
+
+    accounts: frozenset[str]
+    all_but: bool
+    """Whether it is those of all accounts but these, and what no transaction ever carried."""
+
+    def has(self, address: str | None) -> bool:
+        """Whether an account's transactions are among them; None: what no transaction carries."""
+        return (address in self.accounts) != self.all_but
+
+    def condition(self, column: str) -> tuple[str, Sequence[str]]:
+        """The same in SQL, for a column with the account, and its parameters."""
+        if not self.accounts:
+            return ("1=1" if self.all_but else "1=0"), ()
+        marks = ",".join("?" * len(self.accounts))
+        named = f"{column} NOT IN ({marks}) OR {column} IS NULL" if self.all_but else f"{column} IN ({marks})"
+        return f"({named})", tuple(self.accounts)
+
+
+def ours(tx: Transaction, chain_id: int, accounts: frozenset[str], *, caretaker: bool) -> Ours:
+    """What this process looks after, which sends with `accounts` now; the caretaker also after what nobody else does."""
+    return Ours(frozenset(living_signers(tx, chain_id) - accounts), True) if caretaker else Ours(accounts, False)
+
+
+def due(
+    tx: Transaction,
+    chain_id: int,
+    when: Literal["watch_again_ms", "look_again_ms"],
+    kinds: Collection[str],
+    ours: Ours,
+    limit: int,
+) -> list[tuple[str, int]]:
+    """Settlements whose time has come, the longest overdue first, with when each was changed last.
+
+    Only those that this process can look at are asked for: others, which nobody may ever look at, would fill every look.
+
+    Args:
+        tx: The unit's transaction.
+        chain_id: Of the network.
+        when: The column with the time.
+        kinds: Those that are known here.
+        ours: Of which accounts' transactions.
+        limit: At most so many.
+    """
+    carried_by_us, accounts = ours.condition("chain_transaction.signer")
+    rows = tx.execute(
+        "SELECT settlement.id, settlement.updated_ms FROM settlement"  # noqa: S608 - names from this module
+        " LEFT JOIN chain_transaction ON chain_transaction.id = settlement.transaction_id"
+        f" WHERE settlement.chain_id=? AND {when}<=? AND settlement.kind IN ({','.join('?' * len(kinds))})"
+        f" AND {carried_by_us} ORDER BY {when} LIMIT ?",
+        (chain_id, states.now_ms(), *kinds, *accounts, limit),
+    ).fetchall()
+    return [(settlement_id, updated_ms) for settlement_id, updated_ms in rows]
 
 
 def under_way(
@@ -34,14 +93,12 @@ def under_way(
     return with_entries(tx, outgoing.load_signed(tx, chain_id, accounts), kinds)
 
 
-def paid(
-    tx: Transaction, chain_id: int, ours: Callable[[str | None], bool], kinds: Collection[str], head: int
-) -> list[Entry]:
+def paid(tx: Transaction, chain_id: int, ours: Ours, kinds: Collection[str], head: int) -> list[Entry]:
     """What is paid and not final, and was carried by an account that is `ours`."""
     return [
         entry
         for entry, signer in outbox.load_paid(tx, chain_id, head - SHALLOW_BLOCKS)
-        if ours(signer) and entry.kind in kinds and entry.block_number is not None
+        if ours.has(signer) and entry.kind in kinds and entry.block_number is not None
     ]
 
 

@@ -63,8 +63,13 @@ class Retries:
             return
         simulations = await self._rpc.batch([self._simulation(entry) for entry in entries])
         for entry, answer in zip(entries, simulations, strict=True):
-            if not isinstance(answer, RpcError):
+            if isinstance(answer, RpcError):
+                continue
+            try:
                 await self._queue(entry)
+            except Exception:
+                # Books that do not take it back, perhaps; the others are queued all the same.
+                log.exception("the failed settlement %s could not be queued again", entry.id)
 
     def _may_be_tried(self, entry: Entry) -> bool:
         return self._kinds[entry.kind].on_tried_again is not None and entry.attempts + 1 < TRIES_MAX

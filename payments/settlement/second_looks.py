@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
-from payments.settlement import outbox, outgoing, states
+from payments.settlement import loading, outbox, outgoing, states
 from payments.settlement.courier import HEAD
 from payments.settlement.judge import Judge
-from payments.settlement.orders import Evidence
+from payments.settlement.orders import Evidence, Kind
 from payments.settlement.outbox import Entry
 from payments.settlement.outgoing import Outgoing
 from payments.store import Store, Transaction
@@ -22,16 +23,19 @@ log = logging.getLogger(__name__)
 
 LOOKS_MAX = 100
 """In one round."""
+AGAIN_MS = 10_000
+"""Until a wish that could not be fulfilled is tried again, behind the others: a node may refuse it for ever."""
 
 
 class SecondLooks:
     """Fulfils the wishes for one network.
 
     Args:
+        kinds: By name, those that are known here.
         entries: The engine's open entries by id.
         transactions: The engine's open transactions by id.
         carry: Sends a transaction's newest form now.
-        ours: Tells, for one unit, of which account's transactions (None: of none's) this process looks after what they carry.
+        ours: Tells what this process looks after.
     """
 
     def __init__(
@@ -40,62 +44,47 @@ class SecondLooks:
         rpc: Rpc,
         chain_id: int,
         judge: Judge,
+        kinds: Mapping[str, Kind],
         entries: Mapping[str, Entry],
         transactions: Mapping[str, Outgoing],
         carry: Callable[[Outgoing], None],
-        ours: Callable[[Transaction], Callable[[str | None], bool]],
+        ours: Callable[[Transaction], loading.Ours],
     ) -> None:
         self._store, self._rpc, self._chain_id, self._judge = store, rpc, chain_id, judge
-        self._entries, self._transactions = entries, transactions
+        self._kinds, self._entries, self._transactions = kinds, entries, transactions
         self._carry, self._ours = carry, ours
 
     async def round(self) -> None:
-        """Look at everything that was asked for since the last round.
+        """Look at everything that was asked for since the last round. The wish for one that cannot be looked at, or not be
+        booked, stays and holds up none of the others."""
+        wishes = await self._store.read(
+            lambda tx: loading.due(tx, self._chain_id, "look_again_ms", self._kinds, self._ours(tx), LOOKS_MAX)
+        )
+        for settlement_id, _ in wishes:
+            again_ms: int | None = states.now_ms() + AGAIN_MS
+            try:
+                await self._fulfil(settlement_id)
+                again_ms = None
+            except (RpcUnavailable, RpcError) as error:
+                log.warning("the settlement %s cannot be looked at again now: %s", settlement_id, error)
+            except Exception:
+                # Nonsense from a node, or books that do not take it.
+                log.exception("a second look at %s failed", settlement_id)
+            await self._store.write(partial(_wish, settlement_id=settlement_id, again_ms=again_ms))
 
-        Raises:
-            RpcUnavailable: No node answered; the wishes stay.
-            RpcError: A node refused; the wishes stay.
-        """
-        for settlement_id in await self._store.read(self._wishes):
-            entry = self._entries.get(settlement_id) or await self._store.read(
-                lambda tx, wished=settlement_id: outbox.find(tx, wished)  # type: ignore[misc]
-            )
-            if entry is not None and entry.state not in states.PAID:
-                await self._look(entry)
-            await self._store.write(
-                lambda tx, done=settlement_id: tx.execute(  # type: ignore[misc]
-                    "UPDATE settlement SET look_again_ms=NULL WHERE id=?", (done,)
-                )
-            )
-
-    def _wishes(self, tx: Transaction) -> list[str]:
-        rows = tx.execute(
-            "SELECT settlement.id, settlement.kind, chain_transaction.signer FROM settlement"
-            " LEFT JOIN chain_transaction ON chain_transaction.id = settlement.transaction_id"
-            " WHERE settlement.chain_id=? AND look_again_ms IS NOT NULL ORDER BY look_again_ms LIMIT ?",
-            (self._chain_id, LOOKS_MAX),
-        ).fetchall()
-        if not rows:
-            return []
-        ours = self._ours(tx)
-        return [settlement_id for settlement_id, kind, signer in rows if ours(signer) and self._judge.knows(kind)]
-
-    async def _look(self, entry: Entry) -> None:
+    async def _fulfil(self, settlement_id: str) -> None:
+        entry = self._entries.get(settlement_id) or await self._store.read(lambda tx: outbox.find(tx, settlement_id))
+        if entry is None or entry.state in states.PAID:
+            return
         log.info("settlement %s is looked at again", entry.id)
         transaction = self._transactions.get(entry.transaction_id or "")
         if transaction is not None:
             self._carry(transaction)
-        try:
-            evidence = None if transaction is not None else await self._of_own_receipts(entry)
-            # While nothing is under way nobody follows the chain's head.
-            found = evidence or await self._judge.search(entry, int(await self._rpc.call(*HEAD), 16))
-            if isinstance(found, Evidence):
-                await self._judge.record(entry, found)
-        except (RpcUnavailable, RpcError):
-            raise
-        except Exception:
-            # Nonsense from a node; whoever asked can ask again.
-            log.exception("a second look at %s failed", entry.id)
+        evidence = None if transaction is not None else await self._of_own_receipts(entry)
+        # While nothing is under way nobody follows the chain's head.
+        found = evidence or await self._judge.search(entry, int(await self._rpc.call(*HEAD), 16))
+        if isinstance(found, Evidence):
+            await self._judge.book(entry, found)
 
     async def _of_own_receipts(self, entry: Entry) -> Evidence | None:
         """A transaction of ours that nobody waits for any more may have been mined since."""
@@ -110,3 +99,7 @@ class SecondLooks:
                     await self._judge.confirm(entry, evidence)
                 return evidence
         return None
+
+
+def _wish(tx: Transaction, settlement_id: str, again_ms: int | None) -> None:
+    tx.execute("UPDATE settlement SET look_again_ms=? WHERE id=?", (again_ms, settlement_id))

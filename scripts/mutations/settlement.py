@@ -7,6 +7,7 @@ from mutations.mutation import Mutation
 MACHINE = ("tests/payments/test_settlement_machine.py",)
 PAYOUTS = ("tests/payments/test_payouts_once.py",)
 RETRIES = ("tests/payments/test_upto_retries.py",)
+HOLD_UPS = ("tests/payments/test_hold_ups.py",)
 EVIDENCE = ("tests/payments/test_evidence.py", *MACHINE)
 
 _ENGINE, _JUDGE = "payments/settlement/engine.py", "payments/settlement/judge.py"
@@ -15,6 +16,7 @@ _REPAIRS, _DISPATCHER = "payments/settlement/repairs.py", "payments/settlement/d
 _FINALITY, _COURIER = "payments/settlement/finality.py", "payments/settlement/courier.py"
 _EVIDENCE, _LOADING = "payments/settlement/evidence.py", "payments/settlement/loading.py"
 _SECOND_LOOKS, _RETRIES = "payments/settlement/second_looks.py", "payments/settlement/retries.py"
+_LATE = "payments/settlement/late.py"
 
 SETTLEMENTS = (
     Mutation(
@@ -223,8 +225,8 @@ SETTLEMENTS = (
     Mutation(
         "a restart forgets what is mined and not final",
         _LOADING,
-        "if ours(signer) and entry.kind in kinds and entry.block_number is not None",
-        "if ours(signer) and entry.kind in kinds and entry.block_number is None",
+        "if ours.has(signer) and entry.kind in kinds and entry.block_number is not None",
+        "if ours.has(signer) and entry.kind in kinds and entry.block_number is None",
         MACHINE,
     ),
     Mutation(
@@ -272,9 +274,30 @@ SETTLEMENTS = (
     Mutation(
         "a second look changes nothing",
         _SECOND_LOOKS,
-        "                await self._judge.record(entry, found)",
-        "                pass",
+        "            await self._judge.book(entry, found)",
+        "            pass",
         ("tests/payments/test_second_looks.py",),
+    ),
+    Mutation(
+        "a second look waits until what it found can be booked",
+        _SECOND_LOOKS,
+        "            await self._judge.book(entry, found)",
+        "            await self._judge.record(entry, found)",
+        HOLD_UPS,
+    ),
+    Mutation(
+        "the look at late executions waits until what it found can be booked",
+        _LATE,
+        "return not await self._judge.book(entry, found)",
+        "return not await self._judge.record(entry, found)",
+        HOLD_UPS,
+    ),
+    Mutation(
+        "a second look that a node refuses is the first one again",
+        _SECOND_LOOKS,
+        "states.now_ms() + AGAIN_MS",
+        "0",
+        HOLD_UPS,
     ),
     Mutation(
         "a failed call is tried again without end",
@@ -286,8 +309,8 @@ SETTLEMENTS = (
     Mutation(
         "a failed call is tried again that would fail again",
         _RETRIES,
-        "            if not isinstance(answer, RpcError):",
-        "            if True:",
+        "            if isinstance(answer, RpcError):",
+        "            if False:",
         RETRIES,
     ),
     Mutation(

@@ -1,0 +1,152 @@
+"""A settlement that cannot be looked at, or not be booked, holds up none of the others."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from contracts.devnet import Devnet
+from payments.chain.networks import Network
+from payments.chain.rpc import Rpc, RpcError
+from payments.ledger.transfers import TransferConflict
+from payments.settlement import judge, late, outbox, second_looks, states, stories
+from payments.settlement.orders import Kind, SettlementOrder
+from payments.store import Store, Transaction
+from payments.tenders.exact import PAYMENT
+from payments.x402.wire import Payment
+from tests.payments.settling import Books, engine, order_for, pay
+from tests.payments.test_late_executions import execute
+
+
+class Watched(Books):
+    """Books of payments that are watched after they have failed, as a gateway's are; of one order they take nothing."""
+
+    refused = ""
+
+    @property
+    def kind(self) -> Kind:
+        return dataclasses.replace(PAYMENT, on_paid=self.on_mined, on_failed=self.on_failed)
+
+    def on_mined(self, tx: Transaction, row: dict[str, Any]) -> None:
+        if row["id"] == self.refused:
+            raise TransferConflict("exists with other content")
+        super().on_mined(tx, row)
+
+
+def payments_of(chain: Devnet, network: Network, count: int) -> tuple[list[Payment], list[SettlementOrder]]:
+    usdc = network.tokens[0]
+    signed = [pay(wallet, usdc, 700) for wallet in chain.wallets[1 : count + 1]]
+    return signed, [order_for(each, usdc) for each in signed]
+
+
+def put_failed(tx: Transaction, orders: Sequence[SettlementOrder], watched: bool = True) -> None:
+    """As if all had failed long ago, the first one first."""
+    for number, order in enumerate(orders):
+        assert outbox.enqueue(tx, order)
+        assert states.move(tx, order.id, "failed", reason="reverted", watch_again_ms=number + 1 if watched else None)
+
+
+def wish(tx: Transaction, orders: Sequence[SettlementOrder]) -> None:
+    """As if a person had asked for a second look at each, the first one first."""
+    for number, order in enumerate(orders):
+        stories.ask_again(tx, order.id)
+        tx.execute("UPDATE settlement SET look_again_ms = ? WHERE id = ?", (number + 1, order.id))
+
+
+async def until_state(store: Store, order: SettlementOrder, state: str, timeout_s: float = 5) -> None:
+    async with asyncio.timeout(timeout_s):
+        while (await store.read(lambda tx: outbox.find(tx, order.id))).state != state:  # type: ignore[union-attr]  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_what_cannot_be_booked_is_tried_again_and_holds_up_nothing_else(
+    chain: Devnet, network: Network, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "FIRST_LOOK_MS", 10)
+    monkeypatch.setattr(late, "FIRST_LOOK_MS", 50)
+    monkeypatch.setattr(late, "INTERVAL_MAX_MS", 50)
+    monkeypatch.setattr(second_looks, "AGAIN_MS", 50)
+    books, (signed, orders) = Watched(network), payments_of(chain, network, 4)
+    await store.write(lambda tx: put_failed(tx, orders[:2]))
+    await store.write(lambda tx: put_failed(tx, orders[2:], watched=False))
+    for payment in signed:
+        execute(chain, payment, network.tokens[0])
+    books.refused = orders[0].id
+    async with engine(store, network, chain.rpc_url, [chain.wallets[0]], books):
+        await until_state(store, orders[1], "superseded")
+        books.refused = orders[2].id
+        await until_state(store, orders[0], "superseded")
+        await store.write(lambda tx: wish(tx, orders[2:]))
+        await until_state(store, orders[3], "superseded")
+        books.refused = ""
+        await until_state(store, orders[2], "superseded")
+
+
+@pytest.mark.parametrize("refused", ["eth_call", "eth_getLogs"])
+async def test_what_a_node_always_refuses_holds_up_nothing_else(
+    chain: Devnet, network: Network, store: Store, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    """Of one authorization: its history is pruned, or its token says no more whether it was used."""
+    monkeypatch.setattr(second_looks, "LOOKS_MAX", 1)
+    books, (signed, orders) = Watched(network), payments_of(chain, network, 3)
+    await store.write(lambda tx: put_failed(tx, orders[:2]))
+    await store.write(lambda tx: put_failed(tx, orders[2:], watched=False))
+    for payment in signed:
+        execute(chain, payment, network.tokens[0])
+    true_batch, nonce = Rpc.batch, f"{orders[0].authorization_nonce:064x}"
+
+    async def batch(self: Rpc, requests: Sequence[Any]) -> list[Any]:
+        replies = await true_batch(self, requests)
+        return [
+            RpcError(-32000, "history has been pruned") if method == refused and nonce in str(params) else reply
+            for (method, params), reply in zip(requests, replies, strict=True)
+        ]
+
+    monkeypatch.setattr(Rpc, "batch", batch)
+    await store.write(lambda tx: wish(tx, [orders[0], orders[2]]))
+    async with engine(store, network, chain.rpc_url, [chain.wallets[0]], books):
+        await until_state(store, orders[1], "superseded")
+        await until_state(store, orders[2], "superseded")
+        await until_state(store, orders[0], "failed")
+
+
+@pytest.mark.parametrize("whose", ["unknown kind", "another process"])
+async def test_what_cannot_be_looked_at_here_fills_no_look(
+    chain: Devnet, network: Network, store: Store, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    """Of a kind that is configured no more, or carried by an account of a living process that has not come to it."""
+    monkeypatch.setattr(late, "LOOKS_MAX", 2)
+    monkeypatch.setattr(second_looks, "LOOKS_MAX", 2)
+    books, (signed, orders) = Watched(network), payments_of(chain, network, 6)
+    if whose == "unknown kind":
+        orders[:4] = [dataclasses.replace(order, kind="gone") for order in orders[:4]]
+    await store.write(lambda tx: put_failed(tx, [*orders[:2], orders[4]]))
+    await store.write(lambda tx: put_failed(tx, [*orders[2:4], orders[5]], watched=False))
+    await store.write(lambda tx: wish(tx, [*orders[2:4], orders[5]]))
+    if whose == "another process":
+        await store.write(lambda tx: carried_by_another(tx, network, orders[:4]))
+    for payment in signed[4:]:
+        execute(chain, payment, network.tokens[0])
+    async with engine(store, network, chain.rpc_url, [chain.wallets[0]], books):
+        await until_state(store, orders[4], "superseded")
+        await until_state(store, orders[5], "superseded")
+
+
+def carried_by_another(tx: Transaction, network: Network, orders: Sequence[SettlementOrder]) -> None:
+    """As if a living process had sent them with an account that only it has."""
+    account = "0x" + "a0" * 20
+    tx.execute(
+        "INSERT INTO chain_transaction (id, chain_id, kind, state, signer, signer_nonce, raw_transaction, broadcasts,"
+        " inclusions, created_ms, updated_ms) VALUES ('other', ?, 'batch', 'included', ?, 0, ?, '[]', 1, 1, 1)",
+        (network.chain_id, account, b""),
+    )
+    for order in orders:
+        tx.execute("UPDATE settlement SET transaction_id = 'other' WHERE id = ?", (order.id,))
+    tx.execute(
+        "INSERT INTO lease (name, owner, expires_ms) VALUES (?, ?, ?)",
+        (f"signer:{network.chain_id}:{account}", "another", 2**53),
+    )
