@@ -48,6 +48,15 @@ _UNDER_WAY = """
 """
 
 
+_REOPENED = """
+    SELECT COALESCE(SUM(receipt.paid_nano_usd), 0)
+    FROM settlement JOIN payment_authorization AS authorized ON authorized.receipt_id = settlement.reference
+    JOIN receipt ON receipt.id = authorized.receipt_id
+    WHERE settlement.payer = ? AND settlement.state IN ('queued', 'submitted') AND settlement.received_value IS NOT NULL
+    AND authorized.state = 'paid' AND receipt.asset = ?
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class InUse:
     """What of a payer's balance of a token, and of Permit2's allowance to move it, is promised; in atomic units."""
@@ -103,6 +112,12 @@ def under_way(tx: Transaction, payer: str) -> list[Promise]:
         Promise(row[0], row[1], int(row[3]), bool(row[5]), _by_permit2(row[2]), int(row[4]))
         for row in tx.execute(_UNDER_WAY, (payer, payer, payer)).fetchall()
     ]
+
+
+def reopened_nano_usd(tx: Transaction, payer: str, asset: str) -> int:
+    """What of a payer's money (lower-case hex) a reorganisation took out of the chain: it is to come back, and in the payer's
+    balance meanwhile, but must not be paid out."""
+    return int(tx.execute(_REOPENED, (payer, asset)).fetchone()[0])
 
 
 def exposure(promises: Iterable[Promise]) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from payments import promises
 from payments.chain.networks import Token
 from payments.channels import book as channels
 from payments.errors import PaymentError
@@ -162,14 +163,15 @@ def request(
             )
         return found, False
     uncollected = channels.uncollected_nano_usd(tx, address, token.asset)
+    uncollected += promises.reopened_nano_usd(tx, address, token.asset)
     # What has been spent of it meanwhile counts as uncollected still.
     available = max(transfers.balance(tx, payer_account(address, token.asset)).available - uncollected, 0)
     amount = _whole(available - limits.fee if amount_nano_usd is None else amount_nano_usd, token)
     if uncollected and (amount <= 0 or amount + limits.fee > available):
         raise WithdrawalRefused(
             "topup_unclaimed",
-            f"{nano_to_usd(uncollected)} USD of this balance were topped up through a channel and are on their way to the"
-            f" treasury: {nano_to_usd(available)} USD can be withdrawn now, all of it in a minute",
+            f"{nano_to_usd(uncollected)} USD of this balance are on their way to the treasury still, or once more after a"
+            f" reorganisation: {nano_to_usd(available)} USD can be withdrawn now, all of it in a minute",
         )
     recent = _check_limits(tx, address, token, amount, limits)
     withdrawal_id = f"wd_{secrets.token_hex(16)}"

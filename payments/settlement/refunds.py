@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from payments import wallet_accounts
+from payments import promises, wallet_accounts
 from payments.chain.networks import Token
 from payments.chain.rpc import RpcError, RpcUnavailable
 from payments.chain.transactions import encode_transfer
@@ -144,6 +144,8 @@ class Refunds:
         credit = transfers.balance(tx, account).available
         if credit < self._threshold or wallet_accounts.keeps_balance(tx, payer):
             return None
+        if promises.reopened_nano_usd(tx, payer, token.asset):
+            return None  # the next scan looks again
         value = nano_to_atomic_down(credit, token.decimals)
         settlement_id = f"refund_{secrets.token_hex(16)}"
         payouts.hold(tx, "refund", settlement_id, payer, token, value)

@@ -23,7 +23,7 @@ from contracts.devnet import (
     place_operator_contracts,
     send_signed,
 )
-from payments import promises
+from payments import promises, withdrawals
 from payments.chain.networks import Network, Token
 from payments.chain.rpc import Rpc
 from payments.channels.keeper import ChannelKeeper
@@ -39,7 +39,7 @@ from payments.recovery import put_right
 from payments.settlement.engine import Settlements
 from payments.sponsoring.records import Budget
 from payments.sponsoring.sponsor import Sponsor
-from payments.store import Store
+from payments.store import Store, Transaction
 from payments.tenders.base import Hold, Outcome
 from payments.tenders.channel_scheme import ChannelScheme
 from payments.tenders.exact import settlement_id
@@ -47,12 +47,14 @@ from payments.tenders.exact_scheme import ExactScheme
 from payments.tenders.exact_services import ExactServices
 from payments.tenders.upto_scheme import UptoScheme
 from payments.verification.chain_state import ChainStates
+from payments.withdrawals import Limits, Withdrawal, WithdrawalRefused
 from tests.payments import facilitating
 from tests.payments.channel_desk import Gateway as ChannelDesk
 from tests.payments.channelling import Channel
 from tests.payments.exact_samples import (
     DETAILS,
     QUOTED,
+    USDC,
     HandSettlements,
     open_desk,
     payment_of,
@@ -268,6 +270,25 @@ async def test_what_has_arrived_or_failed_is_promised_no_more(store: Store) -> N
     await holds[2].interrupt(Outcome({}))
     # Nobody waits for it any more; it is on its way all the same.
     assert await open_now() == (1, 0)
+
+
+async def test_what_a_reorganisation_took_away_is_not_paid_out_before_it_is_back(store: Store) -> None:
+    desk = open_desk(store)
+    hold = await desk.tender(payment_of()).authorize(quote_of(), DETAILS)
+    await hold.ready()
+    await hold.release(Outcome({}))
+    limits = Limits(minimum=1, maximum=QUOTED, daily=QUOTED, review=2 * QUOTED, fee=0)
+
+    def withdraw(tx: Transaction) -> Withdrawal:
+        asked = {"idempotency_key": "k", "token": USDC, "amount_nano_usd": None, "limits": limits, "treasury": PAY_TO}
+        return withdrawals.request(tx, address=hold.payer, **asked)[0]  # type: ignore[arg-type]
+
+    await desk.settlements.reorganise(settlement_id(hold.receipt_id))
+    with pytest.raises(WithdrawalRefused) as refused:
+        await store.write(withdraw)
+    assert refused.value.code == "topup_unclaimed"
+    await desk.settlements.mine(settlement_id(hold.receipt_id))
+    assert (await store.write(withdraw)).amount_nano_usd == QUOTED
 
 
 async def test_exposure_is_counted_across_processes_and_survives_them(postgres_database: str) -> None:

@@ -68,7 +68,7 @@ async def state_of(store: Store, made: Withdrawal) -> str:
 async def test_what_is_withdrawn_arrives_and_leaves_the_books(chain: Devnet, network: Network, store: Store) -> None:
     usdc, wallet = network.tokens[0], chain.wallets[1]
     before = balance_of(chain.rpc_url, chain.usdc, wallet.address)
-    async with withdrawing(chain, network, store) as (withdrawer, _):
+    async with withdrawing(chain, network, store, start=False) as (withdrawer, settlements):
         await owe(store, wallet, usdc, 10 * USD + 999)
         made, new = await store.write(
             lambda tx: withdrawals.request(
@@ -85,6 +85,7 @@ async def test_what_is_withdrawn_arrives_and_leaves_the_books(chain: Devnet, net
         assert (made.state, made.amount_nano_usd, made.fee_nano_usd) == ("queued", 4 * USD, USD // 2)
         held = await balance(store, wallet, usdc)
         assert (held.available, held.pending_out) == (5 * USD + USD // 2 + 999, 4 * USD + USD // 2)
+        await settlements.start()
         withdrawer.take(made.id)
         await decided(store)
     assert balance_of(chain.rpc_url, chain.usdc, wallet.address) == before + 4_000_000
