@@ -27,6 +27,8 @@ __all__ = [
     "ensure_account",
     "find",
     "hold",
+    "moved",
+    "next_id",
     "post",
     "void",
 ]
@@ -65,6 +67,10 @@ _TAKE_RESERVED = (
 )
 _GIVE = "UPDATE ledger_account SET balance = balance + ? WHERE id = ? RETURNING id"
 _BALANCE = "SELECT balance, pending_out FROM ledger_account WHERE id = ?"
+_MOVED = (
+    "SELECT COALESCE(SUM(posted_amount), 0) FROM ledger_transfer"
+    " WHERE reference = ? AND debit_account = ? AND credit_account = ? AND state = 'posted'"
+)
 _COUNT = "SELECT COUNT(*) FROM ledger_transfer WHERE reference = ? AND SUBSTR(id, 1, CAST(? AS INTEGER)) = ?"
 
 
@@ -190,6 +196,18 @@ def count(tx: Transaction, reference: str, prefix: str) -> int:
     """How many transfers for `reference` have an id that begins with `prefix`: what is done once more, as after a
     reorganisation, needs a name that no earlier round has."""
     return int(tx.execute(_COUNT, (reference, len(prefix), prefix)).fetchone()[0])
+
+
+def next_id(tx: Transaction, reference: str, id: str) -> str:
+    """`id`, or if transfers for `reference` have it already, the one for the next round of the same; for whoever knows that
+    there is one, since this is idempotent no more."""
+    rounds = count(tx, reference, id)
+    return f"{id}:{rounds}" if rounds else id
+
+
+def moved(tx: Transaction, reference: str, debit: str, credit: str) -> int:
+    """What was moved for `reference` from `debit` to `credit` in all, in nano-USD; holds that were not captured are not."""
+    return int(tx.execute(_MOVED, (reference, debit, credit)).fetchone()[0])
 
 
 def balance(tx: Transaction, account: str) -> Balance:

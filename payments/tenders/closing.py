@@ -135,17 +135,29 @@ def interrupt(tx: Transaction, use: Use, outcome: Outcome, spent_nano_usd: int =
     return True
 
 
-def charge_spent(tx: Transaction, receipt_id: str, asset: str, account: str, amount_nano_usd: int) -> None:
-    """Charge what was spent before the payment that pays for it had arrived; once."""
-    if amount_nano_usd:
-        transfers.post(
-            tx,
-            id=f"{hold_id(receipt_id, 1)}:spent",
-            debit=account,
-            credit=account_id("revenue", asset),
-            amount=amount_nano_usd,
-            reference=receipt_id,
-        )
+def charge_spent(tx: Transaction, receipt_id: str, asset: str, account: str, cost_nano_usd: int) -> None:
+    """Charge what was spent before the payment that pays for it had arrived.
+
+    Args:
+        tx: The unit's transaction.
+        receipt_id: The payment's.
+        asset: What it is in.
+        account: Whose it is.
+        cost_nano_usd: All that is charged for the receipt. What holds or an earlier arrival of the money, which a
+            reorganisation took away since, have paid of it is not charged again.
+    """
+    if not cost_nano_usd:
+        return
+    revenue = account_id("revenue", asset)
+    due = cost_nano_usd - transfers.moved(tx, receipt_id, account, revenue)
+    if due > 0:
+        name = transfers.next_id(tx, receipt_id, f"{hold_id(receipt_id, 1)}:spent")
+        transfers.post(tx, id=name, debit=account, credit=revenue, amount=due, reference=receipt_id)
+
+
+def was_held(tx: Transaction, use: Use) -> bool:
+    """Whether something was held for this use, be it ended or not."""
+    return transfers.find(tx, use.hold_id) is not None
 
 
 def because(reason: str) -> Outcome:
@@ -155,7 +167,7 @@ def because(reason: str) -> Outcome:
 
 def _free(tx: Transaction, use: Use) -> None:
     # An exact payment that is not mined yet holds nothing yet.
-    if transfers.find(tx, use.hold_id) is not None:
+    if was_held(tx, use):
         transfers.void(tx, use.hold_id)
 
 

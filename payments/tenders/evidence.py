@@ -18,7 +18,7 @@ from payments.tenders.closing import Use
 
 _FIND = """
     SELECT reservation.state, reservation.value_nano_usd, receipt.state, receipt.uses, receipt.payer, receipt.asset,
-           receipt.quoted_nano_usd, receipt.paid_nano_usd, receipt.spent_nano_usd
+           receipt.quoted_nano_usd, receipt.paid_nano_usd, COALESCE(receipt.charged_nano_usd, receipt.spent_nano_usd)
     FROM payment_authorization AS reservation JOIN receipt ON receipt.id = reservation.receipt_id
     WHERE reservation.receipt_id = ?
 """
@@ -36,7 +36,8 @@ class _Paid:
     asset: str
     quoted_nano_usd: int
     paid_nano_usd: int
-    spent_nano_usd: int
+    cost_nano_usd: int
+    """What is charged for it; as long as it is not closed, what interrupted uses have spent."""
 
     @property
     def custody(self) -> str:
@@ -76,12 +77,12 @@ def on_mined(tx: Transaction, row: dict[str, Any]) -> None:
     receipts.set_paid(tx, receipt_id, received_nano_usd)
     if found.state == "failed":
         receipts.explain(tx, receipt_id, PAID_LATE)
-    # A failed request's payment that arrives all the same is whole: nothing was charged when it was closed.
-    spent = 0 if found.receipt_state == "released" else min(found.spent_nano_usd, received_nano_usd)
-    closing.charge_spent(tx, receipt_id, found.asset, found.account, spent)
-    left = min(found.quoted_nano_usd, received_nano_usd) - spent
-    if found.receipt_state == "open" and left:
-        closing.place(tx, Use(receipt_id, found.asset, {}, found.uses), found.account, left)
+    cost = min(found.cost_nano_usd, received_nano_usd)
+    closing.charge_spent(tx, receipt_id, found.asset, found.account, cost)
+    left, use = min(found.quoted_nano_usd, received_nano_usd) - cost, Use(receipt_id, found.asset, {}, found.uses)
+    # A use that was running when a reorganisation took the money away holds its share still.
+    if found.receipt_state == "open" and left and not closing.was_held(tx, use):
+        closing.place(tx, use, found.account, left)
 
 
 def on_failed(tx: Transaction, row: dict[str, Any]) -> None:

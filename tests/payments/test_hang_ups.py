@@ -174,3 +174,96 @@ async def test_a_reorganisation_takes_back_what_was_charged_for_it_too(desk: Des
     await desk.settlements.mine(name)
     assert (await desk.store.read(lambda tx: transfers.balance(tx, variance))).balance == 0
     await assert_books_balance(desk.store)
+
+
+async def taken_away(desk: Desk, hold: ExactHold) -> str:
+    """A reorganisation takes a payment out of the chain for good; what may execute it all the same is returned."""
+    name = settlement_id(hold.receipt_id)
+    await desk.settlements.reorganise(name)
+    await desk.settlements.fail(name)
+    return name
+
+
+async def assert_charged(desk: Desk, charged: int) -> None:
+    assert await revenue(desk.store) == charged
+    assert await credit_of(desk.store) == Balance(QUOTED - charged, 0)
+    await assert_books_balance(desk.store)
+
+
+async def test_what_was_taken_from_a_hold_is_not_charged_again_when_a_payment_that_was_gone_arrives(desk: Desk) -> None:
+    hold = await hold_of(desk, payment_of())
+    await hold.ready()
+    name = await taken_away(desk, hold)
+    await hold.interrupt(HUNG_UP, SPENT)
+    assert await revenue(desk.store) == SPENT
+    for _ in range(2):
+        await desk.settlements.mine(name)
+        await assert_charged(desk, SPENT)
+        await taken_away(desk, hold)
+
+
+async def test_an_earlier_use_is_not_charged_again_when_the_money_of_a_running_one_was_gone(desk: Desk) -> None:
+    payment = payment_of()
+    first = await hold_of(desk, payment)
+    await first.ready()
+    await first.interrupt(HUNG_UP, SPENT)
+    second = await hold_of(desk, payment)
+    name = await taken_away(desk, second)
+    assert (await second.capture(COST, ANSWERED)).charged_nano_usd == SPENT + COST
+    await desk.settlements.mine(name)
+    await assert_charged(desk, SPENT + COST)
+
+
+async def test_money_that_arrives_again_with_more_than_at_first_pays_the_rest_of_what_was_spent(desk: Desk) -> None:
+    desk.settlements.mine_at_once = False
+    payment, less = payment_of(), SPENT // 3
+    hold = await hold_of(desk, payment)
+    await hold.interrupt(HUNG_UP, SPENT)
+    name = settlement_id(hold.receipt_id)
+    await desk.settlements.mine(name, less // 1_000)
+    assert await revenue(desk.store) == less
+    for arrives in (less, QUOTED):
+        await taken_away(desk, hold)
+        await desk.settlements.mine(name, arrives // 1_000)
+    await assert_charged(desk, SPENT)
+
+
+async def test_what_was_charged_on_arrival_and_from_a_hold_is_not_charged_at_the_next_arrival(desk: Desk) -> None:
+    desk.settlements.mine_at_once = False
+    payment = payment_of()
+    first = await hold_of(desk, payment)
+    await first.interrupt(HUNG_UP, SPENT)
+    await desk.settlements.mine(settlement_id(first.receipt_id))
+    second = await hold_of(desk, payment)
+    name = await taken_away(desk, second)
+    await second.interrupt(HUNG_UP, COST)
+    await desk.settlements.mine(name)
+    await assert_charged(desk, SPENT + COST)
+
+
+@pytest.mark.parametrize("arrives", [QUOTED, QUOTED // 2])
+async def test_a_use_that_runs_on_when_its_money_goes_and_comes_back_is_charged_once(desk: Desk, arrives: int) -> None:
+    hold = await hold_of(desk, payment_of())
+    await hold.ready()
+    await desk.settlements.mine(await taken_away(desk, hold), arrives // 1_000)
+    assert (await hold.capture(COST, ANSWERED)).charged_nano_usd == COST
+    assert await revenue(desk.store) == COST
+    await assert_books_balance(desk.store)
+    credit = (await credit_of(desk.store)).available
+    variance = await desk.store.read(lambda tx: transfers.balance(tx, account_id("variance", ASSET)))
+    # Of less than is held, the rest is the operator's loss.
+    assert credit + COST == arrives - variance.balance
+    assert credit == QUOTED - COST
+
+
+async def test_a_use_released_before_its_money_arrives_leaves_what_an_earlier_one_spent_to_be_charged(
+    desk: Desk,
+) -> None:
+    desk.settlements.mine_at_once = False
+    payment = payment_of()
+    await (await hold_of(desk, payment)).interrupt(HUNG_UP, SPENT)
+    second = await hold_of(desk, payment)
+    assert (await second.release(HUNG_UP)).charged_nano_usd == SPENT
+    await desk.settlements.mine(settlement_id(second.receipt_id))
+    await assert_charged(desk, SPENT)
+    assert (await receipt(desk.store, second.receipt_id)).credited_nano_usd == QUOTED - SPENT
