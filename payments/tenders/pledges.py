@@ -203,7 +203,7 @@ def _check_debts(tx: Transaction, payer: str) -> None:
         try:
             transfers.post(
                 tx,
-                id=f"repay:{receipt_id}",
+                id=transfers.next_id(tx, receipt_id, f"repay:{receipt_id}"),
                 debit=account,
                 credit=account_id("variance", asset),
                 amount=charged,

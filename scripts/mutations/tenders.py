@@ -49,6 +49,13 @@ TENDERS = (
         MACHINE,
     ),
     Mutation(
+        "what a hold has paid is charged again when money that was gone arrives",
+        _CLOSING,
+        " - transfers.moved(tx, receipt_id, account, revenue)",
+        "",
+        ("tests/payments/test_hang_ups.py",),
+    ),
+    Mutation(
         "an overrun is nobody's loss",
         _CLOSING,
         "    if overrun:\n        transfers.post(",
@@ -95,6 +102,13 @@ TENDERS = (
         _PLEDGES,
         "    _check_debts(tx, payer)\n",
         "",
+        ("tests/payments/test_upto_losses.py",),
+    ),
+    Mutation(
+        "a debt by upto that is owed again is forgiven",
+        _PLEDGES,
+        'id=transfers.next_id(tx, receipt_id, f"repay:{receipt_id}")',
+        'id=f"repay:{receipt_id}"',
         ("tests/payments/test_upto_losses.py",),
     ),
     Mutation(

@@ -119,3 +119,16 @@ async def test_what_was_repaid_from_the_balance_is_given_back_when_the_money_com
             "variance": 0,
             "custody": -RECEIVED * 1_000 - COST,
         }
+
+
+async def test_a_debt_that_a_reorganisation_brings_back_is_paid_again(store: Store) -> None:
+    row = await store.write(unpaid_answer)
+    await pay_in(store, COST)
+    await store.write(lambda tx: pledge(tx, "second"))
+    await store.write(lambda tx: comes_after_all(tx, row))
+    await store.write(lambda tx: BOOKS.on_failed(tx, row))
+    # What the transfer brought beyond the price stays the payer's, and is the operator's loss.
+    owed = {"credit": COST + 679, "receivable": 0, "variance": -COST - 679, "custody": -COST}
+    assert await balances(store) == owed
+    await store.write(lambda tx: pledge(tx, "third"))
+    assert await balances(store) == owed | {"credit": 679, "variance": -679}
