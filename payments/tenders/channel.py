@@ -291,6 +291,20 @@ class ChannelHold(LedgerHold):
         """
         if self._certain:
             return
+        await self._arrival()
+        (synced,) = await self._services.sync([self._channel.id])
+        # A withdrawal that was announced since comes later than the claim that it is answered with: else whoever announces
+        # one at the right moment would have its inference for nothing.
+        to_be_withdrawn = min(synced.on_chain.withdraw_amount, self._channel.on_chain.withdraw_amount)
+        there = synced.on_chain.balance - to_be_withdrawn - synced.refunding
+        # What is announced goes on from what the payer knew when it signed.
+        self._channel = replace(self._channel, on_chain=synced.on_chain)
+        if atomic_to_nano_down(there, self._token.decimals) < synced.charged_nano_usd + self.maximum_nano_usd:
+            raise PaymentRefused(DEPOSIT_FAILED, "the channel does not hold what was deposited; nothing was taken")
+        self._certain = True
+
+    async def _arrival(self) -> None:
+        """Wait for the deposit's transaction; errors as for `ready`."""
         assert self._deposit_id is not None
         settled = await self._services.settlements.outcome(self._deposit_id, self._services.payers.settlement_wait_s)
         if settled.open:
@@ -305,15 +319,6 @@ class ChannelHold(LedgerHold):
                 f"the deposit failed ({settled.reason or 'no reason is known'}); nothing was taken, sign a new one",
             )
         self._transaction_hash = settled.transaction_hash
-        (synced,) = await self._services.sync([self._channel.id])
-        # What is announced goes on from what the payer knew when it signed.
-        self._channel = replace(self._channel, on_chain=synced.on_chain)
-        if (
-            atomic_to_nano_down(synced.spendable, self._token.decimals)
-            < synced.charged_nano_usd + self.maximum_nano_usd
-        ):
-            raise PaymentRefused(DEPOSIT_FAILED, "the channel does not hold what was deposited; nothing was taken")
-        self._certain = True
 
     async def capture(self, amount_nano_usd: int, outcome: Outcome, also: Also | None = None) -> Charge:
         """See `payments.tenders.base.Hold`."""
@@ -339,7 +344,7 @@ class ChannelHold(LedgerHold):
         charge_nano_usd = spent_nano_usd
         try:
             with contextlib.suppress(SettlementPending, SettlementUnavailable, StoreBusy):
-                await self.ready()
+                await self._arrival()
         except PaymentRefused:
             charge_nano_usd = 0
         finally:

@@ -65,6 +65,13 @@ CHANNELS = (
         ON_CHAIN,
     ),
     Mutation(
+        "whoever withdraws while it is served does not pay",
+        "payments/tenders/channel.py",
+        "        to_be_withdrawn = min(synced.on_chain.withdraw_amount, self._channel.on_chain.withdraw_amount)\n",
+        "        to_be_withdrawn = synced.on_chain.withdraw_amount\n",
+        ON_CHAIN,
+    ),
+    Mutation(
         "a claim exceeds the voucher",
         _KEEPER,
         "    total = min(charged, channel.voucher, channel.on_chain.balance)\n",

@@ -27,7 +27,7 @@ from payments.tenders.base import Outcome
 from payments.tenders.channel import ChannelHold, deposit_id
 from tests.payments.channel_desk import DELAY_S, FINALIZE, INITIATE, PAYER, PRICE, Gateway, gateway
 from tests.payments.exact_samples import DETAILS, QUOTED, assert_books_balance, quote_of
-from tests.payments.settling import PAY_TO, later_than_the_last_block
+from tests.payments.settling import PAY_TO, later_than_the_last_block, until
 
 
 @pytest.fixture
@@ -135,6 +135,26 @@ async def test_what_was_spent_is_owed_while_nobody_knows_of_the_deposit(
     await opened.settle_open()
     assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) == SPENT // 1000
     await assert_books_balance(opened.services.store)
+
+
+@pytest.mark.parametrize("hangs_up", [False, True], ids=["stays", "hangs up"])
+async def test_whoever_withdraws_while_it_is_served_pays(opened: Gateway, chain: Devnet, hangs_up: bool) -> None:
+    rpc(chain.rpc_url, "evm_setAutomine", False)
+    hold = await opened.take(opened.payment(PRICE, deposit=5 * PRICE), ready=False)
+    await until(lambda: rpc(chain.rpc_url, "txpool_status")["pending"] != "0x0")
+    rpc(chain.rpc_url, "evm_setAutomine", True)
+    rpc(chain.rpc_url, "evm_mine")
+    opened.payer_calls(chain.rpc_url, INITIATE, 5 * PRICE)
+    if hangs_up:
+        await hold.interrupt(Outcome({"reason": "gone"}), SPENT)
+    else:
+        await hold.ready()
+        await hold.capture(SPENT, Outcome())
+    assert await _hung_up(opened, hold) == ("captured", SPENT, SPENT)
+    await opened.keeper.sync_marked()
+    assert await opened.keeper.claim_due() == 1, "before the payer can take it out"
+    await opened.settle_open()
+    assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) == SPENT // 1000
 
 
 async def test_what_can_never_be_claimed_holds_up_no_other_channel(
