@@ -76,6 +76,11 @@ class FeeEstimate:
         self._read_at = 0.0
 
     @property
+    def known(self) -> bool:
+        """Whether the chain has said what it takes; once it has, there is always an estimate."""
+        return self.fees is not None
+
+    @property
     def stale(self) -> bool:
         """Whether it is time to ask the chain again."""
         return self.fees is None or time.monotonic() - self._read_at > self._ttl_s

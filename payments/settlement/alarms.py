@@ -22,7 +22,7 @@ WEI_PER_NANO = 10 ** (18 - NANO_DECIMALS)
 class Alarm:
     """Something that is too low or away. `subject` is an address, an asset, or a chain."""
 
-    code: Literal["low_gas", "low_treasury", "rpc_unavailable", "fees_capped"]
+    code: Literal["low_gas", "low_treasury", "rpc_unavailable", "fees_unknown", "fees_capped"]
     subject: str
     message: str
 
@@ -70,6 +70,11 @@ class Alarms:
         if not self._rpc.available:
             message = f"no node of chain {self._chain_id} answers; payments on it wait"
             alarms.append(Alarm("rpc_unavailable", f"eip155:{self._chain_id}", message))
+        elif not self._fees.known:
+            message = (
+                f"no node of chain {self._chain_id} answers eth_feeHistory as EIP-1559 wants it; payments on it wait"
+            )
+            alarms.append(Alarm("fees_unknown", f"eip155:{self._chain_id}", message))
         if self._fees.capped:
             message = f"gas on chain {self._chain_id} costs more than max_fee_gwei; payments on it wait"
             alarms.append(Alarm("fees_capped", f"eip155:{self._chain_id}", message))

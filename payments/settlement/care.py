@@ -208,6 +208,10 @@ class Care:
                 log.exception("housekeeping of settlements failed")
 
     async def _measure(self) -> None:
+        if not self._fees.known:
+            # The courier keeps them new while anything is sent; before they are known nothing is.
+            self._fees.read(*await self._rpc.batch([FeeEstimate.REQUEST]))
+            self.dispatcher.changed()
         if self._bytes_gas.stale:
             self._bytes_gas.read(*await self._rpc.batch([BytesGas.REQUEST]))
 

@@ -53,12 +53,16 @@ class _Waiting:
     """An order that is written nowhere yet, and who waits for that; or a queued entry of the outbox."""
 
     order: SettlementOrder
+    gas: int
+    """The most that its call may use."""
     entry: Entry | None
     future: asyncio.Future[None] | None
     since: float
     timer: asyncio.TimerHandle | None = None
     unwanted: bool = False
     """Whether what it was for is gone, so that it was not written."""
+    apart: bool = False
+    """Whether it was in a round that could not be written, perhaps because of it: it gets one of its own."""
 
     @property
     def alone(self) -> bool:
@@ -139,7 +143,7 @@ class Dispatcher:
         changes nothing.
 
         Raises:
-            SettlementUnavailable: No signer became free in time; nothing was written.
+            SettlementUnavailable: No signer became free in time, or nobody says what gas costs; nothing was written.
             StoreBusy: The database takes no more; nothing was written.
         """
         lane = self._lane(order)
@@ -149,7 +153,7 @@ class Dispatcher:
             return
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        item = _Waiting(order, None, future, loop.time())
+        item = _Waiting(order, self._kinds[order.kind].gas(order), None, future, loop.time())
         item.timer = loop.call_later(SLOT_WAIT_S, self._give_up, lane, item)
         lane.waiting.append(item)
         lane.changed.set()
@@ -163,8 +167,8 @@ class Dispatcher:
 
     def take(self, entry: Entry) -> None:
         """Put a queued entry of the outbox on its way, however long that takes."""
-        lane = self._lane(entry.order)
-        lane.waiting.append(_Waiting(entry.order, entry, None, asyncio.get_running_loop().time()))
+        lane, gas = self._lane(entry.order), self._kinds[entry.kind].gas(entry.order)
+        lane.waiting.append(_Waiting(entry.order, gas, entry, None, asyncio.get_running_loop().time()))
         lane.changed.set()
 
     def freed(self, signer: Signer) -> None:
@@ -173,7 +177,8 @@ class Dispatcher:
         self.changed()
 
     def changed(self) -> None:
-        """Accounts became this process's, or another's: what nobody here can sign for is left to others."""
+        """Accounts became this process's, or another's: what nobody here can sign for is left to others.
+        Or the fees are known now."""
         for lane in self._lanes.values():
             if not lane.open and lane.waiting:
                 unwritten = [item for item in lane.waiting if item.entry is None]
@@ -185,7 +190,7 @@ class Dispatcher:
         """Serve one role's orders until cancelled."""
         lane = self._lanes[role]
         while True:
-            while not lane.waiting or least_loaded(lane.signers) is None or self._should_hold(lane):
+            while not self._can_send(lane) or self._should_hold(lane):
                 await self._wait(lane)
             await self._round(lane)
 
@@ -205,7 +210,10 @@ class Dispatcher:
     def _give_up(self, lane: _Lane, item: _Waiting) -> None:
         if item in lane.waiting:
             lane.waiting.remove(item)
-            _settle(item, _busy())
+            _settle(item, _busy() if self._fees.known else _dark())
+
+    def _can_send(self, lane: _Lane) -> bool:
+        return bool(lane.waiting) and self._fees.known and least_loaded(lane.signers) is not None
 
     def _should_hold(self, lane: _Lane) -> bool:
         """Whether what waits may gain from waiting on: company is welcome, and may come before this chain's next block."""
@@ -219,7 +227,7 @@ class Dispatcher:
     async def _wait(self, lane: _Lane) -> None:
         lane.changed.clear()
         timer = None
-        if lane.waiting and least_loaded(lane.signers) is not None:
+        if self._can_send(lane):
             timer = asyncio.get_running_loop().call_at(lane.waiting[0].since + self._hold_s, lane.changed.set)
         await lane.changed.wait()
         if timer is not None:
@@ -248,7 +256,7 @@ class Dispatcher:
                 _settle(item, None)
 
     def _gas_of(self, items: deque[_Waiting]) -> int:
-        return sum(self._kinds[item.order.kind].gas(item.order) for item in items)
+        return sum(item.gas for item in items)
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
@@ -257,7 +265,7 @@ class Dispatcher:
         if not loads:
             return
         fees, from_block = self._fees.fees, self._from_block()
-        assert fees is not None
+        assert fees is not None  # see `_can_send`: once known, they are
         try:
             sent = await self._store.write(lambda tx: [self._write(tx, load, fees, from_block) for load in loads])
         except LeaseLost as lost:
@@ -265,8 +273,6 @@ class Dispatcher:
             self._lost(lost.name)
             return
         except (Exception, asyncio.CancelledError) as error:
-            for load in loads:
-                self.freed(load.signer)
             self._failed(lane, loads, error)
             if isinstance(error, asyncio.CancelledError):
                 raise
@@ -292,20 +298,21 @@ class Dispatcher:
             if item.entry is not None and item.entry.state != "queued":
                 lane.waiting.popleft()  # it was decided while it waited
                 continue
+            if item.apart and loads:
+                break
             kind = self._kinds[item.order.kind]
             through = kind.through(item.order) or self._batch_contract
             joins = through is not None and kind.batchable and not item.alone
             batch = batches.get(through) if joins else None
-            gas = kind.gas(item.order)
-            if batch is not None and batch.gas + gas <= BATCH_GAS_MAX:
+            if batch is not None and batch.gas + item.gas <= BATCH_GAS_MAX:
                 batch.items.append(item)
-                batch.gas += gas
+                batch.gas += item.gas
             else:
                 signer = least_loaded(lane.signers)
                 if signer is None:
                     break
                 signer.in_flight += 1
-                load = _Load(signer, [item], through, gas)
+                load = _Load(signer, [item], through, item.gas)
                 loads.append(load)
                 if joins:
                     batches[through] = load
@@ -313,6 +320,8 @@ class Dispatcher:
             taken += 1
             if item.timer is not None:
                 item.timer.cancel()
+            if item.apart:
+                break
         return loads
 
     def _write(self, tx: Transaction, load: _Load, fees: Fees, from_block: int) -> Outgoing | None:
@@ -349,7 +358,7 @@ class Dispatcher:
         return transaction
 
     def _put_back(self, lane: _Lane, loads: list[_Load]) -> None:
-        """Nothing was written, and another account may sign it all."""
+        """Nothing was written, and it is all tried again."""
         loop = asyncio.get_running_loop()
         items = [item for load in loads for item in load.items]
         for item in items:
@@ -362,13 +371,21 @@ class Dispatcher:
             self.freed(load.signer)
 
     def _failed(self, lane: _Lane, loads: list[_Load], error: BaseException) -> None:
-        """Nothing was written: tell those who wait, and try the queued ones again."""
+        """Nothing was written. If one of them may be the reason, try each by itself; else tell those who wait, and try the
+        queued ones again."""
+        items = [item for load in loads for item in load.items]
         if not isinstance(error, StoreBusy | asyncio.CancelledError):
-            log.error("writing transactions failed", exc_info=error)
-        queued = [item for load in loads for item in load.items if item.entry is not None]
+            log.error("writing %d orders failed", len(items), exc_info=error)
+            if len(items) > 1:
+                for item in items:
+                    item.apart = True
+                self._put_back(lane, loads)
+                return
         for load in loads:
-            for item in load.items:
-                _settle(item, _stopped() if isinstance(error, asyncio.CancelledError) else error)
+            self.freed(load.signer)
+        for item in items:
+            _settle(item, _stopped() if isinstance(error, asyncio.CancelledError) else error)
+        queued = [item for item in items if item.entry is not None]
         for item in queued:
             assert item.entry is not None
             outbox.unassign(item.entry)
@@ -389,6 +406,11 @@ def _batch(calls: Sequence[Call], contract: str | None) -> Call:
 def _busy() -> SettlementUnavailable:
     message = "too many payments are waiting for this network; send the same payment again"
     return SettlementUnavailable("settlement_busy", message)
+
+
+def _dark() -> SettlementUnavailable:
+    message = "no node of this network says what gas costs; send the same payment again later"
+    return SettlementUnavailable("settlement_unavailable", message)
 
 
 def _unwanted() -> SettlementUnavailable:

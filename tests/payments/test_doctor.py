@@ -110,7 +110,7 @@ async def test_missing_contracts_gas_and_keys_are_found(chain: Devnet, network: 
 
 async def test_alarms_are_raised_and_end(chain: Devnet, network: Network, store: Store) -> None:
     signer, treasury = chain.wallets[0], chain.wallets[3]
-    async with engine(store, network, chain.rpc_url, [signer], Books(network), start=False) as settlements:
+    async with engine(store, network, chain.rpc_url, [signer], Books(network)) as settlements:
         alarms = Alarms(
             settlements,
             treasury.address,

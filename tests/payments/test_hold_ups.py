@@ -1,4 +1,4 @@
-"""A settlement that cannot be looked at, or not be booked, holds up none of the others."""
+"""A settlement that cannot be written, looked at, or booked holds up none of the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contracts.devnet import Devnet
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc, RpcError
 from payments.ledger.transfers import TransferConflict
-from payments.settlement import judge, late, outbox, second_looks, states, stories
+from payments.settlement import dispatcher, judge, late, outbox, second_looks, states, stories
 from payments.settlement.orders import Kind, SettlementOrder
 from payments.store import Store, Transaction
 from payments.tenders.exact import PAYMENT
@@ -150,3 +150,38 @@ def carried_by_another(tx: Transaction, network: Network, orders: Sequence[Settl
         "INSERT INTO lease (name, owner, expires_ms) VALUES (?, ?, ?)",
         (f"signer:{network.chain_id}:{account}", "another", 2**53),
     )
+
+
+async def test_an_order_that_cannot_be_written_holds_up_none_that_go_out_with_it(
+    chain: Devnet, network: Network, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "RETRY_S", 0.05)
+    books, (_, orders) = Books(network), payments_of(chain, network, 6)
+    submitted, queued = orders[:3], orders[3:]
+    unwritable, true_submit, true_assign = {orders[1].id, orders[4].id}, outbox.submit, outbox.assign
+
+    def submit(tx: Transaction, order: SettlementOrder, *place: Any) -> Any:
+        written = true_submit(tx, order, *place)
+        if order.id in unwritable:
+            raise ValueError("no row takes this")
+        return written
+
+    def assign(tx: Transaction, entry: Any, *place: Any) -> bool:
+        if entry.id in unwritable:
+            raise ValueError("no row takes this")
+        return true_assign(tx, entry, *place)
+
+    monkeypatch.setattr(outbox, "submit", submit)
+    monkeypatch.setattr(outbox, "assign", assign)
+    await store.write(lambda tx: [outbox.enqueue(tx, order) for order in queued])
+    async with engine(store, network, chain.rpc_url, [chain.wallets[0]], books) as settlements:
+        told = await asyncio.gather(*map(settlements.submit, submitted), return_exceptions=True)
+        assert [type(each) for each in told] == [type(None), ValueError, type(None)]
+        for order in (submitted[0], submitted[2], queued[0], queued[2]):
+            assert (await settlements.outcome(order.id, 10)).paid
+        # What is durable is tried again until it can be written, without the others.
+        assert (await settlements.outcome(queued[1].id, 0.3)).state == "queued"
+        unwritable.clear()
+        assert (await settlements.outcome(queued[1].id, 10)).paid
+        assert settlements.signers[0].in_flight == 0
+    assert len(books.mined) == 5

@@ -14,9 +14,11 @@ from contracts.devnet import Devnet, approve_permit2, as_owner, balance_of, rpc,
 from payments.chain.networks import Network
 from payments.errors import SettlementUnavailable
 from payments.ledger import books as ledger_books
-from payments.settlement import states
+from payments.settlement import dispatcher, outbox, states
+from payments.settlement.alarms import Alarms
 from payments.store import Store, Transaction
 from tests.databases import open_store
+from tests.payments.nodes import LyingNode
 from tests.payments.settling import (
     PAY_TO,
     Books,
@@ -304,6 +306,28 @@ async def test_a_booking_that_fails_holds_up_only_itself_and_is_tried_again(
     assert len(refused) == 2
     assert all(outcome.paid for outcome in outcomes)
     assert await credit(store, chain.wallets[1], usdc) == sum(order.value for order in orders) * 1_000
+
+
+@pytest.mark.parametrize("told", [None, {}], ids=["null", "before EIP-1559"])
+async def test_while_no_node_says_what_gas_costs_orders_are_turned_away_and_then_carried(
+    chain: Devnet, network: Network, store: Store, books: Books, monkeypatch: pytest.MonkeyPatch, told: Any
+) -> None:
+    monkeypatch.setattr(dispatcher, "SLOT_WAIT_S", 0.3)
+    usdc, node = network.tokens[0], LyingNode(chain.rpc_url)
+    turned_away, carried, queued = (order_for(pay(wallet, usdc, 5), usdc) for wallet in chain.wallets[1:4])
+    node.results = {"eth_feeHistory": told}
+    async with node.serve() as url, engine(store, network, url, [chain.wallets[0]], books) as settlements:
+        alarms = Alarms(settlements, PAY_TO, gas_minimum_wei=0, treasury_minimum_nano_usd=0)
+        await store.write(lambda tx: outbox.enqueue(tx, queued))
+        settlements.take_queued(queued.id)
+        with pytest.raises(SettlementUnavailable, match="what gas costs"):
+            await asyncio.wait_for(settlements.submit(turned_away), SETTLED_S)
+        assert [alarm.code for alarm in alarms.raised()] == ["fees_unknown"]
+        node.results = {}
+        await until(lambda: not alarms.raised())
+        await asyncio.wait_for(settlements.submit(carried), SETTLED_S)
+        for order in (queued, carried):
+            assert (await settlements.outcome(order.id, SETTLED_S)).paid
 
 
 async def test_an_engine_that_does_not_run_writes_nothing(
