@@ -10,6 +10,7 @@ from payments.channels.refunds import Refunder
 from payments.channels.services import ChannelServices
 from payments.leases import Leases
 from payments.money import usd_to_nano
+from payments.settlement.alarms import Alarms
 from payments.settlement.engine import Settlements
 from payments.tenders.channel_scheme import ChannelScheme
 from payments.tenders.exact_services import ExactServices
@@ -21,16 +22,18 @@ async def open_channels(
     payers: ExactServices,
     pay_to: str,
     leases: Leases,
+    alarms: Alarms,
     cleanup: contextlib.AsyncExitStack,
 ) -> tuple[ChannelScheme, Refunder]:
     """Begin to take payments through channels on a network.
 
     Args:
         settings: The gateway's.
-        settlements: Of the network, started; its first signer is the receiver's authorizer of every channel.
+        settlements: Of the network, started; its first signer is the receiver's authorizer of new channels.
         payers: What is known of payments under way there.
         pay_to: The treasury, lower-case hex.
         leases: Of this process.
+        alarms: Are told what cannot be claimed.
         cleanup: Closes what is opened here.
     """
     services = ChannelServices(
@@ -39,7 +42,7 @@ async def open_channels(
         rpc=settlements.rpc,
         network=settlements.network,
         receiver=pay_to,
-        authorizer=settlements.signers[0],
+        authorizers=settlements.signers,
         withdraw_delay_s=settings.payments.channel_withdraw_delay_s,
         payers=payers,
         unclaimed_s_max=settings.payments.channel_claim_age_s + settings.payments.channel_withdraw_delay_s / 2,
@@ -51,6 +54,7 @@ async def open_channels(
         claim_nano_usd=usd_to_nano(settings.payments.channel_claim_usd),
         claim_age_s=settings.payments.channel_claim_age_s,
     )
+    alarms.sources.append(keeper.alarms)
     await keeper.start()
     cleanup.push_async_callback(keeper.stop)
     scheme = ChannelScheme(services)

@@ -274,7 +274,7 @@ async def _open_chain(
         )
     refunder = None
     if settlements.signers and await has_channels(rpc):
-        channels, refunder = await open_channels(settings, settlements, services, pay_to, leases, cleanup)
+        channels, refunder = await open_channels(settings, settlements, services, pay_to, leases, alarms, cleanup)
         schemes.append(channels)
     chain = Chain(network, rpc, settlements, refunds, withdrawer, deposits, sponsor, alarms, refunder)
     return chain, NetworkPayments(network, tuple(schemes))

@@ -348,7 +348,7 @@ class Settings(BaseSettings):
     secret: str | None = Field(default=None, min_length=32, repr=False)
     """FAREBOX_SECRET: signs quotes and sessions. The same on all replicas."""
     signer_keys: list[str] = Field(default_factory=list, repr=False)
-    """FAREBOX_SIGNER_KEYS (JSON list): pay the gas of settlements."""
+    """FAREBOX_SIGNER_KEYS (JSON list): pay the gas of settlements; sign for the channels that name them, new ones the first."""
     treasury_key: str | None = Field(default=None, repr=False)
     """FAREBOX_TREASURY_KEY: sends refunds and withdrawals; its address must be `pay_to`."""
     pay_to: Address | None = None

@@ -288,8 +288,7 @@ def book_claimed(tx: Transaction, channel_id: str, claimed_nano_usd: int, token:
     change = claimed_nano_usd - channel.claimed_nano_usd
     if change:
         _post(tx, channel, "claimed", account_id("custody", channel.asset), change)
-    # Less than the token's unit is claimed with what comes next.
-    settled = nano_to_atomic_down(channel.charged_nano_usd - claimed_nano_usd, token.decimals) <= 0
+    settled = not _owes(channel.charged_nano_usd - claimed_nano_usd, token)
     since = None if settled else (now_ms() if change else channel.unclaimed_since_ms)
     put(tx, channel_id, claimed_nano_usd=claimed_nano_usd, unclaimed_since_ms=since)
 
@@ -299,23 +298,24 @@ def held_nano_usd(tx: Transaction, channel: Channel) -> int:
     return transfers.balance(tx, channel.account).pending_out
 
 
-def charge(tx: Transaction, channel_id: str, amount_nano_usd: int, announced: int) -> None:
+def charge(tx: Transaction, channel_id: str, amount_nano_usd: int, announced: int, token: Token) -> None:
     """Count what a captured request cost; its payer was told `announced` atomic units in all."""
     channel = find(tx, channel_id)
     assert channel is not None
     charged = channel.charged_nano_usd + amount_nano_usd
+    owed_before, owes = channel.unclaimed_since_ms, _owes(charged - channel.claimed_nano_usd, token)
     put(
         tx,
         channel_id,
         charged_nano_usd=charged,
         announced=min(max(channel.announced, announced), max(channel.voucher, channel.announced)),
-        unclaimed_since_ms=channel.unclaimed_since_ms or (now_ms() if amount_nano_usd else None),
+        unclaimed_since_ms=(owed_before or now_ms()) if owes else None,
     )
 
 
 def credit(tx: Transaction, channel_id: str, amount_nano_usd: int, announced: int, token: Token) -> None:
     """Count a top-up as charged: what it came to is claimed at once, and not paid out before."""
-    charge(tx, channel_id, amount_nano_usd, announced)
+    charge(tx, channel_id, amount_nano_usd, announced, token)
     channel = find(tx, channel_id)
     assert channel is not None
     whole = nano_to_atomic_down(channel.charged_nano_usd, token.decimals)
@@ -354,6 +354,11 @@ def announce(tx: Transaction, channel: Channel, held: int, decimals: int, *, bum
 def now_ms() -> int:
     """Milliseconds since 1970 UTC."""
     return time.time_ns() // 1_000_000
+
+
+def _owes(outstanding_nano_usd: int, token: Token) -> bool:
+    """Whether something can be claimed: less than the token's unit is claimed with what comes next."""
+    return nano_to_atomic_down(outstanding_nano_usd, token.decimals) > 0
 
 
 def _state_of(state: ChannelState, before: str) -> str:

@@ -2,6 +2,7 @@
 
 What is charged is claimed in batches once it is worth it or old enough, and at once where the payer has announced a withdrawal:
 only what is claimed is safe from it. Top-ups are claimed at once too, for the balance that they are may be withdrawn only then.
+A claim is signed with the key, and sent to the treasury, that its channels name: those of now may be others.
 One process of all that share the database does this at a time.
 """
 
@@ -11,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 from payments.chain.channel_contract import CHANNEL_TOPICS, encode_claim_and_settle
 from payments.chain.logs import get_logs
@@ -23,8 +24,9 @@ from payments.channels.kinds import CLAIM_RETRY_MS
 from payments.channels.services import ChannelServices
 from payments.errors import PaymentError
 from payments.leases import LeaseLost, Leases, require
-from payments.money import atomic_to_nano_down, nano_to_atomic_down
+from payments.money import atomic_to_nano_down, nano_to_atomic_down, nano_to_usd
 from payments.settlement import outbox
+from payments.settlement.alarms import Alarm
 from payments.settlement.engine import Settlements
 from payments.settlement.orders import SettlementOrder
 from payments.store import StoreBusy, Transaction
@@ -39,11 +41,16 @@ DUE_MAX = 1_000
 REORGANISED_BLOCKS = 64
 """Blocks that are read again each time: what a reorganisation changed is looked at once more."""
 
+_OWES = "chain_id = ? AND unclaimed_since_ms IS NOT NULL AND charged_nano_usd - lost_nano_usd - claimed_nano_usd >= ?"
 _DUE = """
-    chain_id = ? AND claim_id IS NULL AND claim_from_ms <= ? AND unclaimed_since_ms IS NOT NULL
-    AND marks = synced_marks AND charged_nano_usd - lost_nano_usd > claimed_nano_usd
+    {owes} AND token = ? AND receiver_authorizer IN ({authorizers}) AND claim_id IS NULL AND claim_from_ms <= ?
+    AND marks = synced_marks
     ORDER BY CASE WHEN state = 'withdrawing' THEN 0 ELSE 1 END, unclaimed_since_ms LIMIT ?
 """
+_OWING = f"""
+    SELECT receiver_authorizer, token, COUNT(*), SUM(charged_nano_usd - lost_nano_usd - claimed_nano_usd) FROM channel
+    WHERE {_OWES} GROUP BY receiver_authorizer, token
+"""  # noqa: S608 - a condition of this module's
 
 
 class ChannelKeeper:
@@ -84,6 +91,7 @@ class ChannelKeeper:
         self._watch_s = watch_s
         self._next_watch = 0.0
         self._touched: list[str] = []
+        self._alarms: list[Alarm] = []
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -140,13 +148,31 @@ class ChannelKeeper:
 
         await self._store.write(unit)
         self._touched = touched
+        self._alarms = await self._look_at_keys()
         return len(known)
+
+    def alarms(self) -> list[Alarm]:
+        """What cannot be claimed with this configuration: its payers may take it out, and are served no more."""
+        return self._alarms
+
+    async def _look_at_keys(self) -> list[Alarm]:
+        owing = await self._store.read(lambda tx: tx.execute(_OWING, (self._chain_id, 1)).fetchall())
+        alarms = []
+        for authorizer, token, count, nano_usd in owing:
+            owed = f"{count} channels owe ${nano_to_usd(int(nano_usd))} that cannot be claimed"
+            if authorizer not in self._services.authorizers:
+                message = f"{owed}: the key of {authorizer}, which they name, is not among the signer keys; put it back"
+                alarms.append(Alarm("unclaimable", authorizer, message))
+            elif self._services.network.token_at(token) is None:
+                message = f"{owed}: their token is not configured for {self._services.network.caip2}; put it back"
+                alarms.append(Alarm("unclaimable", token, message))
+        return alarms
 
     async def sync_marked(self) -> None:
         """Ask the chain about every channel that something happened to, as after a crash between the two."""
-        marked = await self._store.read(
-            lambda tx: book.select(tx, "chain_id = ? AND marks <> synced_marks LIMIT ?", (self._chain_id, DUE_MAX))
-        )
+        tokens = [token.address for token in self._services.network.tokens]
+        condition = f"chain_id = ? AND marks <> synced_marks AND token IN ({_marks(tokens)}) LIMIT ?"
+        marked = await self._store.read(lambda tx: book.select(tx, condition, (self._chain_id, *tokens, DUE_MAX)))
         if marked:
             await self._services.sync([channel.id for channel in marked])
 
@@ -154,15 +180,19 @@ class ChannelKeeper:
 
     async def claim_due(self) -> int:
         """Begin to claim what is due; returns how many channels."""
-        now = book.now_ms()
-        channels = await self._store.read(lambda tx: book.select(tx, _DUE, (self._chain_id, now, DUE_MAX)))
         begun = 0
         for token in self._services.network.tokens:
-            of_token = [channel for channel in channels if channel.config.token == token.address]
-            due = self._due(of_token, now)
+            now = book.now_ms()
+            due = self._due(await self._store.read(lambda tx, token=token, now=now: self._owing(tx, token, now)), now)  # type: ignore[misc]
             for start in range(0, len(due), CLAIMS_MAX):
                 begun += await self.claim(due[start : start + CLAIMS_MAX], token)
         return begun
+
+    def _owing(self, tx: Transaction, token: Token, now: int) -> list[Channel]:
+        """What may be claimed now: at least a unit of the token, of which less cannot be."""
+        authorizers, unit_nano_usd = self._services.authorizers, max(1, atomic_to_nano_down(1, token.decimals))
+        condition = _DUE.format(owes=_OWES, authorizers=_marks(authorizers))
+        return book.select(tx, condition, (self._chain_id, unit_nano_usd, token.address, *authorizers, now, DUE_MAX))
 
     def _due(self, channels: Sequence[Channel], now: int) -> list[Channel]:
         outstanding = sum(channel.claimable_nano_usd for channel in channels)
@@ -172,10 +202,16 @@ class ChannelKeeper:
         return [channel for channel in channels if channel.state == "withdrawing" or channel.uncollected_nano_usd]
 
     async def claim(self, channels: Sequence[Channel], token: Token) -> int:
-        """Claim everything that is outstanding in these channels, as one settlement; returns how many channels it is of.
+        """Claim everything that is outstanding in these channels, as one settlement for each treasury and authorizer that they
+        name; returns of how many channels. Those whose authorizer's key we do not have are left out."""
+        together: dict[tuple[str, str], list[Channel]] = {}
+        for channel in channels:
+            together.setdefault((channel.config.receiver, channel.config.receiver_authorizer), []).append(channel)
+        groups = [group for (_, signer), group in together.items() if signer in self._services.authorizers]
+        return sum([await self._claim_together(group, token) for group in groups])
 
-        The very call is tried first: a channel for which it would fail must not take the others' claims with it.
-        """
+    async def _claim_together(self, channels: Sequence[Channel], token: Token) -> int:
+        """The very call is tried first: a channel for which it would fail must not take the others' claims with it."""
         claims = [(channel, claim_of(channel, token)) for channel in channels]
         claims = [(channel, claim) for channel, claim in claims if claim.total > channel.on_chain.total_claimed]
         if not claims:
@@ -186,7 +222,7 @@ class ChannelKeeper:
                 return 0
             middle = len(claims) // 2
             halves = (claims[:middle], claims[middle:])
-            return sum([await self.claim([channel for channel, _ in half], token) for half in halves])
+            return sum([await self._claim_together([channel for channel, _ in half], token) for half in halves])
         settlement_id = await self._store.write(lambda tx: self._begin(tx, claims, token))
         if settlement_id is None:
             return 0
@@ -206,8 +242,10 @@ class ChannelKeeper:
 
     def _call_data(self, claims: Sequence[Claim], numbers: Sequence[int], token: Token) -> bytes:
         entries = [(number, claim.voucher_amount, claim.total) for number, claim in zip(numbers, claims, strict=True)]
-        signature = sign_digest(self._services.authorizer.key, claim_batch_digest(entries, self._chain_id))
-        return encode_claim_and_settle(claims, signature, self._services.receiver, token.address)
+        config = claims[0].config
+        authorizer = self._services.authorizers[config.receiver_authorizer]
+        signature = sign_digest(authorizer.key, claim_batch_digest(entries, self._chain_id))
+        return encode_claim_and_settle(claims, signature, config.receiver, token.address)
 
     def _begin(self, tx: Transaction, claims: Sequence[tuple[Channel, Claim]], token: Token) -> str | None:
         require(tx, self._lease, self._leases.owner)
@@ -233,7 +271,7 @@ class ChannelKeeper:
             chain_id=self._chain_id,
             token=token.address,
             payer=BATCH_SETTLEMENT_ADDRESS,
-            pay_to=self._services.receiver,
+            pay_to=free[0][0].config.receiver,
             value=sum(claim.total - channel.on_chain.total_claimed for channel, claim in free),
             authorization_nonce=None,
             call_to=BATCH_SETTLEMENT_ADDRESS,
@@ -263,6 +301,10 @@ class ChannelKeeper:
             " ON CONFLICT (asset) DO UPDATE SET block_number = excluded.block_number",
             (self._lease, block_number),
         )
+
+
+def _marks(values: Sized) -> str:
+    return ",".join("?" * len(values))
 
 
 def claim_of(channel: Channel, token: Token) -> Claim:

@@ -177,16 +177,17 @@ class _Books:
         self._mark(tx, row)
 
     def claimed(self, tx: Transaction, row: dict[str, Any]) -> None:
+        # Without its token, which was taken out of the configuration, a claim is booked when the chain is asked next.
         token = self._network.token_at(row["token"])
-        assert token is not None
         for channel_id, total in tx.execute(_CLAIMS, (row["id"],)).fetchall():
             channel = book.find(tx, channel_id)
             assert channel is not None
-            total_nano_usd = atomic_to_nano_down(int(total), token.decimals)
-            if total_nano_usd > channel.claimed_nano_usd:
+            total_nano_usd = 0 if token is None else atomic_to_nano_down(int(total), token.decimals)
+            if token is not None and total_nano_usd > channel.claimed_nano_usd:
                 book.book_claimed(tx, channel_id, total_nano_usd, token)
             self._end_claim(tx, channel, row, claim_from_ms=0)
-        _book_withheld(tx, row, token)
+        if token is not None:
+            _book_withheld(tx, row, token)
 
     def claim_failed(self, tx: Transaction, row: dict[str, Any]) -> None:
         for channel_id, _ in tx.execute(_CLAIMS, (row["id"],)).fetchall():
@@ -197,8 +198,8 @@ class _Books:
 
     def claim_reopened(self, tx: Transaction, row: dict[str, Any]) -> None:
         token = self._network.token_at(row["token"])
-        assert token is not None
-        _book_withheld(tx, row, token, back=True)
+        if token is not None:
+            _book_withheld(tx, row, token, back=True)
         for channel_id, _ in tx.execute(_CLAIMS, (row["id"],)).fetchall():
             channel = book.find(tx, channel_id)
             assert channel is not None

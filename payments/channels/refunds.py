@@ -145,6 +145,7 @@ def _begin(
     if not 0 < amount <= left:
         return PaymentRefused(REFUND_NO_BALANCE, f"the channel has {max(left, 0)} atomic units that are not charged")
     nonce = channel.on_chain.refund_nonce
+    authorizer = services.authorizers[channel.config.receiver_authorizer]
     digest = refund_digest(channel.number, nonce, amount, channel.chain_id)
     settlement_id = f"refund:{channel.id}:{nonce}:{channel.marks}"
     order = SettlementOrder(
@@ -158,7 +159,7 @@ def _begin(
         value=amount,
         authorization_nonce=nonce,
         call_to=BATCH_SETTLEMENT_ADDRESS,
-        call_data=encode_refund(channel.config, amount, nonce, sign_digest(services.authorizer.key, digest)),
+        call_data=encode_refund(channel.config, amount, nonce, sign_digest(authorizer.key, digest)),
         valid_before=0,
     )
     outbox.enqueue(tx, order)

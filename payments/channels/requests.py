@@ -16,7 +16,7 @@ from payments.channels import book
 from payments.channels.book import Channel
 from payments.errors import PaymentRefused, SettlementUnavailable
 from payments.ledger.accounts import payer_account
-from payments.money import atomic_to_nano_down, nano_to_atomic_up
+from payments.money import atomic_to_nano_down, nano_to_atomic_down, nano_to_atomic_up
 from payments.settlement import states
 from payments.store import Transaction
 from payments.tenders import closing
@@ -165,7 +165,7 @@ def take(tx: Transaction, wanted: Wanted, *, patient: bool) -> Taken | MustWait 
 
 
 def capture(
-    tx: Transaction, use: Use, channel_id: str, amount_nano_usd: int, outcome: Outcome, announced: int
+    tx: Transaction, use: Use, channel_id: str, amount_nano_usd: int, outcome: Outcome, announced: int, token: Token
 ) -> Charge:
     """Charge what a request cost, at most what is held; once, however often it is called.
 
@@ -175,7 +175,7 @@ def capture(
     before = receipts.get(tx, use.receipt_id)
     charge = closing.capture(tx, use, amount_nano_usd, outcome)
     if before is not None and before.state == "open":
-        book.charge(tx, channel_id, charge.charged_nano_usd, announced)
+        book.charge(tx, channel_id, charge.charged_nano_usd, announced, token)
     return charge
 
 
@@ -205,7 +205,8 @@ def outcome_of(tx: Transaction, digest: bytes) -> AlreadyUsed | None:
 def _check_claims(channel: Channel, wanted: Wanted) -> None:
     """Serve no channel on and on of which nothing can be claimed: its payer may be withdrawing, and we have nobody to ask."""
     since = channel.unclaimed_since_ms
-    if since is None or channel.claimable_nano_usd <= 0 or book.now_ms() - since <= wanted.unclaimed_s_max * 1000:
+    owed = nano_to_atomic_down(channel.claimable_nano_usd, wanted.decimals)
+    if since is None or owed <= 0 or book.now_ms() - since <= wanted.unclaimed_s_max * 1000:
         return
     raise SettlementUnavailable(
         "channel_unclaimed",

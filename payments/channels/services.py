@@ -51,7 +51,8 @@ class ChannelServices:
         rpc: The chain.
         network: Its tokens.
         receiver: The treasury, lower-case hex.
-        authorizer: Signs claims and refunds; part of every channel's identity, so its key must be kept as long as channels are.
+        authorizers: Sign claims and refunds. One is part of every channel's identity, so its key must be kept as long as its
+            channels are; new ones are offered the first.
         withdraw_delay_s: What is asked of a channel, see `payments.x402.channels.channel_requirement`.
         payers: Who works on which receipt, and what a payer's exposure may be.
     """
@@ -64,7 +65,7 @@ class ChannelServices:
         rpc: Rpc,
         network: Network,
         receiver: str,
-        authorizer: Signer,
+        authorizers: Sequence[Signer],
         withdraw_delay_s: int,
         payers: ExactServices,
         unclaimed_s_max: float = float("inf"),
@@ -74,11 +75,16 @@ class ChannelServices:
         self.settlements = settlements
         self.network = network
         self.receiver = receiver
-        self.authorizer = authorizer
+        self.authorizers = {signer.address: signer for signer in authorizers}
         self.withdraw_delay_s = withdraw_delay_s
         self.payers = payers
         self._rpc = rpc
         self._changes: dict[str, asyncio.Event] = {}
+
+    @property
+    def authorizer(self) -> Signer:
+        """The one that new channels are offered."""
+        return next(iter(self.authorizers.values()))
 
     # --- the chain ----------------------------------------------------------------------------------------------------
 
@@ -100,18 +106,19 @@ class ChannelServices:
         return seen
 
     async def sync(self, channel_ids: Sequence[str]) -> list[Channel]:
-        """Read the chain's state of channels that are in the book into it.
+        """Read the chain's state of channels that are in the book into it; of those in a token that is configured.
 
         Raises:
             SettlementUnavailable: The chain cannot be asked.
             StoreBusy: The database cannot be written to.
         """
         known = await self.store.read(lambda tx: [book.find(tx, channel_id) for channel_id in channel_ids])
-        channels = [channel for channel in known if channel is not None]
+        tokens = {token.address: token for token in self.network.tokens}
+        channels = [channel for channel in known if channel is not None and channel.config.token in tokens]
         seen = await self.look([(channel.number, channel.marks) for channel in channels])
         pairs = list(zip(channels, seen, strict=True))
         synced = await self.store.write(
-            lambda tx: [book.sync(tx, channel.id, each, self.token(channel.config.token)) for channel, each in pairs]
+            lambda tx: [book.sync(tx, channel.id, each, tokens[channel.config.token]) for channel, each in pairs]
         )
         for channel in channels:
             self.notify(channel.id)
@@ -152,9 +159,3 @@ class ChannelServices:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await changed.wait()
-
-    def token(self, address: str) -> Token:
-        """The token with this address, which channels in the book are in."""
-        token = self.network.token_at(address)
-        assert token is not None
-        return token

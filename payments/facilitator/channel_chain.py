@@ -35,12 +35,13 @@ class ChannelChain:
 
     Args:
         rpc: The chain.
-        authorizer: Signs claims and refunds for servers whose channels name it; None if we sign for nobody.
+        authorizers: Sign claims and refunds for servers whose channels name one of them; none if we sign for nobody. New
+            channels are offered the first.
     """
 
-    def __init__(self, rpc: Rpc, authorizer: Signer | None) -> None:
+    def __init__(self, rpc: Rpc, authorizers: Sequence[Signer]) -> None:
         self.rpc = rpc
-        self.authorizer = authorizer
+        self.authorizers = {signer.address: signer for signer in authorizers}
         self._waiting: list[_Look] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -123,17 +124,17 @@ class ChannelChain:
             if signer != authorizer:
                 raise PaymentRefused(code, f"it must be signed by the key of the receiverAuthorizer {authorizer}")
             return signature
-        if self.authorizer is None:
+        if not self.authorizers:
             raise PaymentRefused(AUTHORIZER_NOT_CONFIGURED, "nothing is signed here: sign it with your own authorizer")
-        if authorizer != self.authorizer.address:
-            message = f"only channels with the receiverAuthorizer {self.authorizer.address} are signed for here"
+        if authorizer not in self.authorizers:
+            message = f"only channels with the receiverAuthorizer {' or '.join(self.authorizers)} are signed for here"
             raise PaymentRefused(AUTHORIZER_MISMATCH, message)
         check_bound(client, receiver)
-        return sign_digest(self.authorizer.key, digest)
+        return sign_digest(self.authorizers[authorizer].key, digest)
 
     def advertised(self) -> dict[str, Any]:
         """What `/supported` says of the signer, if there is one."""
-        return {} if self.authorizer is None else {"receiverAuthorizer": checksum_address(self.authorizer.address)}
+        return {"receiverAuthorizer": checksum_address(next(iter(self.authorizers)))} if self.authorizers else {}
 
     def _depart(self) -> None:
         waiting, self._waiting = self._waiting, []

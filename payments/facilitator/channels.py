@@ -134,7 +134,7 @@ class ChannelFacilitation:
             )
         if config.payer == NOBODY:
             raise PaymentRefused(wire.DEPOSIT_PAYLOAD, "channelConfig.payer must be an account")
-        if self._chain.authorizer is not None and config.receiver_authorizer == self._chain.authorizer.address:
+        if config.receiver_authorizer in self._chain.authorizers:
             check_bound(client, config.receiver)
         verify_voucher(payment.voucher, config.payer_authorizer, self.network.chain_id)
         return token
@@ -203,12 +203,8 @@ class ChannelFacilitation:
         return signed, self._authorised_by(first)
 
     def _authorised_by(self, config: ChannelConfig) -> str:
-        ours = self._chain.authorizer
-        return (
-            config.receiver
-            if ours is not None and ours.address == config.receiver_authorizer
-            else config.receiver_authorizer
-        )
+        ours = config.receiver_authorizer in self._chain.authorizers
+        return config.receiver if ours else config.receiver_authorizer
 
     def _token(self, call: FacilitatorCall, signed: str | None = None) -> Token:
         """The token as the requirement says it is moved; if it does not say, as was `signed`."""

@@ -170,8 +170,7 @@ async def _schemes(
         else:
             log.warning("upto is not settled on %s: %s", network.caip2, missing)
     if engine.signers and await has_channels(rpc):
-        authorizer = engine.signers[0] if signs else None
-        schemes.append(ChannelFacilitation(network, ChannelChain(rpc, authorizer), sponsor))
+        schemes.append(ChannelFacilitation(network, ChannelChain(rpc, engine.signers if signs else ()), sponsor))
     return schemes
 
 

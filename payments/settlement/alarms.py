@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +23,7 @@ WEI_PER_NANO = 10 ** (18 - NANO_DECIMALS)
 class Alarm:
     """Something that is too low or away. `subject` is an address, an asset, or a chain."""
 
-    code: Literal["low_gas", "low_treasury", "rpc_unavailable", "fees_unknown", "fees_capped"]
+    code: Literal["low_gas", "low_treasury", "rpc_unavailable", "fees_unknown", "fees_capped", "unclaimable"]
     subject: str
     message: str
 
@@ -49,6 +50,8 @@ class Alarms:
         """By account."""
         self.treasury_nano_usd: dict[str, int] = {}
         """By asset."""
+        self.sources: list[Callable[[], list[Alarm]]] = []
+        """Who else knows of something to be told."""
         self._rpc, self._chain_id, self._fees = settlements.rpc, settlements.network.chain_id, settlements.fees
         self._accounts, self._tokens = list(settlements.accounts.values()), settlements.network.tokens
         self._pay_to = pay_to
@@ -78,7 +81,7 @@ class Alarms:
         if self._fees.capped:
             message = f"gas on chain {self._chain_id} costs more than max_fee_gwei; payments on it wait"
             alarms.append(Alarm("fees_capped", f"eip155:{self._chain_id}", message))
-        return alarms
+        return alarms + [alarm for source in self.sources for alarm in source()]
 
     def gauges(self) -> list[tuple[str, str, dict[str, str], float]]:
         """Name, help, labels and value of what the metrics show."""

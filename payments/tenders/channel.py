@@ -325,7 +325,7 @@ class ChannelHold(LedgerHold):
         announced = self._told if self._told is not None else self._announced(amount_nano_usd)
 
         def unit(tx: Transaction) -> Charge:
-            charge = requests.capture(tx, self._use, self._channel.id, amount_nano_usd, outcome, announced)
+            charge = requests.capture(tx, self._use, self._channel.id, amount_nano_usd, outcome, announced, self._token)
             if also is not None:
                 also(tx)
             return charge
@@ -359,7 +359,7 @@ class ChannelHold(LedgerHold):
                 release_if_open(tx, self._use, outcome)
                 return
             with contextlib.suppress(HoldEnded):
-                requests.capture(tx, self._use, self._channel.id, spent_nano_usd, outcome, announced)
+                requests.capture(tx, self._use, self._channel.id, spent_nano_usd, outcome, announced, self._token)
 
         with contextlib.suppress(StoreBusy):
             await self._store.write_surely(unit, lambda _: self._end())

@@ -68,18 +68,25 @@ class ChannelScheme:
         return ChannelTender(self.services, payment, token, request_digest, refusal, tops_up=tops_up)
 
     def check(self, payment: ChannelPayment, token: Token, requirement: Requirement) -> None:
-        """Check that a payment's channel is one of ours, and its voucher signed.
+        """Check that a payment's channel is one that we offer, and its voucher signed.
 
         Raises:
             PaymentRefused: With the official code.
         """
         assert payment.accepted is not None
         check_accepted(payment.accepted, requirement)
+        _check_config(payment.config, self.services)
         self.check_channel(payment, token)
 
     def check_channel(self, payment: ChannelPayment, token: Token) -> None:
-        """As `check`, whatever the payment is for."""
-        _check_config(payment.config, token, self.services)
+        """Check that a channel is one that we can sign for, and its voucher signed; errors as for `check`. That it was offered
+        once, the book knows: to another treasury, perhaps, or with another delay."""
+        authorizer = payment.config.receiver_authorizer
+        if authorizer not in self.services.authorizers:
+            ours = self.services.authorizer.address
+            raise PaymentRefused(wire.RECEIVER_AUTHORIZER_MISMATCH, f"channelConfig.receiverAuthorizer must be {ours}")
+        if payment.config.token != token.address:
+            raise PaymentRefused(wire.TOKEN_MISMATCH, f"channelConfig.token must be {token.address}")
         if payment.voucher.channel_id != channel_id(payment.config, token.chain_id):
             raise PaymentRefused(wire.CHANNEL_ID_MISMATCH, "the voucher's channelId is not that of the channelConfig")
         verify_voucher(payment.voucher, payment.config.payer_authorizer, token.chain_id)
@@ -95,16 +102,9 @@ class ChannelScheme:
         return await self.services.payers.use_ended(receipt_id, timeout_s)
 
 
-def _check_config(config: ChannelConfig, token: Token, services: ChannelServices) -> None:
+def _check_config(config: ChannelConfig, services: ChannelServices) -> None:
     for code, field, theirs, ours in (
         (wire.RECEIVER_MISMATCH, "receiver", config.receiver, services.receiver),
-        (
-            wire.RECEIVER_AUTHORIZER_MISMATCH,
-            "receiverAuthorizer",
-            config.receiver_authorizer,
-            services.authorizer.address,
-        ),
-        (wire.TOKEN_MISMATCH, "token", config.token, token.address),
         (wire.WITHDRAW_DELAY_MISMATCH, "withdrawDelay", config.withdraw_delay, services.withdraw_delay_s),
     ):
         if theirs != ours:

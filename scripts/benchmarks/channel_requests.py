@@ -69,7 +69,7 @@ async def pay(rpc_url: str, network: Network, signer_key: str, count: int) -> Pa
                 rpc=rpc,
                 network=network,
                 receiver=signer.address,
-                authorizer=signer,
+                authorizers=[signer],
                 withdraw_delay_s=DELAY_S,
                 payers=payers,
             )

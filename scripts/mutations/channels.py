@@ -8,6 +8,7 @@ BOOK = ("tests/payments/test_channel_book.py",)
 TOPUPS = ("tests/payments/test_channel_topups.py",)
 MACHINE = ("tests/payments/test_channels_machine.py",)
 ON_CHAIN = ("tests/payments/test_channels_on_chain.py",)
+CHANGED = ("tests/payments/test_channels_reconfigured.py",)
 REORGANISED = ("tests/payments/test_channels_reorganised.py",)
 
 _BOOK, _KEEPER = "payments/channels/book.py", "payments/channels/keeper.py"
@@ -46,8 +47,8 @@ CHANNELS = (
     Mutation(
         "what can never be claimed holds up other claims",
         _KEEPER,
-        " AND charged_nano_usd - lost_nano_usd > claimed_nano_usd\n",
-        "\n",
+        ' AND charged_nano_usd - lost_nano_usd - claimed_nano_usd >= ?"\n',
+        ' AND charged_nano_usd - claimed_nano_usd >= ?"\n',
         ON_CHAIN,
     ),
     Mutation(
@@ -70,6 +71,41 @@ CHANNELS = (
         "        to_be_withdrawn = min(synced.on_chain.withdraw_amount, self._channel.on_chain.withdraw_amount)\n",
         "        to_be_withdrawn = synced.on_chain.withdraw_amount\n",
         ON_CHAIN,
+    ),
+    Mutation(
+        "a claim is signed by the key that is offered now",
+        _KEEPER,
+        "        authorizer = self._services.authorizers[config.receiver_authorizer]\n",
+        "        authorizer = self._services.authorizer\n",
+        CHANGED,
+    ),
+    Mutation(
+        "a claim goes to the treasury of now",
+        _KEEPER,
+        "encode_claim_and_settle(claims, signature, config.receiver, token.address)",
+        "encode_claim_and_settle(claims, signature, self._services.receiver, token.address)",
+        CHANGED,
+    ),
+    Mutation(
+        "a channel in a token that is not configured is looked at",
+        "payments/channels/services.py",
+        "if channel is not None and channel.config.token in tokens]\n",
+        "if channel is not None]\n",
+        CHANGED,
+    ),
+    Mutation(
+        "less than a unit fills the look for what is due",
+        _KEEPER,
+        "self._services.authorizers, max(1, atomic_to_nano_down(1, token.decimals))\n",
+        "self._services.authorizers, 1\n",
+        CHANGED,
+    ),
+    Mutation(
+        "less than a unit is outstanding for ever",
+        _BOOK,
+        "(owed_before or now_ms()) if owes else None,\n",
+        "owed_before or now_ms(),\n",
+        BOOK,
     ),
     Mutation(
         "a claim exceeds the voucher",

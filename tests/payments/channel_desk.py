@@ -141,7 +141,7 @@ async def gateway(
             rpc=settlements.rpc,
             network=network,
             receiver=PAY_TO,
-            authorizer=settlements.signers[0],
+            authorizers=settlements.signers,
             withdraw_delay_s=DELAY_S,
             payers=payers,
         )

@@ -64,8 +64,13 @@ def options(
     networks = (NetworkOptions(network, [chain.rpc_url], batch_contract=batch_contract),)
     return Options(
         database=database,
-        signer_keys=(chain.wallets[signer].private_key,),
-        **{"networks": networks, "require_key": False, "settlement_wait_s": 20, **wanted},
+        **{
+            "signer_keys": (chain.wallets[signer].private_key,),
+            "networks": networks,
+            "require_key": False,
+            "settlement_wait_s": 20,
+            **wanted,
+        },
     )
 
 

@@ -81,7 +81,7 @@ class Chain:
         return decision.use
 
     def capture(self, use: Use, cost: int) -> None:
-        requests.capture(self.database, use, ID, cost * NANO, Outcome(), 0)
+        requests.capture(self.database, use, ID, cost * NANO, Outcome(), 0, USDC)
 
 
 @pytest.fixture(scope="module")
@@ -175,14 +175,14 @@ def test_one_voucher_pays_one_request(chain: Chain) -> None:
 
 def test_a_client_that_would_sign_the_same_voucher_again_is_told_another_sum(chain: Chain) -> None:
     chain.becomes(balance=1_000)
-    requests.capture(chain.database, chain.taken(100, 100), ID, 50 * NANO, Outcome(), 50)
+    requests.capture(chain.database, chain.taken(100, 100), ID, 50 * NANO, Outcome(), 50, USDC)
     assert isinstance(chain.take(100, 50), OutOfStep)
     assert isinstance(chain.take(chain.channel.announced + 50, 50), Taken)
 
 
 def test_a_stale_voucher_is_told_where_the_channel_stands(chain: Chain) -> None:
     chain.becomes(balance=1_000)
-    requests.capture(chain.database, chain.taken(100, 100), ID, 80 * NANO, Outcome(), 80)
+    requests.capture(chain.database, chain.taken(100, 100), ID, 80 * NANO, Outcome(), 80, USDC)
     stale = chain.take(60, 60)
     assert isinstance(stale, OutOfStep)
     assert stale.code == "invalid_batch_settlement_evm_cumulative_amount_mismatch"
@@ -209,6 +209,20 @@ def test_what_was_taken_out_before_it_was_claimed_is_a_loss_until_it_is_deposite
     chain.becomes(balance=1_100)
     assert chain.channel.lost_nano_usd == 0
     assert check(chain.database) == []
+
+
+def test_less_than_a_unit_is_not_outstanding(chain: Chain) -> None:
+    chain.becomes(balance=1_000)
+
+    def owes_since(voucher: int, cost_nano_usd: int) -> int | None:
+        use = chain.taken(voucher, 1)
+        requests.capture(chain.database, use, ID, cost_nano_usd, Outcome(), 0, USDC)
+        return chain.channel.unclaimed_since_ms
+
+    assert owes_since(1, NANO // 2) is None
+    since = owes_since(2, NANO // 2)
+    assert since is not None
+    assert owes_since(3, 0) == since
 
 
 def test_a_node_that_lags_changes_nothing(chain: Chain) -> None:

@@ -120,7 +120,7 @@ class ChannelsMachine(GatewayMachine):
             rpc=rpc,
             network=NETWORK,
             receiver=TREASURY,
-            authorizer=AUTHORIZER,
+            authorizers=[AUTHORIZER],
             withdraw_delay_s=DELAY_S,
             payers=payers,
         )

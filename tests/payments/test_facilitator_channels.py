@@ -273,6 +273,22 @@ async def test_we_sign_only_for_the_key_that_is_bound_to_the_receiver(
         assert open_to_all["errorReason"] == f"{WORD}authorizer_not_configured"
 
 
+async def test_channels_are_signed_for_with_the_key_that_they_name(
+    chain: Devnet, network: Network, tmp_path: Path
+) -> None:
+    old = dataclasses.replace(channel_of(chain, network), authorizer=chain.wallets[0])
+    keys = (chain.wallets[7].private_key, chain.wallets[0].private_key)
+    async with facilitator(chain, network, tmp_path / "db", require_key=True, signer_keys=keys) as running:
+        offered = running.services.facilitator.supported()["kinds"][-1]
+        assert offered["extra"] == {"receiverAuthorizer": checksum_address(chain.wallets[7].address.lower())}
+        store = running.services.store
+        _, key = await store.write(lambda tx: accounts.create_key(tx, "k", "default", pay_to=SHOP))
+        for call in (old.deposits(DEPOSIT, PRICE), claims((old, PRICE, PRICE), signed=False), old.settles()):
+            answer = await running.http.post("/settle", json=call, headers={"authorization": f"Bearer {key}"})
+            assert answer.json()["success"], answer.text
+    assert held_by_shop(chain) == PRICE
+
+
 async def test_a_payers_announced_withdrawal_is_told(chain: Devnet, network: Network, tmp_path: Path) -> None:
     channel = channel_of(chain, network)
     async with facilitator(chain, network, tmp_path / "farebox.db") as running:

@@ -97,7 +97,7 @@ class Process:
             rpc=node,
             network=network,
             receiver=PAY_TO,
-            authorizer=engine.signers[0],
+            authorizers=engine.signers,
             withdraw_delay_s=900,
             payers=self.services,
         )
@@ -105,7 +105,7 @@ class Process:
         self.channel_desk = ChannelDesk(channels, engine, ChannelScheme(channels), keeper, self.token, self.wallet)
         schemes: list[FacilitatedScheme] = [
             ExactFacilitation(network, states),
-            ChannelFacilitation(network, ChannelChain(node, None), Sponsor(store, engine, Budget(0, 0))),
+            ChannelFacilitation(network, ChannelChain(node, ()), Sponsor(store, engine, Budget(0, 0))),
         ]
         self.facilitator = Facilitator(store, {network.chain_id: engine}, schemes, settlement_wait_s=0)
 
