@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import json
 import os
 import platform
 import shutil
@@ -128,6 +129,8 @@ class Anvil:
         """
         assert self._process is None, "already started"
         program = find_anvil()
+        if self._state_file is not None and self._state_file.exists():
+            _keep_first_genesis(self._state_file)
         for attempt in range(1, _START_ATTEMPTS + 1):
             self.port = self._fixed_port or free_port()
             try:
@@ -210,6 +213,23 @@ class Anvil:
         assert self._errors is not None
         self._errors.seek(0)
         return self._errors.read().decode(errors="replace").strip()[-2000:]
+
+
+def _keep_first_genesis(state_file: Path) -> None:
+    """Let a kept chain begin with one block, the first that it ever began with.
+
+    Each start of Anvil makes a block 0 of its own and keeps it beside those that it has read (1.7); which one of them counts
+    after the next start is chance.
+    """
+    state = json.loads(state_file.read_bytes())
+    first = [block for block in state["blocks"] if int(block["header"]["number"], 16) == 0]
+    if len(first) < 2:
+        return
+    oldest = min(first, key=lambda block: int(block["header"]["timestamp"], 16))
+    state["blocks"] = [block for block in state["blocks"] if block is oldest or block not in first]
+    written = state_file.with_suffix(".new")
+    written.write_text(json.dumps(state))
+    written.replace(state_file)
 
 
 def free_port() -> int:

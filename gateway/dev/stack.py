@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import secrets
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -158,6 +160,7 @@ def running(
     block_time_s: float | None = None,
     environment: Mapping[str, str] | None = None,
     nodes: Callable[[str], Sequence[str]] | None = None,
+    confirmations: int | None = None,
 ) -> Iterator[tuple[Stack, GatewayProcess]]:
     """Start everything, and stop it at the end.
 
@@ -168,6 +171,7 @@ def running(
         block_time_s: Seconds between blocks; None mines each transaction at once.
         environment: Further `FAREBOX_*` variables for the gateway.
         nodes: Given the chain's URL, by which URLs the gateway reaches it; by default that one.
+        confirmations: How many blocks make a transfer final; None leaves the default.
 
     Yields:
         What runs, and the gateway's process.
@@ -177,6 +181,10 @@ def running(
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(_alone_in(data_dir))
+        if port:
+            # Whoever listens there would answer for the gateway that could not start.
+            _require_free(port)
         state_file = data_dir / "chain.json"
         anvil = cleanup.enter_context(
             Anvil(chain_id=CHAIN_ID, port=rpc_port, block_time_s=block_time_s, state_file=state_file)
@@ -196,6 +204,8 @@ def running(
             "sponsor_hourly_native": "1",
             "sponsor_payer_native": "0.001",
         }
+        if confirmations is not None:
+            network["confirmations"] = confirmations
         if nodes is not None:
             network["rpc_urls"] = list(nodes(anvil.rpc_url))
         variables = _environment(data_dir, config_file, gateway_port, network, simulator.url, keys)
@@ -255,6 +265,8 @@ def run(
             rpc_port=rpc_port,
             simulator_port=simulator_port,
             block_time_s=block_time_s,
+            # Where nothing happens there are no blocks, and a deposit would never be deep enough.
+            confirmations=0 if block_time_s is None else None,
         ) as (stack, gateway):
             if as_json:
                 print(json.dumps(stack.as_json()), flush=True)
@@ -293,6 +305,27 @@ def _introduce(stack: Stack) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+@contextlib.contextmanager
+def _alone_in(data_dir: Path) -> Iterator[None]:
+    with (data_dir / "dev.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StackFailed(
+                f"another farebox dev runs in {data_dir}: stop it, or give this one another --data-dir"
+            ) from None
+        yield
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise StackFailed(f"the gateway cannot listen on port {port}: {error.strerror}") from None
 
 
 def _secrets(data_dir: Path) -> Secrets:

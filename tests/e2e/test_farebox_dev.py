@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import httpx
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
-from contracts.devnet import USDC, balance_of
+from contracts.devnet import USDC, balance_of, mint
 from contracts.jsonrpc import rpc
 from tests.e2e.clients import ask, ask_and_sign, available, sign_in
 from tests.e2e.conftest import QUESTION
+from tests.e2e.grounds import wait_until
 
 DEV_FIELDS = {
     "gateway_url",
@@ -36,15 +38,18 @@ DEV_FIELDS = {
 }
 
 
+FAREBOX = (sys.executable, "-m", "gateway.cli")
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("FAREBOX_")}
+
+
 def start_dev(data_dir: Path) -> tuple[subprocess.Popen[str], dict[str, Any]]:
     """`farebox dev --json`, and the line that it prints."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("FAREBOX_")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "gateway.cli", "dev", "--json", "--data-dir", str(data_dir)],
+        [*FAREBOX, "dev", "--json", "--data-dir", str(data_dir)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=CLEAN,
     )
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -52,6 +57,21 @@ def start_dev(data_dir: Path) -> tuple[subprocess.Popen[str], dict[str, Any]]:
         return process, json.loads(line)
     except ValueError:
         raise AssertionError(f"not what was promised: {line!r} {end(process)}") from None
+
+
+def refused(*arguments: str) -> str:
+    """What `farebox dev` says that cannot start."""
+    done = subprocess.run([*FAREBOX, "dev", *arguments], capture_output=True, text=True, env=CLEAN, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    return done.stderr
+
+
+def checked(data_dir: Path) -> str:
+    """What `farebox ledger check` says, run as the README has it."""
+    command = f". {data_dir / 'dev.env'}; exec {shlex.join(FAREBOX)} ledger check"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=CLEAN, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def children(pid: int) -> dict[int, str]:
@@ -101,6 +121,12 @@ def test_farebox_dev_prints_one_line_ends_everything_and_goes_on_where_it_was(tm
             receipt = http.get(poll).json()
             credit = available(http, sign_in(http, wallet))
         left = balance_of(first["rpc_url"], USDC, wallet.address)
+        variables = (tmp_path / "dev.env").read_text()
+        assert f"another farebox dev runs in {tmp_path}" in refused("--data-dir", str(tmp_path))
+        assert (tmp_path / "dev.env").read_text() == variables
+        taken = str(httpx.URL(first["gateway_url"]).port)
+        said = refused("--data-dir", str(tmp_path / "another"), "--port", taken)
+        assert f"the gateway cannot listen on port {taken}" in said
     finally:
         printed = end(process)
     assert process.returncode == 0
@@ -117,6 +143,7 @@ def test_farebox_dev_prints_one_line_ends_everything_and_goes_on_where_it_was(tm
             assert later["state"] == "captured"
             assert later["charged_usd"] == receipt["charged_usd"]
             assert later["transaction"]["hash"] == receipt["transaction"]["hash"]
+            assert "agree with the chain" in checked(tmp_path), "before anything more is mined"
             session = sign_in(http, wallet)
             assert float(credit["USDC"]) > 0
             assert available(http, session) == credit
@@ -125,6 +152,10 @@ def test_farebox_dev_prints_one_line_ends_everything_and_goes_on_where_it_was(tm
             assert transaction["status"] == "0x1"
             assert ask(http, QUESTION | {"max_tokens": 5}, session).status_code == 200
             assert ask(http, QUESTION, {"Authorization": f"Bearer {first['api_key']}"}).status_code == 200
+            # A deposit is deep enough by itself, though no block follows.
+            (deposit,) = http.post("/v1/wallet/deposit-addresses", headers=session).json()["deposit_addresses"]
+            mint(second["rpc_url"], USDC, deposit["address"], 3_000_000)
+            wait_until(lambda: float(available(http, session)["USDC"]) > 2.9, "the deposit is credited")
     finally:
         end(process)
     assert alive(below) == []
