@@ -53,7 +53,7 @@ class Metrics:
         self.replayed = counter("replayed", "Payments sent again that got their first answer")
         self.attempts = counter("attempts", "Attempts at candidates", "candidate", "status")
         self.charged_usd = counter("charged_usd", "Dollars charged", "model")
-        self.credited_usd = counter("credited_usd", "Dollars given back")
+        self.credited_usd = counter("credited_usd", "Dollars paid beyond the charge, now payers' balance")
         self.tokens = counter("tokens", "Tokens billed", "model", "kind")
 
     def add_gauges(self, read: Gauges) -> None:

@@ -98,11 +98,15 @@ class ReceiptView:
 
     @property
     def credited_nano_usd(self) -> int:
-        """What went back: of an on-chain payment to the payer's balance, of another tender's hold to where it came from."""
+        """What became the payer's balance by it: what was paid beyond what is charged.
+
+        What was only held or authorised and is not taken, of a balance, a pool, a channel or an ``upto``, is not credited.
+        """
         if self.state == "open":
             return 0
-        taken = self.paid_nano_usd if self._comes_whole else self.quoted_nano_usd
-        return max(taken - (self.spent_nano_usd if self.charged_nano_usd is None else self.charged_nano_usd), 0)
+        return max(
+            self.paid_nano_usd - (self.spent_nano_usd if self.charged_nano_usd is None else self.charged_nano_usd), 0
+        )
 
     @property
     def _comes_whole(self) -> bool:

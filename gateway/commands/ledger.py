@@ -34,6 +34,8 @@ app.command(epilog="Example: [cyan]farebox ledger export --from 2026-01-01 --to 
 )
 
 ROWS_DEFAULT = 50
+UNITS = {"usd": "USD", "native": "coins"}
+"""By what `payments.ledger.accounts.unit_of` says."""
 
 
 @app.command(epilog="Example: [cyan]farebox ledger check --config farebox.toml --json[/cyan]")
@@ -144,7 +146,12 @@ def statement(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """All accounts with their balances, or one account's transfers, newest first."""
+    """All accounts with their balances, or one account's transfers, newest first.
+
+    Amounts are dollars; what is paid for gas is in the chain's own coin (with --json, `…_native` instead of `…_usd`).
+    """
+    from payments.ledger.accounts import unit_of
+
     with open_database(load_settings(config)) as database:
         if account is None:
             accounts = database.read(_accounts)
@@ -160,26 +167,36 @@ def statement(
         )
         return
     if account is None:
-        shown = table("account", "balance, USD", "held, USD", right=("balance, USD", "held, USD"))
+        shown = table("account", "balance", "held", "in", right=("balance", "held"))
         for entry in accounts:
-            shown.add_row(entry["account"], entry["balance_usd"], entry["held_usd"])
+            unit = unit_of(entry["account"])
+            shown.add_row(entry["account"], entry[f"balance_{unit}"], entry[f"held_{unit}"], UNITS[unit])
         out.print(shown)
         return
-    out.print(
-        f"{account}: balance {accounts[0]['balance_usd']} USD, held {accounts[0]['held_usd']} USD\n", markup=False
-    )
-    shown = table("time (UTC)", "amount, USD", "state", "other account", "transfer", right=("amount, USD",))
+    unit = unit_of(account)
+    named = UNITS[unit]
+    balance, held = accounts[0][f"balance_{unit}"], accounts[0][f"held_{unit}"]
+    out.print(f"{account}: balance {balance} {named}, held {held} {named}\n", markup=False)
+    amount = f"amount, {named}"
+    shown = table("time (UTC)", amount, "state", "other account", "transfer", right=(amount,))
     for row in rows:
-        shown.add_row(row["time"], row["amount_usd"], row["state"], row["counterparty"], row["transfer"])
+        shown.add_row(row["time"], row[f"amount_{unit}"], row["state"], row["counterparty"], row["transfer"])
     out.print(shown)
 
 
 def _accounts(tx: Transaction) -> list[dict[str, Any]]:
+    from payments.ledger.accounts import unit_of
+
     rows = tx.execute("SELECT id, balance, pending_out FROM ledger_account ORDER BY asset, kind, owner").fetchall()
-    return [{"account": id, "balance_usd": _usd(balance), "held_usd": _usd(held)} for id, balance, held in rows]
+    return [
+        {"account": id, f"balance_{unit_of(id)}": _usd(balance), f"held_{unit_of(id)}": _usd(held)}
+        for id, balance, held in rows
+    ]
 
 
 def _transfers(tx: Transaction, account: str, limit: int) -> list[dict[str, Any]]:
+    from payments.ledger.accounts import unit_of
+
     rows = tx.execute(
         "SELECT id, debit_account, credit_account, amount, posted_amount, state, reference, created_ms"
         " FROM ledger_transfer WHERE debit_account = ? OR credit_account = ? ORDER BY created_ms DESC, id DESC LIMIT ?",
@@ -190,7 +207,9 @@ def _transfers(tx: Transaction, account: str, limit: int) -> list[dict[str, Any]
             "transfer": id,
             "time": datetime.fromtimestamp(created_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S"),
             # A pending transfer shows what is held, an ended one what moved.
-            "amount_usd": _usd((amount if state == "pending" else posted or 0) * (-1 if debit == account else 1)),
+            f"amount_{unit_of(account)}": _usd(
+                (amount if state == "pending" else posted or 0) * (-1 if debit == account else 1)
+            ),
             "state": state,
             "counterparty": credit if debit == account else debit,
             "reference": reference,

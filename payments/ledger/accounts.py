@@ -33,6 +33,11 @@ def native_asset(chain_id: int) -> str:
     return f"eip155:{chain_id}/native"
 
 
+def unit_of(account: str) -> str:
+    """What an account's amounts are in, thousandths of a millionth of it: ``usd``, or a chain's own coin, ``native``."""
+    return "native" if account.endswith("/native") else "usd"
+
+
 def payer_account(address: str, asset: str) -> str:
     """What is owed to a wallet, whose address is in lower-case hex."""
     return f"payer:{address}@{asset}"

@@ -32,12 +32,15 @@ WORDS = {
     "revived": "withdrawal",
     "loss": "adjustment",
     "made-good": "adjustment",
-    "excess": "adjustment",
-    "repay": "adjustment",
-    "unrepay": "adjustment",
+    "excess": "rounding",
+    "repay": "debt_paid",
+    "unrepay": "debt_returned",
 }
 """By the part of a transfer's id before the first colon. A payment that was made to top up is a ``topup``, and
-so is what a channel held for its payer."""
+so is what a channel held for its payer. What an answer by ``upto`` cost never passes the balance: only the ``rounding`` does,
+what the token's smallest unit brought beyond it, and a debt, if the wallet did not hold what was owed."""
+OF_RECEIPTS = frozenset({"settle", "unsettle", "excess", "unrepay"})
+"""Those of settlements that pay for a receipt."""
 
 _SIDE = """
     SELECT transfer.created_ms, transfer.id, {sign}, transfer.amount, transfer.posted_amount, transfer.state,
@@ -127,11 +130,13 @@ def _entry(row: Sequence[Any], settled: dict[str, tuple[str, str | None]], topup
         receipt = reference
         if sign > 0:
             kind = "topup"
+    elif prefix == "repay":
+        receipt = reference
     elif prefix in ("log", "unlog"):
         transaction = name.partition(":")[0]
     elif reference in settled:
         receipt, transaction = settled[reference]
-        if prefix not in ("settle", "unsettle"):
+        if prefix not in OF_RECEIPTS:
             receipt = None
         elif prefix == "settle" and receipt in topups:
             kind = "topup"

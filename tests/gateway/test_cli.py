@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 from pathlib import Path
@@ -264,6 +265,25 @@ def test_statement_lists_accounts_and_their_transfers(run: Run, receipt: str) ->
     )
     assert receipt in run("ledger", "statement", "pool:default@USD").stdout
     assert "there is no account" in run("ledger", "statement", "pool:nobody@USD").stderr
+
+
+def test_statement_shows_gas_in_coins_and_not_in_dollars(run: Run, receipt: str, tmp_path: Path) -> None:
+    store = open_store(tmp_path / "data")
+    gas, signer = "gas@eip155:84532/native", f"signer:{KEY_ADDRESS}@eip155:84532/native"
+
+    def pay_gas(tx: Transaction) -> None:
+        transfers.post(tx, id="fee:1", debit=signer, credit=gas, amount=2_194_866, reference="tx_1")
+
+    asyncio.run(store.write(pay_gas))
+    store.close()
+    listed = {entry["account"]: entry for entry in parsed(run("ledger", "statement", "--json"))["accounts"]}
+    assert listed[gas] == {"account": gas, "balance_native": "0.002194866", "held_native": "0.00"}
+    value = parsed(run("ledger", "statement", gas, "--json"))
+    assert (value["balance_native"], value["transfers"][0]["amount_native"]) == ("0.002194866", "0.002194866")
+    shown = run("ledger", "statement", gas).stdout
+    assert "balance 0.002194866 coins" in shown
+    assert "USD" not in shown
+    assert [line.split()[-1] for line in run("ledger", "statement").stdout.splitlines() if gas in line] == ["coins"]
 
 
 def test_export_writes_the_posted_transfers_for_accountants(run: Run, receipt: str, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from payments.chain.networks import UPTO_PERMIT2_PROXY_ADDRESS, Network, Token
 from payments.chain.rpc import Rpc
 from payments.chain.transactions import encode_upto_settle
 from payments.errors import AllowanceRequired, PaymentConflict, PaymentError, PaymentRefused, SchemeRefused
+from payments.ledger import history
 from payments.ledger.accounts import account_id, payer_account
 from payments.recovery import recover
 from payments.tenders.authorizations import AlreadyUsed
@@ -73,7 +74,12 @@ async def test_only_what_the_answer_cost_is_taken(desk: Desk, which: int) -> Non
     assert await desk.balance(payer_account(payment.payer, token.asset)) == 679
     view = await desk.store.read(lambda tx: receipts.get(tx, hold.receipt_id))
     assert view is not None
-    assert (view.settlement_state, view.paid_nano_usd) == ("mined", 7_655_000)
+    assert (view.settlement_state, view.paid_nano_usd, view.credited_nano_usd) == ("mined", 7_655_000, 679)
+    # What a unit of the token is too large for is in the balance, and the history says from where.
+    page = await desk.store.read(lambda tx: history.page(tx, payment.payer, 9))
+    assert [(line.kind, line.amount_nano_usd, line.receipt) for line in page.entries] == [
+        ("rounding", 679, hold.receipt_id)
+    ]
     assert await desk.store.read(lambda tx: promises.exposure(promises.under_way(tx, payment.payer))) == 0
     await desk.check_books()
 
