@@ -166,6 +166,9 @@ class ChannelTender:
         deposit: DepositCheck | None,
         patient: bool,
     ) -> Decision:
+        unknown = book.find(tx, self._channel_id) is None
+        if unknown and seen is None:
+            return MustWait("unsynced")
         channel = book.ensure(tx, self._channel_id, self._payment.config, self._token)
         if seen is not None:
             channel = book.sync(tx, channel.id, seen, self._token)
@@ -189,6 +192,9 @@ class ChannelTender:
             if deposit is None or not deposit.cover.holds(tx):
                 raise _Overtaken
             outbox.enqueue(tx, self._deposit_order())
+        if unknown and isinstance(decision, PaymentRefused):
+            # Nothing is kept of it: a key costs nothing, another salt even less.
+            raise decision
         return decision
 
     def _send_deposit(self, decision: Decision) -> None:

@@ -108,6 +108,13 @@ CHANNELS = (
         BOOK,
     ),
     Mutation(
+        "a stranger's channel is remembered",
+        "payments/tenders/channel.py",
+        "        if unknown and isinstance(decision, PaymentRefused):\n",
+        "        if False:\n",
+        ON_CHAIN,
+    ),
+    Mutation(
         "a claim exceeds the voucher",
         _KEEPER,
         "    total = min(charged, channel.voucher, channel.on_chain.balance)\n",

@@ -57,6 +57,16 @@ async def test_a_channel_without_money_serves_nobody(opened: Gateway) -> None:
         await opened.take(opened.payment(2 * PRICE))
 
 
+async def test_strangers_leave_nothing_behind(opened: Gateway) -> None:
+    for salt, deposit in ((1, 0), (2, 5 * PRICE)):
+        stranger = dataclasses.replace(opened, salt=salt)
+        # A deposit that would succeed, and a voucher over less than the price: it is never sent.
+        with pytest.raises(PaymentRefused):
+            await stranger.take(stranger.payment(PRICE - 1, deposit=deposit))
+    rows = await opened.services.store.read(lambda tx: tx.execute("SELECT COUNT(*) FROM channel").fetchone())
+    assert rows == (0,)
+
+
 async def test_a_deposit_may_be_valid_from_later_than_the_last_block_on(opened: Gateway, chain: Devnet) -> None:
     now = await later_than_the_last_block(chain.rpc_url)
     hold = await opened.take(opened.payment(PRICE, deposit=5 * PRICE, valid_after=now - 1))
