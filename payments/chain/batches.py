@@ -21,6 +21,7 @@ from payments.chain.transactions import (
     address_word,
     selector,
     topic,
+    uint_at,
     word,
 )
 
@@ -60,6 +61,24 @@ def encode_execute(calls: Sequence[Call]) -> bytes:
         tails.append(tail)
         offset += len(tail)
     return b"".join((_EXECUTE, word(WORD), word(len(calls)), *heads, *tails))
+
+
+def decode_execute(data: bytes) -> list[tuple[str, bytes]]:
+    """The target (lower-case hex) and the calldata of each call that `encode_execute` encoded.
+
+    Raises:
+        ValueError: It is no such calldata.
+    """
+    if data[:4] != _EXECUTE:
+        raise ValueError("this is not the calldata of a batch")
+    heads = 4 + 2 * WORD
+    found = []
+    for number in range(uint_at(data, heads - WORD)):
+        entry = heads + uint_at(data, heads + number * WORD)
+        content = entry + 4 * WORD
+        call_data = data[content : content + uint_at(data, content - WORD)]
+        found.append((f"0x{uint_at(data, entry):040x}", call_data))
+    return found
 
 
 def encode_batch(calls: Sequence[Call]) -> bytes:

@@ -124,9 +124,12 @@ def encode_claim(claims: Sequence[Claim], authorizer_signature: bytes) -> bytes:
     )
 
 
-def collector_of(call_data: bytes) -> str:
-    """Which collector a `deposit` that `encode_deposit` made takes the money through, lower-case hex."""
-    return f"0x{_word_at(call_data, 4 + (CONFIG_WORDS + 1) * WORD):040x}"
+def permit2_deposit_terms(call_data: bytes) -> bytes | None:
+    """The nonce and the deadline of the authorization that a `deposit` over Permit2 uses; None for other calldata."""
+    collector, nonce = 4 + (CONFIG_WORDS + 1) * WORD, 4 + (CONFIG_WORDS + 4) * WORD
+    if call_data[:4] != _DEPOSIT or f"0x{_word_at(call_data, collector):040x}" != PERMIT2_DEPOSIT_COLLECTOR_ADDRESS:
+        return None
+    return call_data[nonce : nonce + 2 * WORD]
 
 
 def decode_claims(call_data: bytes) -> list[tuple[ChannelConfig, int]]:

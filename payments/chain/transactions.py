@@ -165,9 +165,15 @@ _BASIS_POINTS_RATE = selector("basisPointsRate()")
 _AUTHORIZATION_STATE = selector("authorizationState(address,bytes32)")
 _NONCE_BITMAP = selector("nonceBitmap(address,uint256)")
 PERMIT_WORDS = 5
-_TERMS_WORDS = 7
 _FACILITATOR_PLACE = 7
 """Of the words that follow the permit, if there is one."""
+_PROXY_CALLS = {
+    _PROXY_SETTLE: (4, 7),
+    _PROXY_SETTLE_WITH_PERMIT: (4 + PERMIT_WORDS * WORD, 7),
+    _UPTO_SETTLE: (4, 9),
+    _UPTO_SETTLE_WITH_PERMIT: (4 + PERMIT_WORDS * WORD, 9),
+}
+"""Where the terms of a proxy's call begin, and their words; the offset and the length of the signature follow."""
 _AGGREGATE3 = selector("aggregate3((address,bool,bytes)[])")
 _ERROR_STRING = selector("Error(string)")
 _PANIC = selector("Panic(uint256)")
@@ -249,14 +255,16 @@ def encode_upto_settle(
 def upto_facilitator(data: bytes) -> str:
     """Who alone can make a call that `encode_upto_settle` made, lower-case hex."""
     permit_words = PERMIT_WORDS if has_permit(data) else 0
-    return f"0x{_uint(data, 4 + (permit_words + _FACILITATOR_PLACE) * WORD):040x}"
+    return f"0x{uint_at(data, 4 + (permit_words + _FACILITATOR_PLACE) * WORD):040x}"
 
 
 def proxy_terms(data: bytes) -> bytes | None:
-    """What a call of the exact proxy pays, to whom and by which nonce: neither the signature, which has several spellings, nor
-    the permit that may precede it. None if the calldata is of no such call."""
-    start = {_PROXY_SETTLE: 4, _PROXY_SETTLE_WITH_PERMIT: 4 + PERMIT_WORDS * WORD}.get(data[:4])
-    return None if start is None else data[start : start + _TERMS_WORDS * WORD]
+    """What a call of one of the proxies pays, to whom and by which nonce: neither the signature, which has several spellings,
+    nor the permit that may precede it. None if the calldata is of no such call."""
+    if data[:4] not in _PROXY_CALLS:
+        return None
+    start, words = _PROXY_CALLS[data[:4]]
+    return data[start : start + words * WORD]
 
 
 def settle_call(
@@ -289,11 +297,9 @@ def settle_call(
 
 def has_wallet_signature(data: bytes) -> bool:
     """Whether the calldata of a payment carries a signature of another form than a key's."""
-    permit_words = PERMIT_WORDS if has_permit(data) else 0
-    if proxy_terms(data) is not None:
-        return _uint(data, 4 + (permit_words + _TERMS_WORDS + 1) * WORD) != ECDSA_BYTES
-    if data[:4] in (_UPTO_SETTLE, _UPTO_SETTLE_WITH_PERMIT):
-        return _uint(data, 4 + (permit_words + 10) * WORD) != ECDSA_BYTES
+    if data[:4] in _PROXY_CALLS:
+        start, words = _PROXY_CALLS[data[:4]]
+        return uint_at(data, start + (words + 1) * WORD) != ECDSA_BYTES
     return data[:4] == _TRANSFER_WITH_AUTHORIZATION_BYTES
 
 
@@ -307,11 +313,11 @@ def last_call(call_to: str, call_data: bytes) -> tuple[str, bytes]:
     if call_to != MULTICALL3_ADDRESS:
         return call_to, call_data
     calls = call_data[4 + 2 * WORD :]
-    entry = _uint(calls, WORD)  # of the second of two
-    length_at = entry + _uint(calls, entry + 2 * WORD)
+    entry = uint_at(calls, WORD)  # of the second of two
+    length_at = entry + uint_at(calls, entry + 2 * WORD)
     content = length_at + WORD
     target = calls[entry + 12 : entry + WORD]
-    return "0x" + target.hex(), calls[content : content + _uint(calls, length_at)]
+    return "0x" + target.hex(), calls[content : content + uint_at(calls, length_at)]
 
 
 def encode_transfer(to: str, value: int) -> bytes:
@@ -367,20 +373,25 @@ def decode_aggregate3(data: bytes, count: int) -> list[tuple[bool, bytes]]:
     Raises:
         ValueError: If the bytes are not such an answer, as from a chain without Multicall3.
     """
-    if _uint(data, 0) != WORD or _uint(data, WORD) != count:
+    if uint_at(data, 0) != WORD or uint_at(data, WORD) != count:
         raise ValueError("this is not Multicall3's answer")
     start, results = 2 * WORD, []
     for index in range(count):
-        entry = start + _uint(data, start + index * WORD)
-        content = entry + _uint(data, entry + WORD)
-        length = _uint(data, content)
+        entry = start + uint_at(data, start + index * WORD)
+        content = entry + uint_at(data, entry + WORD)
+        length = uint_at(data, content)
         if content + WORD + length > len(data):
             raise ValueError("Multicall3's answer is cut short")
-        results.append((_uint(data, entry) == 1, data[content + WORD : content + WORD + length]))
+        results.append((uint_at(data, entry) == 1, data[content + WORD : content + WORD + length]))
     return results
 
 
-def _uint(data: bytes, at: int) -> int:
+def uint_at(data: bytes, at: int) -> int:
+    """The word that begins at a byte.
+
+    Raises:
+        ValueError: The bytes end before it does.
+    """
     if at + WORD > len(data):
         raise ValueError("an ABI answer is cut short")
     return int.from_bytes(data[at : at + WORD], "big")
@@ -390,10 +401,10 @@ def decode_revert(data: bytes) -> str:
     """What a reverted call says for itself, for people: its message, panic code, or error selector."""
     try:
         if data[:4] == _ERROR_STRING:
-            length = _uint(data, 4 + WORD)
+            length = uint_at(data, 4 + WORD)
             return data[4 + 2 * WORD : 4 + 2 * WORD + length][:200].decode("utf-8", "replace")
         if data[:4] == _PANIC:
-            return f"panic {_uint(data, 4):#x}"
+            return f"panic {uint_at(data, 4):#x}"
     except ValueError:
         return "a malformed revert"
     return f"error 0x{data[:4].hex()}" if data else "reverted without a reason"

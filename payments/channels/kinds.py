@@ -17,18 +17,16 @@ from payments.chain.channel_contract import (
     GAS_REFUND,
     REFUNDED_TOPIC,
     SETTLED_TOPIC,
-    collector_of,
     decode_states,
+    permit2_deposit_terms,
     states_call,
 )
 from payments.chain.logs import Log, get_logs, receipt_with, transferred
 from payments.chain.networks import (
     BATCH_SETTLEMENT_ADDRESS,
-    PERMIT2_DEPOSIT_COLLECTOR_ADDRESS,
     Network,
     Token,
 )
-from payments.chain.rpc import Rpc
 from payments.chain.transactions import (
     WORD,
     address_topic,
@@ -37,8 +35,11 @@ from payments.channels import book
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id
 from payments.money import atomic_to_nano_down
-from payments.settlement.evidence import is_explained, is_used, nonce_read
-from payments.settlement.orders import Evidence, Kind, NoEvidence, NonceRead, SettlementOrder
+from payments.settlement import permit2_evidence
+from payments.settlement.authorization_nonces import end_of, is_used, nonce_read
+from payments.settlement.evidence import find_eip3009
+from payments.settlement.orders import Evidence, Kind, NoEvidence, NonceRead, Search, SettlementOrder
+from payments.settlement.permit2_evidence import Permit2Use
 from payments.store import Store, Transaction
 
 CLAIM_RETRY_MS = 60_000
@@ -50,16 +51,22 @@ class DepositProof:
 
     def of_call(self, order: SettlementOrder, receipt: dict[str, Any], logs: list[Log]) -> Evidence | None:
         """See `payments.settlement.orders.Proof`."""
-        return _pick(receipt, logs, DEPOSITED_TOPIC, order)
+        return _pick_deposit(receipt, logs, order)
 
-    async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
+    async def search(self, order: SettlementOrder, where: Search) -> Evidence | NoEvidence:
         """See `payments.settlement.orders.Proof`. If somebody else submitted the deposit, it is in the channel all the same."""
         nonce = deposit_nonce(order)
-        if not await is_used(rpc, nonce, head):
+        if not await is_used(where.rpc, nonce, where.head):
             return NoEvidence(nonce_consumed=False)
-        explained = await is_explained(rpc, nonce, order.payer, from_block, head)
-        evidence = await _search(rpc, DEPOSITED_TOPIC, order, from_block, head)
-        return evidence or NoEvidence(nonce_consumed=True, explained=explained)
+        ended = await end_of(nonce, order.payer, where)
+        terms = permit2_deposit_terms(order.call_data)
+        if terms is None:
+            evidence = await find_eip3009(order, where, _pick_deposit)
+        else:
+            use = Permit2Use(BATCH_SETTLEMENT_ADDRESS, permit2_deposit_terms, terms, nonce, _pick_deposit)
+            topics = [DEPOSITED_TOPIC, order.reference]
+            evidence = await permit2_evidence.find(order, use, where, ended, BATCH_SETTLEMENT_ADDRESS, topics)
+        return evidence or NoEvidence(nonce_consumed=True, explained=ended is not None)
 
 
 class RefundProof:
@@ -69,14 +76,19 @@ class RefundProof:
         """See `payments.settlement.orders.Proof`."""
         return _pick(receipt, logs, REFUNDED_TOPIC, order)
 
-    async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
+    async def search(self, order: SettlementOrder, where: Search) -> Evidence | NoEvidence:
         """See `payments.settlement.orders.Proof`: anybody can submit the refund that we signed."""
-        (answer,) = await rpc.ask([states_call([int(order.reference, 16)])])
+        (answer,) = await where.rpc.ask([states_call([int(order.reference, 16)])])
         _, (state,), _ = decode_states(answer, 1)
         assert order.authorization_nonce is not None
         if state.refund_nonce <= order.authorization_nonce:
             return NoEvidence(nonce_consumed=False)
-        return await _search(rpc, REFUNDED_TOPIC, order, from_block, head) or NoEvidence(nonce_consumed=True)
+        topics = [REFUNDED_TOPIC, order.reference]
+        for log in await get_logs(where.rpc, BATCH_SETTLEMENT_ADDRESS, topics, where.from_block, where.head):
+            evidence = _pick(await receipt_with(where.rpc, log), [log], REFUNDED_TOPIC, order)
+            if evidence is not None:
+                return evidence
+        return NoEvidence(nonce_consumed=True)
 
 
 class ClaimProof:
@@ -104,16 +116,16 @@ class ClaimProof:
                 return replace(evidence_of(receipt, log, value), withheld_value=max(sent - value, 0))
         return None
 
-    async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
+    async def search(self, order: SettlementOrder, where: Search) -> Evidence | NoEvidence:
         """See `payments.settlement.orders.Proof`: anybody can submit the claims that we signed, and settle them."""
         claims = await self._store.read(lambda tx: tx.execute(_CLAIMS, (order.id,)).fetchall())
-        (answer,) = await rpc.ask([states_call([int(channel, 16) for channel, _ in claims])])
+        (answer,) = await where.rpc.ask([states_call([int(channel, 16) for channel, _ in claims])])
         _, found, _ = decode_states(answer, len(claims))
         if any(state.total_claimed < int(total) for state, (_, total) in zip(found, claims, strict=True)):
             return NoEvidence(nonce_consumed=False)
         topics = [SETTLED_TOPIC, address_topic(order.pay_to), address_topic(order.token)]
-        for log in reversed(await get_logs(rpc, BATCH_SETTLEMENT_ADDRESS, topics, from_block, head)):
-            receipt = await receipt_with(rpc, log)
+        for log in reversed(await get_logs(where.rpc, BATCH_SETTLEMENT_ADDRESS, topics, where.from_block, where.head)):
+            receipt = await receipt_with(where.rpc, log)
             evidence = self.of_call(order, receipt, receipt["logs"])
             if evidence is not None:
                 return evidence
@@ -256,6 +268,10 @@ def _book_withheld(tx: Transaction, row: dict[str, Any], token: Token, *, back: 
         transfers.post(tx, id=f"{name}{rounds}", debit=debit, credit=credit, amount=amount, reference=row["id"])
 
 
+def _pick_deposit(receipt: dict[str, Any], logs: list[Log], order: SettlementOrder) -> Evidence | None:
+    return _pick(receipt, logs, DEPOSITED_TOPIC, order)
+
+
 def _pick(receipt: dict[str, Any], logs: list[Log], event: str, order: SettlementOrder) -> Evidence | None:
     for log in logs:
         if log["address"].lower() != BATCH_SETTLEMENT_ADDRESS or log["topics"][:2] != [event, order.reference]:
@@ -277,14 +293,6 @@ def evidence_of(receipt: dict[str, Any], log: Log, value: int) -> Evidence:
     )
 
 
-async def _search(rpc: Rpc, event: str, order: SettlementOrder, from_block: int, head: int) -> Evidence | None:
-    for log in await get_logs(rpc, BATCH_SETTLEMENT_ADDRESS, [event, order.reference], from_block, head):
-        evidence = _pick(await receipt_with(rpc, log), [log], event, order)
-        if evidence is not None:
-            return evidence
-    return None
-
-
 def deposit_nonce(order: SettlementOrder) -> NonceRead:
     """Where the chain keeps the nonce of a deposit's authorization."""
-    return nonce_read(order, permit2=collector_of(order.call_data) == PERMIT2_DEPOSIT_COLLECTOR_ADDRESS)
+    return nonce_read(order, permit2=permit2_deposit_terms(order.call_data) is not None)

@@ -17,10 +17,9 @@ from payments.chain.channel_contract import (
 )
 from payments.chain.logs import Log, get_logs, receipt_with
 from payments.chain.networks import BATCH_SETTLEMENT_ADDRESS
-from payments.chain.rpc import Rpc
 from payments.chain.transactions import WORD, address_topic
 from payments.channels.kinds import evidence_of
-from payments.settlement.orders import Evidence, NoEvidence, SettlementOrder
+from payments.settlement.orders import Evidence, NoEvidence, Search, SettlementOrder
 from payments.verification.vouchers import channel_id
 from payments.x402.channels import hex32
 
@@ -37,17 +36,19 @@ class ClaimedProof:
             return None
         return evidence_of(receipt, claimed[0], sum(_amount(log) for log in claimed))
 
-    async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
+    async def search(self, order: SettlementOrder, where: Search) -> Evidence | NoEvidence:
         """See `payments.settlement.orders.Proof`."""
         rows = _rows(order)
-        (answer,) = await rpc.ask([states_call([number for number, _ in rows])])
+        (answer,) = await where.rpc.ask([states_call([number for number, _ in rows])])
         _, found, _ = decode_states(answer, len(rows))
         if any(state.total_claimed < total for state, (_, total) in zip(found, rows, strict=True)):
             return NoEvidence(nonce_consumed=False)
         for number, _ in rows:
-            logs = await get_logs(rpc, BATCH_SETTLEMENT_ADDRESS, [CLAIMED_TOPIC, hex32(number)], from_block, head)
+            logs = await get_logs(
+                where.rpc, BATCH_SETTLEMENT_ADDRESS, [CLAIMED_TOPIC, hex32(number)], where.from_block, where.head
+            )
             if logs:
-                return evidence_of(await receipt_with(rpc, logs[-1]), logs[-1], _amount(logs[-1]))
+                return evidence_of(await receipt_with(where.rpc, logs[-1]), logs[-1], _amount(logs[-1]))
         return NoEvidence(nonce_consumed=True)
 
 
@@ -61,16 +62,16 @@ class SettledProof:
                 return evidence_of(receipt, log, _amount(log))
         return None
 
-    async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
+    async def search(self, order: SettlementOrder, where: Search) -> Evidence | NoEvidence:
         """See `payments.settlement.orders.Proof`."""
         to, data = receiver_call(order.pay_to, order.token)
-        answer = await rpc.call("eth_call", [{"to": to, "data": "0x" + data.hex()}, "latest"])
+        answer = await where.rpc.call("eth_call", [{"to": to, "data": "0x" + data.hex()}, "latest"])
         claimed, settled = int(answer[2 : 2 + 2 * WORD], 16), int(answer[2 + 2 * WORD :], 16)
         if claimed > settled:
             return NoEvidence(nonce_consumed=False)
-        logs = await get_logs(rpc, BATCH_SETTLEMENT_ADDRESS, [*_settled(order)], from_block, head)
+        logs = await get_logs(where.rpc, BATCH_SETTLEMENT_ADDRESS, [*_settled(order)], where.from_block, where.head)
         if logs:
-            return evidence_of(await receipt_with(rpc, logs[-1]), logs[-1], _amount(logs[-1]))
+            return evidence_of(await receipt_with(where.rpc, logs[-1]), logs[-1], _amount(logs[-1]))
         return NoEvidence(nonce_consumed=True)
 
 

@@ -122,6 +122,7 @@ class Care:
             rpc,
             network.chain_id,
             kinds,
+            batch_contract=batch_contract,
             witnesses=witnesses,
             closed=self._decided,
             requeued=self._requeued,

@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any
 
 from payments.chain.batches import logs_of_call
+from payments.chain.logs import Log
 from payments.chain.rpc import Rpc, RpcError, RpcUnavailable
 from payments.leases import LeaseLost
 from payments.settlement import evidence as proof
 from payments.settlement import news, outbox, outgoing, states
 from payments.settlement.news import Decision
-from payments.settlement.orders import Evidence, Kind, NoEvidence, SettlementOrder
+from payments.settlement.orders import Evidence, Kind, NoEvidence, Search, SettlementOrder
 from payments.settlement.outbox import Entry
 from payments.settlement.outgoing import Outgoing
 from payments.settlement.witnesses import Witnesses
@@ -30,6 +31,9 @@ UNEXPLAINED_S = 10.0
 fails then, since some tokens leave no logs, and what was paid all the same is found later: see `payments.settlement.late`."""
 FIRST_LOOK_MS = 2_000
 """After a failure, whether somebody executed the authorization all the same: see `payments.settlement.late`."""
+
+LOOK_BACK_BLOCKS = 50_000
+"""How far back evidence is searched for what no transaction of ours ever carried, and of which nobody wrote from where on."""
 
 Spawn = Callable[[Coroutine[Any, Any, Any]], "asyncio.Task[Any]"]
 Found = tuple[Entry, Evidence]
@@ -54,6 +58,7 @@ class Judge:
     Args:
         chain_id: Of the network.
         kinds: By name, what proves orders and what books them.
+        batch_contract: The operator's own, lower-case hex, if there is one.
         witnesses: Confirm what a single node says of large amounts.
         closed: Called with an entry whose decision is durable; its `state` is the new one.
         requeued: Called with an entry that is queued again.
@@ -69,6 +74,7 @@ class Judge:
         chain_id: int,
         kinds: Mapping[str, Kind],
         *,
+        batch_contract: str | None,
         witnesses: Witnesses,
         closed: Callable[[Entry], None],
         requeued: Callable[[Entry], None],
@@ -77,7 +83,7 @@ class Judge:
         spawn: Spawn,
     ) -> None:
         self._store, self._rpc, self._chain_id = store, rpc, chain_id
-        self._kinds, self._witnesses = kinds, witnesses
+        self._kinds, self._batch_contract, self._witnesses = kinds, batch_contract, witnesses
         self._closed, self._requeued, self._forget = closed, requeued, forget
         self._lost, self._spawn = lost, spawn
         self._included: list[_Included] = []
@@ -121,11 +127,9 @@ class Judge:
         unexplained_until = None
         while entry.state in states.OPEN:
             try:
-                found = await self.search(entry, head)
-                if isinstance(found, Evidence):
-                    if await self.record(entry, found):
-                        return
-                    found = NoEvidence(nonce_consumed=True, explained=True)
+                found = await self.find(entry, head)
+                if found is None:
+                    return
                 if found.nonce_consumed and not found.explained:
                     now = asyncio.get_running_loop().time()
                     unexplained_until = unexplained_until or now + UNEXPLAINED_S
@@ -150,26 +154,33 @@ class Judge:
             StoreBusy: The database takes nothing now.
         """
         entry = Entry(order, "queued", from_block)
-        evidence = await self.search(entry, head)
-        if not isinstance(evidence, Evidence):
-            return False
 
-        def unit(tx: Transaction) -> str | None:
-            if outbox.is_evidence_of_another(tx, entry, evidence.transaction_hash, evidence.transfer_log_index):
-                return None
-            return self._book(tx, entry, evidence) if outbox.enqueue(tx, order) else None
+        def unit(tx: Transaction, evidence: Evidence) -> tuple[bool, str | None]:
+            if not self._is_free(tx, entry, evidence):
+                return True, None
+            return False, self._book(tx, entry, evidence) if outbox.enqueue(tx, order) else None
 
-        state = await self._store.write(unit)
-        if state is not None:
-            self._paid(entry, evidence, state)
-        return state is not None
+        again = True
+        while again and isinstance(evidence := await self.search(entry, head), Evidence):
+            again, state = await self._store.write(partial(unit, evidence=evidence))
+            if state is not None:
+                self._paid(entry, evidence, state)
+                return True
+        return False
 
     async def _look_once(self, entry: Entry, head: int) -> None:
-        found = await self.search(entry, head)
-        if isinstance(found, Evidence):
-            await self.record(entry, found)
-        else:
-            self._closed(entry)
+        while isinstance(found := await self.search(entry, head), Evidence):
+            if await self.record(entry, found):
+                return
+        self._closed(entry)
+
+    async def find(self, entry: Entry, head: int) -> NoEvidence | None:
+        """Look for evidence in anybody's transaction up to block `head`, and book it: then None. Errors as for `search` and
+        `book`."""
+        while isinstance(found := await self.search(entry, head), Evidence):
+            if await self.book(entry, found):
+                return None
+        return found
 
     async def search(self, entry: Entry, head: int) -> Evidence | NoEvidence:
         """Look for evidence in anybody's transaction up to block `head`.
@@ -178,10 +189,30 @@ class Judge:
             RpcError: A node refused; try again later.
             RpcUnavailable: No node answered, or no second one confirms what the first one said; try again later.
         """
-        found = await self._kinds[entry.kind].proof.search(self._rpc, entry.order, entry.from_block, head)
-        if isinstance(found, Evidence):
-            await self.confirm(entry, found)
+        from_block = entry.from_block or max(head - LOOK_BACK_BLOCKS, 0)
+        kind, free = self._kinds[entry.kind], partial(self._free, entry)
+        where = Search(self._rpc, from_block, head, free, kind.through(entry.order) or self._batch_contract)
+        taken = None
+        while isinstance(found := await kind.proof.search(entry.order, where), Evidence):
+            if await self._store.read(lambda tx, seen=found: self._is_free(tx, entry, seen)):  # type: ignore[misc]
+                await self.confirm(entry, found)
+                return found
+            if found == taken:
+                return NoEvidence(nonce_consumed=True, explained=True)
+            # Perhaps it was taken just now, and there is other evidence.
+            taken = found
         return found
+
+    async def _free(self, entry: Entry, logs: list[Log]) -> list[Log]:
+        hashes = {log["transactionHash"] for log in logs}
+        proven = await self._store.read(lambda tx: outbox.proven_by(tx, self._chain_id, hashes)) if logs else {}
+        places = [(log["transactionHash"], int(log["logIndex"], 16)) for log in logs]
+        return [log for log, place in zip(logs, places, strict=True) if proven.get(place, entry.id) == entry.id]
+
+    def _is_free(self, tx: Transaction, entry: Entry, evidence: Evidence) -> bool:
+        """Whether evidence proves no other settlement."""
+        proven = outbox.proven_by(tx, self._chain_id, [evidence.transaction_hash])
+        return proven.get((evidence.transaction_hash, evidence.transfer_log_index), entry.id) == entry.id
 
     async def confirm(self, entry: Entry, evidence: Evidence) -> None:
         """Hear a second node, where the amount is large enough.
@@ -221,8 +252,8 @@ class Judge:
             self._recording = False
 
     async def _record_apart(self, included: _Included) -> None:
-        for entry, evidence in included.proven:
-            self._spawn(self.record(entry, evidence))
+        for found in included.proven:
+            self._spawn(self._record_own(*found, sender=included.outgoing.caller))
         included.proven.clear()
         try:
             with contextlib.suppress(StoreBusy):  # the background goes on, and tells
@@ -230,6 +261,11 @@ class Judge:
                 await self._store.write_surely(unit, lambda _: self._told(included))
         except LeaseLost as lost:
             self._left([included], lost)
+
+    async def _record_own(self, entry: Entry, evidence: Evidence, sender: str | None) -> None:
+        if not await self.record(entry, evidence):
+            # An order of the same authorization was quicker to find it.
+            await self.look_elsewhere(entry, evidence.block_number, sender=sender, reverted=False)
 
     def _left(self, taken: list[_Included], lost: LeaseLost) -> list[_Included]:
         """What can still be booked here, when an account turns out to be another process's."""
@@ -246,7 +282,8 @@ class Judge:
             outgoing.require_care(tx, included.outgoing)
             outgoing.include(tx, included.outgoing, included.receipt)
             for entry, evidence in included.proven:
-                decisions += self._pay(tx, entry, evidence, own=True)[1]
+                # That a log proves no other settlement is not asked: the table takes each but once.
+                decisions += self._pay(tx, entry, evidence, "mined")
             if outbox.requeue(tx, included.untried):
                 news.tell_queued(tx, included.outgoing.chain_id)
         self._tell(tx, decisions)
@@ -286,17 +323,15 @@ class Judge:
 
     def _book(self, tx: Transaction, entry: Entry, evidence: Evidence) -> str | None:
         """Book evidence and tell it; the state that it makes, or None if it proves something else already."""
-        state, decisions = self._pay(tx, entry, evidence)
-        self._tell(tx, decisions)
+        if not self._is_free(tx, entry, evidence):
+            return None
+        own = outgoing.is_form_of(tx, entry.transaction_id, evidence.transaction_hash)
+        state = "mined" if own else "superseded"
+        self._tell(tx, self._pay(tx, entry, evidence, state))
         return state
 
-    def _pay(
-        self, tx: Transaction, entry: Entry, evidence: Evidence, *, own: bool = False
-    ) -> tuple[str | None, list[Decision]]:
-        """Book evidence; the state that it makes, if any, and what is to be told."""
-        own = own or outgoing.is_form_of(tx, entry.transaction_id, evidence.transaction_hash)
-        if not own and outbox.is_evidence_of_another(tx, entry, evidence.transaction_hash, evidence.transfer_log_index):
-            return None, []
+    def _pay(self, tx: Transaction, entry: Entry, evidence: Evidence, state: str) -> list[Decision]:
+        """Book evidence that is free; what is to be told."""
         columns = {
             "transaction_hash": evidence.transaction_hash,
             "transfer_log_index": evidence.transfer_log_index,
@@ -304,12 +339,11 @@ class Judge:
             "block_number": evidence.block_number,
             "reason": None,
         }
-        state = "mined" if own else "superseded"
         if not states.move(tx, entry.id, state, **columns, watch_again_ms=None):
-            return state, []
+            return []
         told = {"state": state, "withheld_value": str(evidence.withheld_value)}
         self._kinds[entry.kind].on_paid(tx, entry.row() | columns | told)
-        return state, [Decision.of(entry, state)]
+        return [Decision.of(entry, state)]
 
     def _tell(self, tx: Transaction, decisions: list[Decision]) -> None:
         if decisions:

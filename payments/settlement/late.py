@@ -16,7 +16,7 @@ from payments.chain.rpc import Reply, Request, Rpc, RpcError, RpcUnavailable
 from payments.settlement import loading, outbox, states
 from payments.settlement.courier import HEAD
 from payments.settlement.judge import FIRST_LOOK_MS, Judge
-from payments.settlement.orders import Evidence, Kind, NoEvidence, NonceRead
+from payments.settlement.orders import Kind, NoEvidence, NonceRead
 from payments.settlement.outbox import Entry
 from payments.settlement.retries import Retries
 from payments.store import Store, Transaction
@@ -30,8 +30,6 @@ UNEXPLAINED_MS = 3_600_000
 """How long after the failure a nonce is looked at that is used and of which no log says for what: logs come late, or never."""
 AGE_PER_INTERVAL = 4
 """The interval grows with the time since the failure: most are executed soon after it, if ever."""
-LOOK_BACK_BLOCKS = 50_000
-"""How far back evidence is searched for what no transaction of ours ever carried."""
 
 _TAKE = "UPDATE settlement SET watch_again_ms=? WHERE id=? AND state='failed' AND watch_again_ms<=? RETURNING id"
 _END = "UPDATE settlement SET watch_again_ms=NULL WHERE id=? AND state='failed'"
@@ -115,12 +113,9 @@ class LateExecutions:
         entry = each.entry
         if not used:
             return final_s > entry.order.valid_before
-        if entry.from_block == 0:
-            entry.from_block = max(head - LOOK_BACK_BLOCKS, 1)
-        found = await self._judge.search(entry, head)
-        if isinstance(found, Evidence):
+        if await self._judge.find(entry, head) is None:
             log.warning("the failed settlement %s was executed by somebody else later", entry.id)
-            return not await self._judge.book(entry, found)
+            return False
         # Cancelled, unless a reorganisation takes that away again.
         settled = await self._judge.search(entry, final)
         if not isinstance(settled, NoEvidence) or not settled.nonce_consumed:

@@ -6,7 +6,7 @@ between kinds of orders (who signs, what proves one, what it does to the ledger)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -100,6 +100,36 @@ class NonceRead:
         return nonce_is_set(word, self.nonce) if self.in_bitmap else word == 1
 
 
+EARLIER_BLOCKS = 2_000
+"""How far back a use of a nonce is looked for that came before our own transaction: what one query can ask of a public node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Where evidence of an order is looked for, in anybody's transactions."""
+
+    rpc: Rpc
+    from_block: int
+    head: int
+    """The last one that counts."""
+    free: Callable[[list[Log]], Awaitable[list[Log]]]
+    """Those of some logs that are no other settlement's evidence."""
+    batch_contract: str | None = None
+    """The operator's own, lower-case hex: its events say truly which log came of which call."""
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """The blocks to look through, both included. Somebody may have executed an authorization before the order was given a
+        transaction of ours: a nonce is used once, so that what used it before `from_block` proves as much."""
+        here = (self.from_block, self.head)
+        return (here, (self.earliest, self.from_block - 1)) if self.from_block > 0 else (here,)
+
+    @property
+    def earliest(self) -> int:
+        """The first of those blocks."""
+        return max(self.from_block - EARLIER_BLOCKS, 0)
+
+
 def _no_nonce(order: SettlementOrder) -> NonceRead | None:
     return None
 
@@ -116,8 +146,8 @@ class Proof(Protocol):
             logs: Those of the receipt that the call left; the call did not revert.
         """
 
-    async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
-        """Look for evidence in anybody's transaction, both blocks included.
+    async def search(self, order: SettlementOrder, where: Search) -> Evidence | NoEvidence:
+        """Look for evidence in anybody's transaction.
 
         Raises:
             RpcError: A node refused; try again later.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ GAS_WALLET_SIGNATURE = 350_000
 """Besides, for a contract wallet to look at its signature: P-256 in Solidity uses up to 330,000."""
 GAS_DEPLOYMENT = 800_000
 """Besides, to deploy a contract wallet: the usual factories use up to 450,000."""
+
+PARAMETERS_MAX = 500
+"""In one statement."""
 
 _ORDER_COLUMNS = (
     "id, kind, reference, chain_id, token, payer, pay_to, value, authorization_nonce, call_to, call_data, valid_before"
@@ -301,13 +304,19 @@ def stranded(tx: Transaction, chain_id: int) -> list[tuple[str, str]]:
     return [(transaction_id, signer) for transaction_id, signer in rows]
 
 
-def is_evidence_of_another(tx: Transaction, entry: Entry, transaction_hash: str, log_index: int) -> bool:
-    """Whether a log already proves another settlement."""
-    row = tx.execute(
-        "SELECT 1 FROM settlement WHERE chain_id=? AND transaction_hash=? AND transfer_log_index=? AND id<>?",
-        (entry.order.chain_id, transaction_hash, log_index, entry.id),
-    ).fetchone()
-    return row is not None
+def proven_by(tx: Transaction, chain_id: int, transaction_hashes: Collection[str]) -> dict[tuple[str, int], str]:
+    """The settlements that the logs of some transactions prove already, by a log's transaction and its place in the block."""
+    found: dict[tuple[str, int], str] = {}
+    hashes = sorted(transaction_hashes)
+    for start in range(0, len(hashes), PARAMETERS_MAX):
+        part = hashes[start : start + PARAMETERS_MAX]
+        rows = tx.execute(
+            "SELECT transaction_hash, transfer_log_index, id FROM settlement WHERE chain_id=? AND transaction_hash IN"  # noqa: S608
+            f" ({','.join('?' * len(part))}) AND transfer_log_index IS NOT NULL",
+            (chain_id, *part),
+        ).fetchall()
+        found |= {(transaction_hash, log_index): settlement for transaction_hash, log_index, settlement in rows}
+    return found
 
 
 def find(tx: Transaction, settlement_id: str) -> Entry | None:

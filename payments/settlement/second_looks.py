@@ -81,10 +81,9 @@ class SecondLooks:
         if transaction is not None:
             self._carry(transaction)
         evidence = None if transaction is not None else await self._of_own_receipts(entry)
-        # While nothing is under way nobody follows the chain's head.
-        found = evidence or await self._judge.search(entry, int(await self._rpc.call(*HEAD), 16))
-        if isinstance(found, Evidence):
-            await self._judge.book(entry, found)
+        if evidence is None or not await self._judge.book(entry, evidence):
+            # While nothing is under way nobody follows the chain's head.
+            await self._judge.find(entry, int(await self._rpc.call(*HEAD), 16))
 
     async def _of_own_receipts(self, entry: Entry) -> Evidence | None:
         """A transaction of ours that nobody waits for any more may have been mined since."""

@@ -16,14 +16,14 @@ from payments import forwarders
 from payments.chain.batches import SWEPT_TOPIC, account_of, encode_sweep
 from payments.chain.logs import Log
 from payments.chain.networks import Token
-from payments.chain.rpc import Request, Rpc, RpcError, RpcUnavailable
+from payments.chain.rpc import Request, RpcError, RpcUnavailable
 from payments.chain.transactions import TRANSFER_TOPIC, encode_balance_of
 from payments.deposits import Deposits
 from payments.forwarders import Address
 from payments.money import atomic_to_nano_down
 from payments.settlement import outbox
 from payments.settlement.engine import Settlements
-from payments.settlement.orders import Evidence, Kind, NoEvidence, SettlementOrder
+from payments.settlement.orders import Evidence, Kind, NoEvidence, Search, SettlementOrder
 from payments.store import Store, StoreBusy, Transaction
 
 ACCOUNTS_MAX = 20
@@ -67,7 +67,7 @@ class SweepProof:
             received_value=sum(swept),
         )
 
-    async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
+    async def search(self, order: SettlementOrder, where: Search) -> Evidence | NoEvidence:
         """See `payments.settlement.orders.Proof`. Somebody else's sweep is not this one; the books know it all the same."""
         return NoEvidence(nonce_consumed=False)
 

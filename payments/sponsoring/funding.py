@@ -6,12 +6,11 @@ from typing import Any
 
 from payments.chain.logs import Log
 from payments.chain.networks import NOBODY
-from payments.chain.rpc import Rpc
 from payments.chain.signers import WEI_PER_GWEI
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, native_asset
 from payments.money import divide_up
-from payments.settlement.orders import NO_LOG, Evidence, Kind, NoEvidence, SettlementOrder
+from payments.settlement.orders import NO_LOG, Evidence, Kind, NoEvidence, Search, SettlementOrder
 from payments.store import Transaction
 
 KIND = "approval_funding"
@@ -37,7 +36,7 @@ class CoinProof:
             received_value=order.value,
         )
 
-    async def search(self, rpc: Rpc, order: SettlementOrder, from_block: int, head: int) -> Evidence | NoEvidence:
+    async def search(self, order: SettlementOrder, where: Search) -> Evidence | NoEvidence:
         """See `payments.settlement.orders.Proof`. Nobody else gives in our name."""
         return NoEvidence(nonce_consumed=False)
 

@@ -8,6 +8,7 @@ MACHINE = ("tests/payments/test_settlement_machine.py",)
 PAYOUTS = ("tests/payments/test_payouts_once.py",)
 RETRIES = ("tests/payments/test_upto_retries.py",)
 HOLD_UPS = ("tests/payments/test_hold_ups.py",)
+PERMIT2 = ("tests/payments/test_permit2_evidence.py",)
 EVIDENCE = ("tests/payments/test_evidence.py", *MACHINE)
 
 _ENGINE, _JUDGE = "payments/settlement/engine.py", "payments/settlement/judge.py"
@@ -15,8 +16,8 @@ _OUTBOX, _OUTGOING = "payments/settlement/outbox.py", "payments/settlement/outgo
 _REPAIRS, _DISPATCHER = "payments/settlement/repairs.py", "payments/settlement/dispatcher.py"
 _FINALITY, _COURIER = "payments/settlement/finality.py", "payments/settlement/courier.py"
 _EVIDENCE, _LOADING = "payments/settlement/evidence.py", "payments/settlement/loading.py"
+_PERMIT2 = "payments/settlement/permit2_evidence.py"
 _SECOND_LOOKS, _RETRIES = "payments/settlement/second_looks.py", "payments/settlement/retries.py"
-_LATE = "payments/settlement/late.py"
 
 SETTLEMENTS = (
     Mutation(
@@ -71,8 +72,8 @@ SETTLEMENTS = (
     Mutation(
         "a foreign Transfer proves a payment without its nonce",
         _EVIDENCE,
-        "    return pick_transfer(receipt, following[:end], order)",
-        "    return pick_transfer(receipt, logs, order)",
+        "    return pick(receipt, following[:end], order)",
+        "    return pick(receipt, logs, order)",
         ("tests/payments/test_evidence.py",),
     ),
     Mutation(
@@ -85,23 +86,58 @@ SETTLEMENTS = (
     Mutation(
         "nobody looks whether somebody else executed it",
         _JUDGE,
-        "                found = await self.search(entry, head)\n                if isinstance(found, Evidence):",
-        "                found = NoEvidence(nonce_consumed=False)\n                if isinstance(found, Evidence):",
+        "                found = await self.find(entry, head)\n",
+        "                found = NoEvidence(nonce_consumed=False)\n",
         MACHINE,
     ),
     Mutation(
         "an execution before our own transaction is not found",
-        _EVIDENCE,
-        "if evidence is None and from_block > 0:",
-        "if False:",
+        "payments/settlement/orders.py",
+        "if self.from_block > 0 else (here,)",
+        "if False else (here,)",
         MACHINE,
     ),
     Mutation(
         "one Transfer proves two payments",
         _OUTBOX,
-        "    return row is not None\n\n\ndef find(",
-        "    return False\n\n\ndef find(",
+        "    return found\n\n\ndef find(",
+        "    return {}\n\n\ndef find(",
         ("tests/payments/test_evidence.py",),
+    ),
+    Mutation(
+        "a Transfer of another payment hides one's own",
+        _JUDGE,
+        "strict=True) if proven.get(place, entry.id) == entry.id]",
+        "strict=True)]",
+        PERMIT2,
+    ),
+    Mutation(
+        "in a batch of ours the Transfer of another call counts",
+        _PERMIT2,
+        "if done.success and use.is_made_by(*call)",
+        "if done.success",
+        PERMIT2,
+    ),
+    Mutation(
+        "what came after the cancellation of a nonce counts as its use",
+        _PERMIT2,
+        "if ended is None or place_of(log) < ended",
+        "if True",
+        PERMIT2,
+    ),
+    Mutation(
+        "of what nobody can read any amount counts",
+        _PERMIT2,
+        "if evidence and evidence.received_value == order.value",
+        "if evidence",
+        PERMIT2,
+    ),
+    Mutation(
+        "of what nobody can read any block counts",
+        _PERMIT2,
+        " or await _used_in(whole.block_number, use.nonce, where)",
+        " or True",
+        PERMIT2,
     ),
     Mutation(
         "evidence that vanished is not noticed",
@@ -274,22 +310,15 @@ SETTLEMENTS = (
     Mutation(
         "a second look changes nothing",
         _SECOND_LOOKS,
-        "            await self._judge.book(entry, found)",
-        "            pass",
+        "        if evidence is None or not await self._judge.book(entry, evidence):",
+        "        if False:",
         ("tests/payments/test_second_looks.py",),
     ),
     Mutation(
-        "a second look waits until what it found can be booked",
-        _SECOND_LOOKS,
-        "            await self._judge.book(entry, found)",
-        "            await self._judge.record(entry, found)",
-        HOLD_UPS,
-    ),
-    Mutation(
-        "the look at late executions waits until what it found can be booked",
-        _LATE,
-        "return not await self._judge.book(entry, found)",
-        "return not await self._judge.record(entry, found)",
+        "a look waits until what it found can be booked",
+        _JUDGE,
+        "            if await self.book(entry, found):",
+        "            if await self.record(entry, found):",
         HOLD_UPS,
     ),
     Mutation(

@@ -12,10 +12,10 @@ from typing import Any
 import coincurve
 import pytest
 
-from contracts.devnet import Wallet, rpc
-from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, Network, Token
+from contracts.devnet import Devnet, Wallet, rpc, send_signed
+from payments.chain.networks import EXACT_PERMIT2_PROXY_ADDRESS, MULTICALL3_ADDRESS, Network, Token
 from payments.chain.rpc import Rpc
-from payments.chain.transactions import settle_call
+from payments.chain.transactions import encode_aggregate3, settle_call
 from payments.kinds import every_kind
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
@@ -26,10 +26,12 @@ from payments.settlement.orders import Kind, SettlementOrder
 from payments.settlement.outbox import order_gas
 from payments.store import Store, Transaction
 from payments.verification.eip712 import eip3009_digest, permit2_exact_digest
+from payments.verification.signatures import checksum_address
 from payments.x402.wire import Eip3009Authorization, Payment, Permit2Authorization
 
 PAY_TO = "0x" + "7e" * 20
 HOUR_S = 3600
+SETTLED_S = 20
 
 
 def key_of(wallet: Wallet) -> coincurve.PrivateKey:
@@ -231,6 +233,28 @@ async def lagging_logs(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callabl
     with monkeypatch.context() as lag:
         lag.setattr(Rpc, "call", call)
         yield asked
+
+
+def submit_elsewhere(chain: Devnet, calls: list[tuple[str, bytes]]) -> str:
+    """Somebody else executes calls, in one transaction and in a block before ours."""
+    rpc(chain.rpc_url, "anvil_dropAllTransactions")
+    to, data = calls[0] if len(calls) == 1 else (MULTICALL3_ADDRESS, encode_aggregate3(calls))
+    return send_signed(chain.rpc_url, chain.wallets[9].private_key, checksum_address(to), "0x" + data.hex())
+
+
+async def submit(settlements: Settlements, payment: Payment, token: Token) -> str:
+    """Our own transaction is under way, and not mined."""
+    order = order_for(payment, token)
+    sent = settlements.courier.broadcasts
+    await settlements.submit(order)
+    await until(lambda: settlements.courier.broadcasts > sent)
+    return order.id
+
+
+def let_ours_be_mined(chain: Devnet, settlements: Settlements) -> None:
+    for entry in list(settlements.courier.carried.values()):
+        settlements.courier.carry(entry)
+    rpc(chain.rpc_url, "evm_setAutomine", True)
 
 
 def mine(url: str, blocks: int = 1) -> None:

@@ -9,15 +9,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from eth_utils.address import to_checksum_address
 
 from contracts.devnet import Devnet, approve_permit2, balance_of, call_data, rpc, send_signed
-from payments.chain.networks import MULTICALL3_ADDRESS, Network, Token
+from payments.chain.networks import Network
 from payments.chain.transactions import (
     AUTHORIZATION_USED_TOPIC,
     TRANSFER_TOPIC,
     address_topic,
-    encode_aggregate3,
     selector,
     settle_call,
     word,
@@ -28,11 +26,24 @@ from payments.settlement.evidence import PaymentProof
 from payments.store import Store, Transaction
 from payments.verification.eip712 import token_domain_separator
 from payments.verification.signatures import keccak256
-from payments.x402.wire import Payment
 from tests.databases import open_store
-from tests.payments.settling import PAY_TO, Books, credit, engine, lagging_logs, mine, order_for, pay, rows, sign, until
-
-SETTLED_S = 20
+from tests.payments.settling import (
+    PAY_TO,
+    SETTLED_S,
+    Books,
+    credit,
+    engine,
+    lagging_logs,
+    let_ours_be_mined,
+    mine,
+    order_for,
+    pay,
+    rows,
+    sign,
+    submit,
+    submit_elsewhere,
+    until,
+)
 
 
 @pytest.fixture
@@ -53,28 +64,6 @@ async def settlements(chain: Devnet, network: Network, store: Store, books: Book
     rpc(chain.rpc_url, "evm_setAutomine", False)
     async with engine(store, network, chain.rpc_url, [chain.wallets[0]], books) as running:
         yield running
-
-
-def submit_elsewhere(chain: Devnet, calls: list[tuple[str, bytes]]) -> str:
-    """Somebody else executes calls, in one transaction and in a block before ours."""
-    rpc(chain.rpc_url, "anvil_dropAllTransactions")
-    to, data = calls[0] if len(calls) == 1 else (MULTICALL3_ADDRESS, encode_aggregate3(calls))
-    return send_signed(chain.rpc_url, chain.wallets[9].private_key, to_checksum_address(to), "0x" + data.hex())
-
-
-async def submit(settlements: Settlements, payment: Payment, token: Token) -> str:
-    """Our own transaction is under way, and not mined."""
-    order = order_for(payment, token)
-    sent = settlements.courier.broadcasts
-    await settlements.submit(order)
-    await until(lambda: settlements.courier.broadcasts > sent)
-    return order.id
-
-
-def let_ours_be_mined(chain: Devnet, settlements: Settlements) -> None:
-    for entry in list(settlements.courier.carried.values()):
-        settlements.courier.carry(entry)
-    rpc(chain.rpc_url, "evm_setAutomine", True)
 
 
 async def test_an_authorization_that_somebody_else_submitted_is_paid_once(
@@ -280,11 +269,10 @@ async def test_a_transfer_that_proves_one_settlement_proves_no_other(
 ) -> None:
     first, second = (order_for(pay(chain.wallets[1], network.tokens[0], 5), network.tokens[0]) for _ in range(2))
 
-    def unit(tx: Transaction) -> list[bool]:
+    def unit(tx: Transaction) -> list[dict[tuple[str, int], str]]:
         assert outbox.enqueue(tx, first)
         assert outbox.enqueue(tx, second)
         assert states.move(tx, first.id, "superseded", transaction_hash="0x01", transfer_log_index=7)
-        entries = [outbox.find(tx, order.id) for order in (first, second)]
-        return [outbox.is_evidence_of_another(tx, each, "0x01", at) for each in entries if each for at in (7, 8)]
+        return [outbox.proven_by(tx, first.chain_id, hashes) for hashes in (["0x01", "0x02"], ["0x02"])]
 
-    assert await store.write(unit) == [False, False, True, False]
+    assert await store.write(unit) == [{("0x01", 7): first.id}, {}]
