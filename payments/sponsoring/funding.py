@@ -67,17 +67,27 @@ def order(approval: str, chain_id: int, payer: str, wei: int) -> SettlementOrder
 def _paid(tx: Transaction, row: dict[str, Any]) -> None:
     """It is gas like any other."""
     signer, gas = _accounts(tx, row)
-    amount = divide_up(int(row["value"]), WEI_PER_GWEI)
-    transfers.post(tx, id=row["id"], debit=signer, credit=gas, amount=amount, reference=row["id"])
+    booked = _booked(tx, row)
+    if booked is not None and booked.debit == signer:
+        return
+    # A reorganisation has made another signer's the one that is in the chain.
+    _failed(tx, row)
+    amount, name = divide_up(int(row["value"]), WEI_PER_GWEI), transfers.next_id(tx, row["id"], row["id"])
+    transfers.post(tx, id=name, debit=signer, credit=gas, amount=amount, reference=row["id"])
 
 
 def _failed(tx: Transaction, row: dict[str, Any]) -> None:
     """After a reorganisation it may have been paid, and be so no more."""
-    paid = transfers.find(tx, row["id"])
-    if paid is not None:
-        transfers.post(
-            tx, id=f"un{row['id']}", debit=paid.credit, credit=paid.debit, amount=paid.amount, reference=row["id"]
-        )
+    booked = _booked(tx, row)
+    if booked is not None:
+        name = transfers.next_id(tx, row["id"], f"un{row['id']}")
+        transfers.post(tx, id=name, debit=booked.credit, credit=booked.debit, amount=booked.amount, reference=row["id"])
+
+
+def _booked(tx: Transaction, row: dict[str, Any]) -> transfers.Transfer | None:
+    """How it is booked now; None if it is not, or is not any more."""
+    taken_back = transfers.count(tx, row["id"], f"un{row['id']}")
+    return transfers.find(tx, f"{row['id']}:{taken_back}" if taken_back else row["id"])
 
 
 def _accounts(tx: Transaction, row: dict[str, Any]) -> tuple[str, str]:

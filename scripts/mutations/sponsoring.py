@@ -26,6 +26,13 @@ SPONSORING = (
         TESTS,
     ),
     Mutation(
+        "coin that a reorganisation gave again is not booked",
+        "payments/sponsoring/funding.py",
+        'return transfers.find(tx, f"{row[\'id\']}:{taken_back}" if taken_back else row["id"])',
+        'return transfers.find(tx, row["id"])',
+        TESTS,
+    ),
+    Mutation(
         "an hour's budget counts nothing that was given",
         _RECORDS,
         "        spent + cost > hourly\n",

@@ -18,6 +18,7 @@ from payments.errors import AllowanceRequired, PaymentError, PaymentRefused, Set
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, native_asset
 from payments.reconciliation import open_books, reconcile
+from payments.sponsoring import funding
 from payments.sponsoring.records import Budget
 from payments.tenders.base import Outcome
 from payments.tenders.exact import ExactHold
@@ -253,6 +254,36 @@ async def test_a_payer_is_funded_once_whatever_it_does_with_it(desk: Desk, chain
     await again.ready()
     assert await desk.rows() == [("approved",)]
     await check_books(desk)
+
+
+async def test_coin_that_reorganisations_take_back_and_give_again_is_booked_as_it_is(desk: Desk, chain: Devnet) -> None:
+    await (await desk.authorize(desk.payment(penniless(chain)))).ready()
+    coin, kind = native_asset(chain.chain_id), funding.kind()
+    ((name, value),) = [row for row in await rows(desk.store, "id, value") if row[0].startswith("fund:")]
+    row = {"id": name, "chain_id": chain.chain_id, "value": value}
+    given = int(value) // GWEI
+
+    async def booked(signer: str) -> tuple[int, int]:
+        """As paid by the signer, and as gas."""
+        names = account_id("signer", coin, signer.lower()), account_id("gas", coin)
+        await assert_books_balance(desk.store)
+        paid, gas = await desk.store.read(lambda tx: [transfers.balance(tx, each).balance for each in names])
+        return paid, gas
+
+    signer, other = chain.wallets[0].address, chain.wallets[4].address
+    paid, gas = await booked(signer)
+    for _ in range(2):
+        for _ in range(2):
+            await desk.store.write(lambda tx: kind.on_failed(tx, row))
+            assert await booked(signer) == (paid + given, gas - given)
+        for _ in range(2):
+            await desk.store.write(lambda tx: kind.on_paid(tx, row))
+            assert await booked(signer) == (paid, gas)
+    # And by another signer's transaction.
+    await desk.store.write(lambda tx: tx.execute("UPDATE chain_transaction SET signer = ?", (other.lower(),)))
+    await desk.store.write(lambda tx: kind.on_paid(tx, row))
+    assert await booked(signer) == (paid + given, gas)
+    assert await booked(other) == (-given, gas)
 
 
 async def test_after_a_few_losses_nobody_is_funded(sqlite_database: Path, chain: Devnet, network: Network) -> None:
