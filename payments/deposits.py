@@ -128,7 +128,7 @@ class Deposits:
                 if await self._try_to_register(each):
                     return each.address
                 overtaken: RpcError | RpcUnavailable = RpcUnavailable(
-                    "the chain is read too fast to register an address"
+                    "the chain moves too fast to register an address, or its nodes disagree; try again later"
                 )
             except RpcError as error:
                 # After a long rest the cursor is at a block whose state nodes have no more; it moves on to newer ones.
@@ -138,7 +138,12 @@ class Deposits:
             await asyncio.sleep(REGISTER_PAUSE_S)
 
     async def _try_to_register(self, each: Address) -> bool:
-        """Watch an address from the cursor on, and credit what it has there; False if the cursor has moved meanwhile."""
+        """Watch an address from the cursor on, and credit what it has there; False if the cursor has moved meanwhile, or the
+        chain below it.
+
+        What came lately is booked from its logs, as a reorganisation would find it; only what came before can be told from
+        the balance alone, since nobody can read all logs of a chain.
+        """
         known, seen = await self._store.read(
             lambda tx: (
                 each.address in forwarders.addresses(tx, self.network.chain_id),
@@ -150,12 +155,17 @@ class Deposits:
         if seen is None:
             await self._begin()
             return False
-        call = "0x" + encode_balance_of(each.address).hex()
-        requests: list[Request] = [
-            ("eth_call", ({"to": token.address, "data": call}, hex(seen.block_number))) for token in self.network.tokens
-        ]
-        held = [int(answer, 16) for answer in await self._rpc.ask(requests)]
-        return await self._store.write(lambda tx: self._register(tx, each, seen, held))
+        lately = await self._read(None, _first_again(seen), seen.block_number, {each.address: each})
+        held = await self._held(each.address, seen)
+        if lately is None or lately[0] != seen or held is None:
+            return False
+        movements = lately[1]
+        for movement in movements:
+            held[movement.token] -= movement.value if movement.direction == "in" else -movement.value
+        if min(held.values()) < 0:
+            log.warning("a node of %s has logs at %s that its state knows nothing of", self.network.caip2, each.address)
+            return False
+        return await self._store.write(lambda tx: self._register(tx, each, seen, held, movements))
 
     async def catch_up(self) -> int:
         """Read and book everything that is deep enough; returns how many movements were new.
@@ -193,7 +203,7 @@ class Deposits:
         to, movements, reorganised = read
         since = seen.block_number + 1
         if reorganised:
-            since = max(seen.block_number - REORG_BLOCKS, 0)
+            since = _first_again(seen)
             log.warning(
                 "%s was reorganised below block %d; reading again from %d", self._lease, seen.block_number, since
             )
@@ -215,6 +225,17 @@ class Deposits:
             raise RpcUnavailable("the node does not know the block below its head")
         at = Cursor(int(block["number"], 16), block["hash"])
         await self._store.write(lambda tx: forwarders.advance(tx, self.network.chain_id, None, at))
+
+    async def _held(self, address: str, at: Cursor) -> dict[Token, int] | None:
+        """What an address has at a block, in atomic units by token; None if the block is in the chain no more."""
+        call = "0x" + encode_balance_of(address).hex()
+        requests: list[Request] = [
+            ("eth_call", ({"to": token.address, "data": call}, hex(at.block_number))) for token in self.network.tokens
+        ]
+        *answers, block = await self._rpc.ask([*requests, ("eth_getBlockByNumber", (hex(at.block_number), False))])
+        if block is None or block["hash"] != at.block_hash:
+            return None
+        return {token: int(answer, 16) for token, answer in zip(self.network.tokens, answers, strict=True)}
 
     async def _read(
         self, seen: Cursor | None, from_block: int, to_block: int, known: dict[str, Address]
@@ -312,15 +333,20 @@ class Deposits:
         self.credited += sum(each.direction == "in" for each in booked)
         return len(booked)
 
-    def _register(self, tx: Transaction, each: Address, seen: Cursor, held: list[int]) -> bool:
+    def _register(
+        self, tx: Transaction, each: Address, seen: Cursor, before: dict[Token, int], movements: list[Movement]
+    ) -> bool:
         if forwarders.cursor(tx, self.network.chain_id) != seen:
             return False
         wallet_accounts.open_account(tx, each.wallet)
         if forwarders.register(tx, self.network.chain_id, each):
-            for token, value in zip(self.network.tokens, held, strict=True):
-                name = f"before-{each.address}-{token.symbol}"
-                earlier = Movement("in", token, each.address, "", value, name, 0, seen.block_number)
+            for token, value in before.items():
+                # Deeper than anything that is ever read again: there is no log that would be found for it.
+                name, deep = f"before-{each.address}-{token.symbol}", seen.block_number - REORG_BLOCKS - 1
+                earlier = Movement("in", token, each.address, "", value, name, 0, deep)
                 forwarders.book(tx, earlier, each.wallet, self.treasury)
+            for movement in movements:
+                forwarders.book(tx, movement, each.wallet, self.treasury)
         return True
 
     async def _run(self) -> None:
@@ -336,6 +362,11 @@ class Deposits:
                 # Whatever a node makes up, tomorrow's deposits are watched all the same.
                 log.exception("watching deposits on %s failed", self.network.caip2)
             await asyncio.sleep(self._interval_s)
+
+
+def _first_again(seen: Cursor) -> int:
+    """The first block that a reorganisation noticed at `seen` has read again."""
+    return max(seen.block_number - REORG_BLOCKS, 0)
 
 
 def _movement(direction: forwarders.Direction, token: Token, address: str, other: str, each: Log) -> Movement:

@@ -118,14 +118,17 @@ def book(tx: Transaction, each: Movement, wallet: str, treasury: str) -> bool:
     if amount == 0 or not _remember(tx, each, wallet):
         return False
     forwarders = account_id("forwarders", each.token.asset)
+    # A check of the books may have seen the treasury's side of it before anybody knew whose address this is.
+    seen = transfers.find(tx, each.id)
+    if seen is not None and forwarders in (seen.debit, seen.credit):
+        seen = None
     if each.direction == "in":
         debit, credit = forwarders, payer_account(wallet, each.token.asset)
     else:
         debit = account_id("custody" if each.other == treasury else "variance", each.token.asset)
-        credit = forwarders
-    transfers.post(
-        tx, id=_ledger_id(tx, each), debit=debit, credit=credit, amount=amount, reference=each.transaction_hash
-    )
+        debit, credit = debit if seen is None else seen.credit, forwarders
+    name = _ledger_id(tx, each, taken=seen is not None)
+    transfers.post(tx, id=name, debit=debit, credit=credit, amount=amount, reference=each.transaction_hash)
     return True
 
 
@@ -258,7 +261,10 @@ def _remember(tx: Transaction, each: Movement, wallet: str) -> bool:
     return row is not None
 
 
-def _ledger_id(tx: Transaction, each: Movement) -> str:
+def _ledger_id(tx: Transaction, each: Movement, *, taken: bool) -> str:
+    """The name of its ledger transfer this time; `taken`: the first one's is another transfer's."""
+    if taken:
+        tx.execute("UPDATE forwarder_movement SET bookings = 1 WHERE id = ? AND bookings = 0", (each.id,))
     bookings = tx.execute("SELECT bookings FROM forwarder_movement WHERE id = ?", (each.id,)).fetchone()[0]
     return each.id if bookings == 0 else f"{each.id}:{bookings}"
 

@@ -259,6 +259,9 @@ def _open_books(tx: Transaction, asset: str, surplus: int) -> None:
 def _book(tx: Transaction, log: Log, amount: int, asset: str) -> tuple[Movement, bool]:
     custody = account_id("custody", asset)
     log_id = f"log:{log['transactionHash']}:{int(log['logIndex'], 16)}"
+    seen = transfers.find(tx, log_id)
+    if seen is not None and custody not in (seen.debit, seen.credit):
+        log_id += ":treasury"  # the owner has sent it to a deposit address, for which it is booked already
     debit, credit = (
         (custody, account_id("unattributed", asset)) if amount > 0 else (account_id("owner", asset), custody)
     )

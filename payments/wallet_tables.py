@@ -86,5 +86,5 @@ class ForwarderMovement(SQLModel, table=True):
     state: str
     """booked | reversed (a reorganisation took it away; booked again if it comes back)"""
     bookings: int = 0
-    """How often it was reversed."""
+    """How often it was reversed; one more where a check of the books had booked its log first, under the id."""
     created_ms: int = Field(sa_column=_big())

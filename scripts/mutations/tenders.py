@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutations.mutation import Mutation
 
 MACHINE = ("tests/payments/test_tenders_machine.py",)
+DEPOSITS = ("tests/payments/test_deposits.py",)
 LEDGER = ("tests/payments/test_ledger.py",)
 
 _EVIDENCE, _CLOSING = "payments/tenders/evidence.py", "payments/tenders/closing.py"
@@ -180,6 +181,28 @@ TENDERS = (
         '    payouts.give_back(tx, _fee_id(row["id"]))\n',
         "",
         ("tests/payments/test_withdrawals.py",),
+    ),
+    # --- deposits -----------------------------------------------------------------------------------------------------
+    Mutation(
+        "what lay at an address before it was asked for is lost in a reorganisation",
+        "payments/deposits.py",
+        "seen.block_number - REORG_BLOCKS - 1",
+        "seen.block_number",
+        DEPOSITS,
+    ),
+    Mutation(
+        "what lay at an address is credited once more when its logs are read",
+        "payments/deposits.py",
+        'held[movement.token] -= movement.value if movement.direction == "in" else -movement.value',
+        "del movement",
+        DEPOSITS,
+    ),
+    Mutation(
+        "a sweep that a check of the books saw first stops the reading of deposits",
+        "payments/forwarders.py",
+        "taken=seen is not None",
+        "taken=False",
+        DEPOSITS,
     ),
     # --- the ledger ---------------------------------------------------------------------------------------------------
     Mutation(

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from eth_utils.address import to_checksum_address
 
 import payments.deposits
-from contracts.devnet import Devnet, call_data, rpc, send_signed
+from contracts.devnet import Devnet, Wallet, call_data, rpc, send_signed
 from payments import forwarders, wallet_accounts
+from payments.chain.batches import account_of, encode_sweep
 from payments.chain.networks import Network, Token
 from payments.chain.rpc import Request, Rpc, RpcError
 from payments.deposits import Deposits, FactoryMismatch
@@ -20,6 +22,7 @@ from payments.leases import LeaseLost, Leases
 from payments.ledger import books as ledger_books
 from payments.ledger import history, transfers
 from payments.ledger.accounts import account_id, payer_account
+from payments.reconciliation import reconcile
 from payments.store import Store
 from tests.payments.depositing import CENT, CONFIRMATIONS, USD, balance, deposits, factory, give, proof, treasury
 from tests.payments.settling import mine
@@ -143,6 +146,82 @@ async def test_what_lay_at_an_address_before_it_was_asked_for_is_the_wallets_too
     await deposits.catch_up()
     assert await balance(store, wallet, usdc) == 4 * USD // 100
     assert (await proof(deposits, store)).findings == []
+
+
+async def something_else(chain: Devnet, deposits: Deposits) -> None:
+    """Happens on the chain, and is read."""
+    give(chain, chain.usdc, chain.wallets[7].address, CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    await deposits.catch_up()
+
+
+async def something_is_gone(chain: Devnet, deposits: Deposits) -> None:
+    """A reorganisation takes away what happened in the last block that was read, and that is noticed."""
+    rpc(chain.rpc_url, "anvil_reorg", CONFIRMATIONS + 1, [])
+    mine(chain.rpc_url, 2)
+    await deposits.catch_up()
+
+
+@pytest.mark.parametrize("lately_is_gone", [False, True])
+async def test_what_lay_there_before_survives_a_reorganisation_but_for_what_that_takes_away(
+    chain: Devnet, store: Store, deposits: Deposits, lately_is_gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(payments.deposits, "REORG_BLOCKS", 8)
+    usdc, wallet = deposits.network.tokens[0], chain.wallets[1]
+    address = deposits.address_of(wallet.address.lower())
+    give(chain, chain.usdc, address, 3 * CENT)
+    mine(chain.rpc_url, 8)
+    give(chain, chain.usdc, address, 2 * CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    await deposits.catch_up()
+    await deposits.register(wallet.address.lower())
+    assert await balance(store, wallet, usdc) == 5 * USD // 100
+    if not lately_is_gone:
+        await something_else(chain, deposits)
+    await something_is_gone(chain, deposits)
+    assert await balance(store, wallet, usdc) == (3 if lately_is_gone else 5) * USD // 100
+    assert (await proof(deposits, store)).findings == []
+
+
+async def test_what_somebody_swept_before_the_address_was_asked_for_is_the_wallets_and_no_stumbling_block(
+    chain: Devnet, store: Store, deposits: Deposits
+) -> None:
+    usdc, wallet, stranger = deposits.network.tokens[0], chain.wallets[1], chain.wallets[6]
+    give(chain, chain.usdc, deposits.address_of(wallet.address.lower()), 4 * CENT)
+    sweep = encode_sweep(chain.usdc.address, [account_of(wallet.address.lower())])
+    send_signed(chain.rpc_url, stranger.private_key, to_checksum_address(deposits.factory), "0x" + sweep.hex())
+    mine(chain.rpc_url, CONFIRMATIONS)
+    unattributed = account_id("unattributed", usdc.asset)
+
+    async def nobodys() -> int:
+        assert (await proof(deposits, store)).findings == []
+        return (await store.read(lambda tx: transfers.balance(tx, unattributed))).balance
+
+    assert await nobodys() == 4 * USD // 100
+    await deposits.register(wallet.address.lower())
+    assert (await balance(store, wallet, usdc), await nobodys()) == (4 * USD // 100, 0)
+    # What is read again is found as it was booked.
+    await something_else(chain, deposits)
+    await something_is_gone(chain, deposits)
+    assert (await balance(store, wallet, usdc), await nobodys()) == (4 * USD // 100, 0)
+
+
+@pytest.mark.parametrize("treasury_first", [False, True])
+async def test_what_the_owner_sends_to_a_deposit_address_is_booked_on_both_sides(
+    chain: Devnet, store: Store, deposits: Deposits, treasury: Wallet, treasury_first: bool
+) -> None:
+    usdc, wallet = deposits.network.tokens[0], chain.wallets[1]
+    address = await deposits.register(wallet.address.lower())
+    owner = account_id("owner", usdc.asset)
+    owned = await store.read(lambda tx: transfers.balance(tx, owner).balance)
+    give(chain, chain.usdc, address, 4 * CENT, treasury)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    if treasury_first:
+        alone = await reconcile(store, deposits._rpc, deposits.network, deposits.treasury, confirmations=CONFIRMATIONS)
+        assert alone.findings == []
+    assert (await proof(deposits, store)).findings == []
+    assert await balance(store, wallet, usdc) == 4 * USD // 100
+    assert await store.read(lambda tx: transfers.balance(tx, owner).balance) == owned - 4 * USD // 100
 
 
 async def test_an_address_is_given_while_the_chain_is_read_as_fast_as_can_be(
