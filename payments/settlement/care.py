@@ -363,16 +363,11 @@ class Care:
     # --- entries ------------------------------------------------------------------------------------------------------
 
     def take_queued(self, entry: Entry) -> None:
-        """Something is queued that this process may not know, or not know to wait for nothing any more; if it cannot sign for
-        it, another one will find it."""
-        if entry.kind not in self.dispatcher.served:
-            return
-        known = self.entries.get(entry.id)
-        if known is None or (known.waits_for is not None and entry.waits_for is None):
-            known = self.entries.setdefault(entry.id, entry)
-            known.waits_for = entry.waits_for
-            if known.waits_for is None:
-                self.dispatcher.take(known)
+        """Something is queued, and waits for nothing else, that this process may not know; if it cannot sign for it, another
+        one will find it."""
+        if entry.kind in self.dispatcher.served and entry.id not in self.entries:
+            self.dispatcher.take(entry)
+            self.entries[entry.id] = entry
 
     def queued(self) -> list[str]:
         """The settlements that this process believes to be queued."""

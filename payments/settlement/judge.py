@@ -338,6 +338,7 @@ class Judge:
             "received_value": str(evidence.received_value),
             "block_number": evidence.block_number,
             "reason": None,
+            "waits_for": None,
         }
         if not states.move(tx, entry.id, state, **columns, watch_again_ms=None):
             return []
@@ -351,7 +352,7 @@ class Judge:
 
     def _paid(self, entry: Entry, evidence: Evidence, state: str) -> None:
         entry.state, entry.own = state, state == "mined"
-        entry.transaction_hash, entry.reason = evidence.transaction_hash, None
+        entry.transaction_hash, entry.reason, entry.waits_for = evidence.transaction_hash, None, None
         entry.block_number, entry.block_hash = evidence.block_number, evidence.block_hash
         entry.transfer_log_index = evidence.transfer_log_index
         self._closed(entry)

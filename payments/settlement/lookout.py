@@ -103,6 +103,7 @@ class Lookout:
                 # Without this loop nothing that others decide would ever be told.
                 log.exception("looking at settlements of other processes failed")
                 await asyncio.sleep(MORE_AFTER_S)
+                self.look_for_queued()
 
     async def _look(self) -> None:
         kinds = sorted(self._serves()) if self._queued else []
@@ -113,7 +114,11 @@ class Lookout:
             return
         queued, known = await self._store.read(lambda tx: self._read(tx, kinds, ids))
         for entry in queued:
-            self._take(entry)
+            try:
+                self._take(entry)
+            except Exception:
+                # An order that nobody can carry; the others can be.
+                log.exception("the queued settlement %s cannot be taken up", entry.id)
         for entry in known:
             self._found(entry)
         if self._told:

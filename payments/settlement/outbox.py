@@ -157,9 +157,13 @@ def release(tx: Transaction, settlement_id: str) -> bool:
 
 
 def waiting(tx: Transaction, chain_id: int, limit: int) -> int:
-    """How many orders no transaction carries; counts to `limit` at most."""
-    query = "SELECT COUNT(*) FROM (SELECT 1 FROM settlement WHERE state='queued' AND chain_id=? LIMIT ?) AS found"
-    return int(tx.execute(query, (chain_id, limit)).fetchone()[0])
+    """How many orders no transaction carries, and could; counts to `limit` at most."""
+    row = tx.execute(
+        "SELECT COUNT(*) FROM (SELECT 1 FROM settlement WHERE state='queued' AND chain_id=? AND waits_for IS NULL LIMIT ?)"
+        " AS found",
+        (chain_id, limit),
+    ).fetchone()
+    return int(row[0])
 
 
 def submit(
@@ -232,11 +236,11 @@ def call_for(order: SettlementOrder, gas: int) -> Call:
 
 
 def load_queued(tx: Transaction, chain_id: int, kinds: Sequence[str], limit: int) -> list[Entry]:
-    """What no transaction carries, of these kinds, oldest first."""
+    """What no transaction carries, and could, of these kinds, oldest first. What waits for something else may be much."""
     marks = ",".join("?" * len(kinds))
     rows = tx.execute(
         f"SELECT {_ENTRY_COLUMNS} FROM settlement WHERE state='queued' AND chain_id=? AND kind IN ({marks})"  # noqa: S608 - names from this module
-        " ORDER BY created_ms, id LIMIT ?",
+        " AND waits_for IS NULL ORDER BY created_ms, id LIMIT ?",
         (chain_id, *kinds, limit),
     ).fetchall()
     return [_entry(row) for row in rows]

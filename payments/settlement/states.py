@@ -48,7 +48,7 @@ PAID = frozenset({"mined", "superseded", "final"})
 
 _COLUMNS = frozenset({
     "transaction_id", "position", "attempts", "from_block", "transaction_hash", "transfer_log_index", "received_value",
-    "block_number", "reason", "watch_again_ms",
+    "block_number", "reason", "watch_again_ms", "waits_for",
 })  # fmt: skip
 _TRANSACTION_COLUMNS = frozenset({"inclusions", "block_number", "gas_used", "fee_wei"})
 

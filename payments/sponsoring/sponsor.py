@@ -179,7 +179,7 @@ class Sponsor:
             busy = False
             try:
                 busy = await self.round()
-            except (RpcUnavailable, RpcError, StoreBusy) as error:
+            except StoreBusy as error:
                 log.warning("approvals must wait: %s", error)
             except Exception:
                 # Whatever it meets, orders wait for it.
@@ -193,11 +193,11 @@ class Sponsor:
                 self._wake.clear()
 
     async def round(self) -> bool:
-        """Look at everything under way once; returns whether there was anything.
+        """Look at everything under way once; returns whether there was anything. One that cannot be looked at holds up none of
+        the others.
 
         Raises:
-            RpcUnavailable, RpcError: The chain cannot be asked now.
-            StoreBusy: The database cannot be written to now.
+            StoreBusy: The database cannot be asked now.
         """
         under_way = await self._store.read(lambda tx: records.under_way(tx, self._network.chain_id))
         ids = {sponsored.id for sponsored, _ in under_way}
@@ -205,10 +205,15 @@ class Sponsor:
             for name in notes.keys() - ids:
                 del notes[name]
         for sponsored, funding_state in under_way:
-            if sponsored.state == "funding":
-                await self._look_at_funding(sponsored, funding_state)
-            else:
-                await self._look_at_approval(sponsored)
+            try:
+                if sponsored.state == "funding":
+                    await self._look_at_funding(sponsored, funding_state)
+                else:
+                    await self._look_at_approval(sponsored)
+            except (RpcUnavailable, RpcError, StoreBusy) as error:
+                log.warning("the approval %s must wait: %s", sponsored.id, error)
+            except Exception:
+                log.exception("looking after the approval %s failed", sponsored.id)
         return bool(under_way)
 
     async def _look_at_funding(self, sponsored: Sponsored, state: str | None) -> None:
@@ -226,7 +231,14 @@ class Sponsor:
             _call(PERMIT2_ADDRESS, encode_nonce_bitmap(sponsored.payer, sponsored.permit2_nonce)),
             ("eth_getTransactionCount", (sponsored.payer, "latest")),
         ]
-        allowance, bitmap, count = (int(answer, 16) for answer in await self._rpc.ask(requests))
+        try:
+            allowance, bitmap, count = (int(answer, 16) for answer in await self._rpc.ask(requests))
+        except (RpcError, ValueError):
+            if states.now_ms() <= sponsored.give_up_ms:
+                raise
+            # A token that does not answer any more, perhaps; should the payment be executed all the same, it is found.
+            await self._fail(sponsored, "nobody can say whether it was mined")
+            return
         # Once the payment's own nonce is used, somebody has executed it: the engine finds out how.
         if allowance >= sponsored.needed or nonce_is_set(bitmap, sponsored.permit2_nonce):
             if await self._store.write(lambda tx: records.approved(tx, sponsored)) and sponsored.settlement_id:

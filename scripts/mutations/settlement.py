@@ -322,6 +322,13 @@ SETTLEMENTS = (
         HOLD_UPS,
     ),
     Mutation(
+        "what waits for something else fills a look for queued orders",
+        _OUTBOX,
+        " AND waits_for IS NULL ORDER BY created_ms",
+        " ORDER BY created_ms",
+        HOLD_UPS,
+    ),
+    Mutation(
         "a second look that a node refuses is the first one again",
         _SECOND_LOOKS,
         "states.now_ms() + AGAIN_MS",

@@ -13,7 +13,7 @@ from contracts.devnet import Devnet
 from payments.chain.networks import Network
 from payments.chain.rpc import Rpc, RpcError
 from payments.ledger.transfers import TransferConflict
-from payments.settlement import dispatcher, judge, late, outbox, second_looks, states, stories
+from payments.settlement import dispatcher, judge, late, lookout, outbox, second_looks, states, stories
 from payments.settlement.orders import Kind, SettlementOrder
 from payments.store import Store, Transaction
 from payments.tenders.exact import PAYMENT
@@ -185,3 +185,50 @@ async def test_an_order_that_cannot_be_written_holds_up_none_that_go_out_with_it
         assert (await settlements.outcome(queued[1].id, 10)).paid
         assert settlements.signers[0].in_flight == 0
     assert len(books.mined) == 5
+
+
+async def test_orders_that_wait_for_something_else_hold_up_none_that_do_not(
+    chain: Devnet, network: Network, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as one look reads, each with an approval that is never mined: wallets cost nothing."""
+    monkeypatch.setattr(lookout, "ENTRIES_MAX", 2)
+    monkeypatch.setattr(dispatcher, "QUEUED_MAX", 2)
+    books, (signed, orders) = Books(network), payments_of(chain, network, 4)
+    await store.write(lambda tx: [outbox.enqueue(tx, order, waits_for="an approval") for order in orders[:2]])
+    assert await store.read(lambda tx: outbox.waiting(tx, network.chain_id, dispatcher.QUEUED_MAX)) == 0
+    await store.write(lambda tx: outbox.enqueue(tx, orders[2]))
+    async with engine(store, network, chain.rpc_url, [chain.wallets[0]], books) as settlements:
+        assert (await settlements.outcome(orders[2].id, 10)).paid
+        await store.write(lambda tx: outbox.release(tx, orders[1].id))
+        settlements.take_queued(orders[1].id)
+        assert (await settlements.outcome(orders[1].id, 10)).paid
+        # What a stranger has executed waits for nothing any more, not even if a reorganisation takes that away.
+        execute(chain, signed[0], network.tokens[0])
+        await store.write(lambda tx: wish(tx, orders[:1]))
+        await until_state(store, orders[0], "superseded")
+        found = await store.read(lambda tx: outbox.find(tx, orders[0].id))
+        assert found is not None
+        assert found.waits_for is None
+
+
+async def test_an_order_that_nobody_can_carry_holds_up_no_other_queued_one(
+    chain: Devnet, network: Network, store: Store
+) -> None:
+    books, (_, orders) = Books(network), payments_of(chain, network, 2)
+    true_gas = books.kind.gas
+
+    def gas(order: SettlementOrder) -> int:
+        if order.id == orders[0].id:
+            raise ValueError("the call makes no sense")
+        return true_gas(order)
+
+    class Odd(Books):
+        @property
+        def kind(self) -> Kind:
+            return dataclasses.replace(super().kind, gas=gas)
+
+    await store.write(lambda tx: outbox.enqueue(tx, orders[0]))
+    await asyncio.sleep(0.005)  # the oldest is taken up first
+    await store.write(lambda tx: outbox.enqueue(tx, orders[1]))
+    async with engine(store, network, chain.rpc_url, [chain.wallets[0]], Odd(network)) as settlements:
+        assert (await settlements.outcome(orders[1].id, 10)).paid

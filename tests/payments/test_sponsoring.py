@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import pytest
 
 from contracts.devnet import Devnet, Wallet, as_owner, balance_of, rpc
 from payments.chain.networks import PERMIT2_ADDRESS, Network
-from payments.chain.rpc import Rpc
-from payments.chain.transactions import encode_transfer
+from payments.chain.rpc import Rpc, RpcError
+from payments.chain.transactions import encode_allowance, encode_transfer
 from payments.errors import AllowanceRequired, PaymentError, PaymentRefused, SettlementUnavailable
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, native_asset
@@ -377,6 +377,28 @@ async def test_an_approval_that_is_never_mined_fails_the_payment(
         with pytest.raises(PaymentRefused) as failed:
             await hold.ready()
         assert "not mined in time" in failed.value.message
+
+
+async def test_an_approval_that_no_node_tells_of_fails_in_time_and_holds_up_no_other(
+    desk: Desk, chain: Devnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("payments.sponsoring.sponsor.PATIENCE_S", 2)
+    first, second, true_batch = penniless(chain), penniless(chain), Rpc.batch
+
+    async def batch(self: Rpc, requests: Sequence[Any]) -> list[Any]:
+        untold = encode_allowance(first.address.lower(), PERMIT2_ADDRESS).hex()
+        replies = await true_batch(self, requests)
+        return [
+            RpcError(-32000, "no state") if untold in str(params) else reply
+            for (_, params), reply in zip(requests, replies, strict=True)
+        ]
+
+    hold = await desk.authorize(desk.payment(first))
+    monkeypatch.setattr(Rpc, "batch", batch)
+    other = await desk.authorize(desk.payment(second))
+    await other.ready()
+    with pytest.raises(PaymentRefused, match="nobody can say"):
+        await hold.ready()
 
 
 async def _swallow(*_: Any) -> None:
