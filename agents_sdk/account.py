@@ -17,10 +17,11 @@ import httpx
 from agents_sdk import credit
 from agents_sdk.answers import document_in, error_code_in, error_in, retry_after
 from agents_sdk.channels import book
-from agents_sdk.channels.refunds import refund
+from agents_sdk.channels.payments import ChannelFull
+from agents_sdk.channels.refunds import is_served, refund
 from agents_sdk.channels.rows import Book
 from agents_sdk.errors import AnswerUnreadable, OutcomeUnknown, RequestRefused
-from agents_sdk.exchange import Exchange
+from agents_sdk.exchange import Exchange, digest_of
 from agents_sdk.money import atomic_to_nano_down, nano_to_usd, usd_to_nano
 from agents_sdk.results import (
     ApiKey,
@@ -40,6 +41,8 @@ from agents_sdk.steps import SIDE_TIMEOUTS, Lost, Read, Send, Sleep, Steps, fetc
 T = TypeVar("T")
 DONE = frozenset({"paid", "failed", "rejected", "review"})
 """Withdrawals whose state does not change soon."""
+FIRST_QUESTION = {"model": "auto", "messages": [{"role": "user", "content": "Say ok."}], "max_tokens": 8}
+"""The smallest: it carries the deposit of a channel that is opened before it is needed."""
 POLL_S = 1.0
 PAUSE_S_MAX = 30.0
 _WALLET = "/v1/wallet"
@@ -65,40 +68,21 @@ def history(shared: Shared, limit: int, before: str | None) -> Steps[HistoryPage
 def topup(shared: Shared, usd: str, asset: str | None) -> Steps[TopUp]:
     """Pay into the wallet's balance. Asked again while the outcome of the first is unknown, it is the same payment."""
     usd = nano_to_usd(usd_to_nano(usd))
-    body = json.dumps({"amount_usd": usd} | ({} if asset is None else {"asset": asset})).encode()
-    url = shared.settings.base_url.join(f"{_WALLET}/topups")
-    headers = httpx.Headers({
-        "host": url.netloc.decode("ascii"), "content-type": "application/json", "content-length": str(len(body)),
-        "accept": "application/json",
-    })  # fmt: skip
-    request = Send("POST", url, headers, body, SIDE_TIMEOUTS)
+    request = _post(shared, f"{_WALLET}/topups", {"amount_usd": usd} | ({} if asset is None else {"asset": asset}))
     policy = replace(shared.settings.policy, schemes=("exact",))
-    for left in reversed(range(shared.settings.tries_max)):
-        answer = yield from Exchange(shared, request, policy=policy, asset=asset, from_credit=False).run()
-        content: bytes | Lost = answer.body or b"" if answer.reply is None else (yield Read(answer.reply))
-        if isinstance(content, Lost):
-            if answer.watch is not None:
-                answer.watch.finish("broken")
-            if not left:
-                raise content.error
-            continue
-        if answer.watch is not None:
-            answer.watch.finish("whole")
-        if answer.status == 200:
-            document = document_in(content)
-            return _read(
-                lambda document=document: TopUp(  # type: ignore[misc]
-                    document["asset"], document["credited_usd"], document["receipt"], document["transaction"]
-                ),
-                "top-up",
-            )
-        if answer.status in (409, 504) or answer.status >= 500:
-            raise OutcomeUnknown(
-                f"the top-up of {usd} USD is not known to have arrived ({_message(answer.status, content)}); ask for the same "
-                "again: it is the same payment"
-            )
-        raise RequestRefused(answer.status, error_code_in(content), _message(answer.status, content))
-    raise AssertionError("tries_max is at least 1")
+    status, content = yield from _paid(shared, request, policy=policy, asset=asset, from_credit=False)
+    if status == 200:
+        document = document_in(content)
+        return _read(
+            lambda: TopUp(document["asset"], document["credited_usd"], document["receipt"], document["transaction"]),
+            "top-up",
+        )
+    if status in (409, 504) or status >= 500:
+        raise OutcomeUnknown(
+            f"the top-up of {usd} USD is not known to have arrived ({_message(status, content)}); ask for the same "
+            "again: it is the same payment"
+        )
+    raise RequestRefused(status, error_code_in(content), _message(status, content))
 
 
 def withdraw(
@@ -182,27 +166,84 @@ def revoke_key(shared: Shared, key_id: str) -> Steps[ApiKey]:
 
 
 def channels(shared: Shared) -> list[Channel]:
-    """The wallet's channels with the gateway, by the journal."""
-    return [_channel(each) for each in book.of_wallet(shared.journal, shared.origin, shared.wallet.address)]
+    """The wallet's channels, by the journal."""
+    return [_channel(each) for each in book.of_wallet(shared.journal, shared.wallet.address)]
+
+
+def open_channel(shared: Shared, usd: str, asset: str | None) -> Steps[Channel]:
+    """Fill a channel up; a deposit travels with a request, so this asks the smallest question, unless there is enough."""
+    policy = replace(
+        shared.settings.policy, schemes=("batch-settlement",), channel_deposit=nano_to_usd(usd_to_nano(usd))
+    )
+    if asset is not None and "/" in asset and policy.networks is None:
+        policy = replace(policy, networks=[asset.rpartition("/")[0]])
+    request = _post(shared, "/v1/chat/completions", FIRST_QUESTION)
+    try:
+        # Whoever has credit would pay with that, and open nothing.
+        status, content = yield from _paid(
+            shared, request, policy=policy, asset=asset, from_credit=False, fill_channel=True
+        )
+    except ChannelFull as full:
+        return _channel(book.get(shared.journal, full.channel_id))
+    opened = book.paid_for(shared.journal, shared.wallet.address, digest_of(request))
+    if status != 200 or opened is None:
+        raise RequestRefused(status, error_code_in(content), _message(status, content))
+    return _channel(book.get(shared.journal, opened))
 
 
 def refund_channel(shared: Shared, channel_id: str | None, usd: str | None) -> Steps[Refund]:
     """Get back what a channel holds beyond what was charged; the only channel that has something, if none is named."""
-    known = book.of_wallet(shared.journal, shared.origin, shared.wallet.address)
+    amount = None if usd is None else usd_to_nano(usd)
+    known = book.of_wallet(shared.journal, shared.wallet.address)
     if channel_id is None:
-        filled = [each for each in known if each.unspent] or known
-        if len(filled) != 1:
-            names = ", ".join(f"{each.terms.channel_id} ({each.terms.asset})" for each in filled)
-            raise RequestRefused(
-                404, "channel", f"name one of the channels: {names}" if names else "there is no channel"
-            )
-        channel_id = filled[0].terms.channel_id
+        channel_id = yield from _only_channel(shared, known)
     if channel_id.lower() not in {each.terms.channel_id for each in known}:
-        raise RequestRefused(404, "channel", f"this agent's log knows no channel {channel_id} with {shared.origin}")
-    return (yield from refund(shared, channel_id.lower(), None if usd is None else usd_to_nano(usd)))
+        raise RequestRefused(404, "channel", f"this agent's log knows no channel {channel_id}")
+    return (yield from refund(shared, channel_id.lower(), amount))
+
+
+def _only_channel(shared: Shared, known: list[Book]) -> Steps[str]:
+    filled = known if len(known) == 1 else [each for each in known if each.unspent]
+    if len(filled) > 1:
+        served = []
+        for each in filled:
+            if (yield from is_served(shared, each)):
+                served.append(each)
+        filled = served or filled
+    if len(filled) == 1:
+        return filled[0].terms.channel_id
+    if filled:
+        names = ", ".join(f"{each.terms.channel_id} ({each.terms.asset})" for each in filled)
+        raise RequestRefused(404, "channel", f"name one of the channels: {names}")
+    nothing = "none of the wallet's channels holds anything that is not charged" if known else "there is no channel"
+    raise RequestRefused(404, "channel", nothing)
 
 
 # ---------------------------------------------------------------------- asking
+
+
+def _post(shared: Shared, path: str, document: dict[str, Any]) -> Send:
+    body = json.dumps(document).encode()
+    url = shared.settings.base_url.join(path)
+    headers = httpx.Headers({
+        "host": url.netloc.decode("ascii"), "content-type": "application/json", "content-length": str(len(body)),
+        "accept": "application/json",
+    })  # fmt: skip
+    return Send("POST", url, headers, body, SIDE_TIMEOUTS)
+
+
+def _paid(shared: Shared, request: Send, **options: Any) -> Steps[tuple[int, bytes]]:
+    """Carry a request through that has to be paid; `options` are `Exchange`'s. Status and body of the answer."""
+    for left in reversed(range(shared.settings.tries_max)):
+        answer = yield from Exchange(shared, request, **options).run()
+        content: bytes | Lost = answer.body or b"" if answer.reply is None else (yield Read(answer.reply))
+        if answer.watch is not None:
+            answer.watch.finish("broken" if isinstance(content, Lost) else "whole")
+        if not isinstance(content, Lost):
+            return answer.status, content
+        if not left:
+            raise content.error
+    raise AssertionError("tries_max is at least 1")
 
 
 def _ask(
@@ -310,7 +351,8 @@ def _channel(channel: Book) -> Channel:
         under_way_usd=nano_to_usd(channel.under_way_nano_usd),
         unspent_usd=usd(channel.unspent),
         claimable_usd=usd(min(channel.signed, channel.balance)),
-        receiver=terms.config["receiver"],
+        receiver=terms.receiver,
+        gateway=channel.origin,
         withdraw_delay_s=terms.config["withdrawDelay"],
     )
 

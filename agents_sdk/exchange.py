@@ -90,6 +90,7 @@ class Exchange:
         policy: Rules for this request in place of the agent's.
         asset: The only one to pay in, see `choose_offer`.
         from_credit: Whether credit may pay for it.
+        fill_channel: Fill the channel that pays for it up to what the policy lets lie in it.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Exchange:
         policy: SpendingPolicy | None = None,
         asset: str | None = None,
         from_credit: bool = True,
+        fill_channel: bool = False,
     ) -> None:
         self._shared = shared
         self._journal = shared.journal
@@ -109,6 +111,7 @@ class Exchange:
         self._policy = policy or shared.settings.policy
         self._asset = asset
         self._from_credit = from_credit
+        self._fill_channel = fill_channel
         self._headers = _own_headers(request.headers, self._policy)
         self._payer = shared.wallet.address
         self._endings = Endings(shared)
@@ -197,7 +200,17 @@ class Exchange:
     def _sign(self, demand: Demand, offer: Offer) -> Steps[StoredPayment]:
         """Take the amount out of the limits, then sign, then write the payment down."""
         if offer.scheme == terms.SCHEME:
-            return (yield from channel_payments.sign(self._shared, demand, offer, self._digest, self._identifier))
+            return (
+                yield from channel_payments.sign(
+                    self._shared,
+                    demand,
+                    offer,
+                    self._digest,
+                    self._identifier,
+                    self._policy,
+                    fill=self._fill_channel,
+                )
+            )
         quote, requirement = demand.quote, offer.requirement
         if offer.through_permit2:
             yield from permit2.ensure_allowance(self._shared, offer.token, int(requirement.amount), asked_to=False)

@@ -99,7 +99,8 @@ class Channel:
 
     `deposited_usd` is what lies in it; of that `charged_usd` were charged, `under_way_usd` are the maxima of requests whose
     outcome is not known, and `unspent_usd` is the rest. `claimable_usd` is what the gateway could claim in all with the
-    vouchers that it has, whatever was charged.
+    vouchers that it has, whatever was charged. `gateway` is the URL that it was used with last; any that serves its `receiver`
+    takes it.
     """
 
     id: str
@@ -110,6 +111,7 @@ class Channel:
     unspent_usd: str
     claimable_usd: str
     receiver: str
+    gateway: str
     withdraw_delay_s: int
 
 

@@ -101,14 +101,29 @@ class WalletAccount:
         return _run(self._shared, account.deposit_address(self._shared, network))
 
     def channels(self) -> list[Channel]:
-        """The wallet's payment channels with the gateway, by the agent's own log: nothing is asked."""
+        """The wallet's payment channels, by the agent's own log: nothing is asked."""
         return account.channels(self._shared)
+
+    def open_channel(self, usd: str, *, asset: str | None = None) -> Channel:
+        """Fill a channel with the gateway up before it is needed.
+
+        A deposit travels with a request, so this asks a tiny question, which is charged. Nothing is asked, deposited or
+        charged if the channel has so much already that the gateway wants no deposit for the rest.
+
+        Args:
+            usd: The most that then lies in the channel, such as ``"2"``.
+            asset: ``"USDC"`` or ``"eip155:8453/USDC"``; by default what the policy prefers.
+
+        Raises:
+            PolicyViolation: The policy does not allow it.
+        """
+        return _run(self._shared, account.open_channel(self._shared, usd, asset))
 
     def refund_channel(self, channel_id: str | None = None, usd: str | None = None) -> Refund:
         """Get back what a channel holds beyond what was charged.
 
         Args:
-            channel_id: Which one; may be left out if only one holds something.
+            channel_id: Which one; may be left out if only one that the gateway serves holds something.
             usd: How much; by default all of it. The channel can be paid through again after another deposit.
 
         Raises:
@@ -181,6 +196,10 @@ class AsyncWalletAccount:
     def channels(self) -> list[Channel]:
         """See `WalletAccount.channels`."""
         return account.channels(self._shared)
+
+    async def open_channel(self, usd: str, *, asset: str | None = None) -> Channel:
+        """See `WalletAccount.open_channel`."""
+        return await _run_async(self._shared, account.open_channel(self._shared, usd, asset))
 
     async def refund_channel(self, channel_id: str | None = None, usd: str | None = None) -> Refund:
         """See `WalletAccount.refund_channel`."""

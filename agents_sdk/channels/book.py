@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agents_sdk.channels import deposits
-from agents_sdk.channels.deposits import Deposit, TooDear, Wait
+from agents_sdk.channels.deposits import Deposit, Full, TooDear, Wait
 from agents_sdk.channels.rows import Book, Wanted, add_balance, channel_of, ensure, find, nano_up, padded, usd
 from agents_sdk.channels.terms import Status, Terms
 from agents_sdk.errors import ChannelDisputed
@@ -41,7 +41,7 @@ class Reserved:
     deposit: Deposit | None
 
 
-def reserve(journal: Journal, wanted: Wanted) -> Reserved | Wait | TooDear:
+def reserve(journal: Journal, wanted: Wanted) -> Reserved | Wait | TooDear | Full:
     """Choose the next voucher of a channel and count it against the limits, before it is signed.
 
     Raises:
@@ -55,7 +55,7 @@ def reserve(journal: Journal, wanted: Wanted) -> Reserved | Wait | TooDear:
         owed = channel.charged_nano_usd + channel.under_way_nano_usd + wanted.price_nano_usd
         amount = _unused(database, terms.channel_id, nano_to_atomic_up(owed, terms.decimals))
         deposit: Deposit | None = None
-        if amount > channel.balance:
+        if amount > channel.balance or wanted.fill_from is not None:
             found = deposits.needed(journal, database, channel, wanted, amount)
             if not isinstance(found, Deposit):
                 return found
@@ -217,12 +217,21 @@ def get(journal: Journal, channel_id: str) -> Book:
         return find(database, channel_id)
 
 
-def of_wallet(journal: Journal, origin: str, payer: str) -> list[Book]:
-    """The wallet's channels with a gateway, the newest first."""
+def paid_for(journal: Journal, payer: str, request: str) -> str | None:
+    """The channel that a request was paid through last; None if through none."""
     with journal.transaction() as database:
-        rows = database.execute(
-            "SELECT id FROM channel WHERE origin = ? AND payer = ? ORDER BY created_ms DESC", (origin, payer)
-        ).fetchall()
+        row = database.execute(
+            "SELECT channel_id FROM voucher JOIN payment ON payment.id = payment_id "
+            "WHERE request = ? AND payer = ? ORDER BY created_ms DESC LIMIT 1",
+            (request, payer),
+        ).fetchone()
+    return None if row is None else str(row[0])
+
+
+def of_wallet(journal: Journal, payer: str) -> list[Book]:
+    """The wallet's channels, the newest first."""
+    with journal.transaction() as database:
+        rows = database.execute("SELECT id FROM channel WHERE payer = ? ORDER BY created_ms DESC", (payer,)).fetchall()
         for (channel_id,) in rows:
             _give_up_old(journal, database, channel_id)
         return [find(database, channel_id) for (channel_id,) in rows]

@@ -50,6 +50,11 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
+class Full:
+    """The channel was to be filled up, and has enough."""
+
+
+@dataclass(frozen=True, slots=True)
 class TooDear:
     """The request may cost more than the policy lets lie in a channel."""
 
@@ -108,8 +113,8 @@ def deposit_of(journal: Journal, payment: StoredPayment) -> int:
 
 def needed(
     journal: Journal, database: sqlite3.Connection, channel: Book, wanted: Wanted, amount: int
-) -> Deposit | Wait | TooDear:
-    """The deposit without which the channel does not cover `amount`: one that is on its way already, or a new one."""
+) -> Deposit | Wait | TooDear | Full:
+    """The deposit that the channel needs to cover `amount`, or to be filled up: one that is on its way, or a new one."""
     query = f"{_DEPOSITS} AND state IN ('reserved', 'signed')"
     for deposit_id, state, value, authorization, payment_id, created_ms, _ in database.execute(
         query, (wanted.terms.channel_id,)
@@ -120,6 +125,8 @@ def needed(
         return Deposit(deposit_id, int(value), json.loads(authorization))
     limit = nano_to_atomic_up(wanted.deposit_nano_usd, wanted.terms.decimals)
     room = limit - unspent(database, wanted)
+    if wanted.fill_from is not None and amount <= channel.balance and room < wanted.fill_from:
+        return Full()
     if room > 0 and channel.balance + room >= amount:
         return Deposit(f"dep_{secrets.token_hex(10)}", room, None)
     return Wait() if channel.under_way_nano_usd else TooDear(limit, amount - channel.owed)

@@ -11,7 +11,7 @@ from agents_sdk import permit2
 from agents_sdk.answers import document_in
 from agents_sdk.channels import book, deposits, signing
 from agents_sdk.channels.book import Reserved
-from agents_sdk.channels.deposits import TooDear, Wait
+from agents_sdk.channels.deposits import Full, TooDear, Wait
 from agents_sdk.channels.rows import Wanted
 from agents_sdk.channels.terms import (
     CUMULATIVE_MISMATCH,
@@ -26,6 +26,7 @@ from agents_sdk.channels.terms import (
 from agents_sdk.errors import LimitExceeded, QuoteRejected
 from agents_sdk.journal import StoredPayment
 from agents_sdk.money import nano_to_usd, usd_to_nano
+from agents_sdk.policy import SpendingPolicy
 from agents_sdk.quotes import Demand, Offer
 from agents_sdk.receipts import amount_of
 from agents_sdk.shared import Shared
@@ -34,10 +35,33 @@ from agents_sdk.steps import Sleep, Steps, fetch
 POLL_S = 0.05
 ROOM_WAIT_S = 30.0
 """How long a request waits for others on its channel before it is paid in another way."""
+FILL_FROM = 1
+"""Atomic units: what is too little to fill a channel up with, if the gateway names no least deposit."""
 _RECEIPT = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 
 
-def sign(shared: Shared, demand: Demand, offer: Offer, request: str, identifier: str | None) -> Steps[StoredPayment]:
+class ChannelFull(Exception):
+    """A channel was to be filled up and has enough. Nothing was signed.
+
+    Args:
+        channel_id: Which.
+    """
+
+    def __init__(self, channel_id: str) -> None:
+        self.channel_id = channel_id
+        super().__init__(channel_id)
+
+
+def sign(
+    shared: Shared,
+    demand: Demand,
+    offer: Offer,
+    request: str,
+    identifier: str | None,
+    policy: SpendingPolicy,
+    *,
+    fill: bool = False,
+) -> Steps[StoredPayment]:
     """Choose the next voucher, take it out of the limits, sign it, and write it down.
 
     Args:
@@ -46,15 +70,18 @@ def sign(shared: Shared, demand: Demand, offer: Offer, request: str, identifier:
         offer: Its channel.
         request: The request's digest.
         identifier: Our own name for what is paid for.
+        policy: The rules for this request.
+        fill: Fill the channel up to what the policy lets lie in it, whether the request needs that or not.
 
     Raises:
+        ChannelFull: There is nothing to fill up.
         LimitExceeded: A limit stands against it, the channel's deposit included.
         QuoteRejected: The channel is none to put money into.
         ApprovalNeeded, ApprovalFailed: The deposit needs Permit2.
     """
     terms = read_terms(offer.requirement, offer.token, shared.wallet.address, shared.settings.channel_name)
     yield from read_unclear(shared, terms.channel_id)
-    reserved = yield from _reserve(shared, demand, offer, terms, request)
+    reserved = yield from _reserve(shared, demand, offer, terms, request, policy, fill=fill)
     try:
         deposit = reserved.deposit
         if offer.through_permit2 and deposit is not None and deposit.authorization is None:
@@ -66,8 +93,9 @@ def sign(shared: Shared, demand: Demand, offer: Offer, request: str, identifier:
         raise
 
 
-def _reserve(shared: Shared, demand: Demand, offer: Offer, terms: Terms, request: str) -> Steps[Reserved]:
-    policy = shared.settings.policy
+def _reserve(
+    shared: Shared, demand: Demand, offer: Offer, terms: Terms, request: str, policy: SpendingPolicy, *, fill: bool
+) -> Steps[Reserved]:
     wanted = Wanted(
         terms=terms,
         origin=shared.origin,
@@ -79,12 +107,15 @@ def _reserve(shared: Shared, demand: Demand, offer: Offer, terms: Terms, request
         deposit_nano_usd=usd_to_nano(policy.channel_deposit),
         deposit_expires_at=int(time.time()) + offer.requirement.max_timeout_seconds,
         windows=policy.windows(),
+        fill_from=_least_deposit(offer) if fill else None,
     )
     give_up_at = time.monotonic() + ROOM_WAIT_S
     while True:
         found = book.reserve(shared.journal, wanted)
         if isinstance(found, Reserved):
             return found
+        if isinstance(found, Full):
+            raise ChannelFull(terms.channel_id)
         if isinstance(found, TooDear) or time.monotonic() > give_up_at:
             raise LimitExceeded(
                 "channel_deposit",
@@ -94,6 +125,11 @@ def _reserve(shared: Shared, demand: Demand, offer: Offer, terms: Terms, request
             )
         assert isinstance(found, Wait)
         yield Sleep(POLL_S)
+
+
+def _least_deposit(offer: Offer) -> int:
+    told = offer.requirement.extra.get("minDeposit")
+    return int(told) if isinstance(told, str) and told.isascii() and told.isdigit() and len(told) < 40 else FILL_FROM
 
 
 def take_refusal(shared: Shared, payment: StoredPayment, offer: Offer, demand: Demand | None, code: str) -> bool:

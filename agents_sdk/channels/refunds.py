@@ -12,8 +12,8 @@ import httpx
 from agents_sdk.answers import document_in, error_code_in
 from agents_sdk.channels import book, signing
 from agents_sdk.channels.rows import Book
-from agents_sdk.channels.terms import CUMULATIVE_MISMATCH, REFUND_NO_BALANCE, SCHEME, read_status, read_terms
-from agents_sdk.errors import AnswerUnreadable, ChannelDisputed, QuoteRejected, RequestRefused
+from agents_sdk.channels.terms import CUMULATIVE_MISMATCH, REFUND_NO_BALANCE, SCHEME, read_status
+from agents_sdk.errors import AnswerUnreadable, ChannelDisputed, RequestRefused
 from agents_sdk.money import atomic_to_nano_down, nano_to_atomic_down, nano_to_atomic_up, nano_to_usd
 from agents_sdk.receipts import settled_in
 from agents_sdk.results import Refund
@@ -44,8 +44,11 @@ def refund(shared: Shared, channel_id: str, amount_nano_usd: int | None) -> Step
     """
     channel = book.get(shared.journal, channel_id)
     terms = channel.terms
-    required, requirement = yield from _offer(shared, channel)
     amount = None if amount_nano_usd is None else nano_to_atomic_down(amount_nano_usd, terms.decimals)
+    if amount == 0:
+        least = _usd(nano_to_atomic_up(1, terms.decimals), channel)
+        raise RequestRefused(400, "refund_amount", f"the least that can come back of {terms.asset} is {least} USD")
+    required, requirement = yield from _offer(shared, channel)
     voucher = nano_to_atomic_up(channel.charged_nano_usd, terms.decimals)
     intent = f"refund|{channel_id}|{amount}"
     _, asked_before = shared.journal.intend(intent)
@@ -75,8 +78,17 @@ def refund(shared: Shared, channel_id: str, amount_nano_usd: int | None) -> Step
             if code == REFUND_NO_BALANCE and asked_before:
                 given = book.given_back(shared.journal, channel_id, amount)
                 return Refund(channel_id, terms.asset, _usd(given, channel), None)
-            raise RequestRefused(reply.status, code, _reason(code, body))
+            raise RequestRefused(reply.status, code, _reason(code, body, channel, amount))
     raise AnswerUnreadable(f"the refund of the channel {channel_id} is still on its way; ask for it again later")
+
+
+def is_served(shared: Shared, channel: Book) -> Steps[bool]:
+    """Whether the gateway that is asked now gives back what is left in a channel."""
+    try:
+        yield from _offer(shared, channel)
+    except RequestRefused:
+        return False
+    return True
 
 
 def _offer(shared: Shared, channel: Book) -> Steps[tuple[PaymentRequired, PaymentRequirements]]:
@@ -90,21 +102,15 @@ def _offer(shared: Shared, channel: Book) -> Steps[tuple[PaymentRequired, Paymen
     except (KeyError, ValueError, AssertionError):
         raise AnswerUnreadable(f"the gateway answered HTTP {reply.status} and does not offer channels") from None
     for requirement in required.accepts:
-        token = shared.settings.tokens.find(requirement.network, requirement.asset)
-        if requirement.scheme != SCHEME or token is None:
-            continue
-        try:
-            terms = read_terms(requirement, token, shared.wallet.address, shared.settings.channel_name)
-        except QuoteRejected:
-            continue
-        if terms.channel_id == channel.terms.channel_id:
+        if channel.terms.are_served_by(requirement):
             return required, requirement
     delay = channel.terms.config["withdrawDelay"]
+    elsewhere = "" if channel.origin == shared.origin else f": it was used last with {channel.origin}, which may"
     raise RequestRefused(
         reply.status,
         "channel_not_taken",
-        f"the gateway does not take the channel {channel.terms.channel_id} any more. Its money is the wallet's: announce a "
-        f"withdrawal on chain (initiateWithdraw), and take it {delay} seconds later (finalizeWithdraw)",
+        f"{shared.origin} does not serve the channel {channel.terms.channel_id}{elsewhere}. Its money is the wallet's in any "
+        f"case: announce a withdrawal on chain (initiateWithdraw), and take it {delay} seconds later (finalizeWithdraw)",
     )
 
 
@@ -139,7 +145,9 @@ def _corrected(reply: Reply, body: bytes, channel: Book) -> int:
     raise AnswerUnreadable("the gateway says that the voucher is out of step, but not where the channel stands")
 
 
-def _reason(code: str, body: bytes) -> str:
+def _reason(code: str, body: bytes, channel: Book, amount: int | None) -> str:
+    if code == REFUND_NO_BALANCE and amount is not None and channel.unspent:
+        return f"{_usd(amount, channel)} USD are asked for, and {_usd(channel.unspent, channel)} USD are left in the channel"
     if code == REFUND_NO_BALANCE:
         return "there is nothing in this channel that is not charged"
     error = document_in(body).get("error")

@@ -22,6 +22,8 @@ class Book:
     """A channel as the journal has it. Amounts are atomic units unless their name says otherwise."""
 
     terms: Terms
+    origin: str
+    """The gateway's URL when it was used last. The channel is with whom its terms name, by whatever URL."""
     balance: int
     """What was deposited and not given back, claimed or not."""
     signed: int
@@ -53,35 +55,43 @@ class Wanted:
     expires_at: int
     deposit_nano_usd: int
     """What may lie unspent in the channels of one gateway and token."""
+    fill_from: int | None = None
+    """Fill the channel up also where it covers the request, if that takes at least this many atomic units."""
     deposit_expires_at: int
     windows: Sequence[Window]
 
 
 def ensure(database: sqlite3.Connection, wanted: Wanted) -> None:
+    """The channel is there, and used last with this gateway."""
     terms = wanted.terms
     database.execute(
-        "INSERT INTO channel VALUES (?, ?, ?, ?, ?, '0', ?, 0, ?) ON CONFLICT (id) DO NOTHING",
+        "INSERT INTO channel VALUES (?, ?, ?, ?, ?, '0', ?, 0, ?) "
+        "ON CONFLICT (id) DO UPDATE SET origin = excluded.origin",
         (terms.channel_id, wanted.origin, wanted.payer, terms.asset, terms.to_json(), padded(0), milliseconds()),
     )
 
 
 def find(database: sqlite3.Connection, channel_id: str) -> Book:
-    terms, balance, signed, charged = database.execute(
-        "SELECT terms, balance, signed, charged_nano_usd FROM channel WHERE id = ?", (channel_id,)
+    terms, origin, balance, signed, charged = database.execute(
+        "SELECT terms, origin, balance, signed, charged_nano_usd FROM channel WHERE id = ?", (channel_id,)
     ).fetchone()
     (under_way,) = database.execute(
         "SELECT COALESCE(SUM(price_nano_usd), 0) FROM voucher WHERE channel_id = ? AND closed_ms IS NULL", (channel_id,)
     ).fetchone()
-    return Book(Terms.from_json(terms), int(balance), int(signed), charged, under_way)
+    return Book(Terms.from_json(terms), origin, int(balance), int(signed), charged, under_way)
 
 
 def unspent(database: sqlite3.Connection, wanted: Wanted) -> int:
-    """What lies in all of this gateway's channels in the same token: new terms are no reason to lock up more."""
+    """What lies in this gateway's channels in the same token: neither new terms nor a new URL is a reason to lock up more."""
     rows = database.execute(
-        "SELECT id FROM channel WHERE origin = ? AND payer = ? AND asset = ?",
-        (wanted.origin, wanted.payer, wanted.terms.asset),
+        "SELECT id FROM channel WHERE payer = ? AND asset = ?", (wanted.payer, wanted.terms.asset)
     ).fetchall()
-    return sum(find(database, channel_id).unspent for (channel_id,) in rows)
+    channels = [find(database, channel_id) for (channel_id,) in rows]
+    return sum(
+        each.unspent
+        for each in channels
+        if each.origin == wanted.origin or each.terms.receiver == wanted.terms.receiver
+    )
 
 
 def channel_of(database: sqlite3.Connection, payment_id: str) -> str:

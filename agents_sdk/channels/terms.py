@@ -53,6 +53,22 @@ class Terms:
     config: dict[str, Any]
     """The member `channelConfig` of payloads."""
 
+    @property
+    def receiver(self) -> str:
+        """Who is paid through it."""
+        return str(self.config["receiver"])
+
+    def are_served_by(self, requirement: PaymentRequirements) -> bool:
+        """Whether whoever makes an offer is the channel's receiver, and can sign for it: with any URL, name or delay."""
+        asked = (
+            requirement.network,
+            requirement.asset,
+            requirement.pay_to,
+            requirement.extra.get("receiverAuthorizer"),
+        )
+        own = (self.network, self.config["token"], self.receiver, self.config["receiverAuthorizer"])
+        return requirement.scheme == SCHEME and [str(each).lower() for each in asked] == [each.lower() for each in own]
+
     def to_json(self) -> str:
         """For the journal."""
         return json.dumps([self.channel_id, self.network, self.asset, self.decimals, self.config])

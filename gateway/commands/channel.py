@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gateway.commands.agents import GATEWAY_DEFAULT, AssetOption, GatewayOption, RpcOption, agent_at
-from gateway.commands.shared import Failed, JsonOption, out, print_json, reporting, table
+from gateway.commands.shared import JsonOption, out, print_json, reporting, table
 
 if TYPE_CHECKING:
     from agents_sdk import Channel
@@ -22,15 +22,13 @@ app = typer.Typer(
         "[cyan]farebox channel refund[/cyan]"
     ),
 )
-FIRST_QUESTION = {"model": "auto", "messages": [{"role": "user", "content": "Say ok."}], "max_tokens": 8}
-"""A deposit travels with a request: this is the smallest."""
 COLUMNS = ("deposited, USD", "charged, USD", "under way, USD", "left, USD", "claimable, USD")
 
 
 @app.command("list", epilog="Example: [cyan]farebox channel list --json[/cyan]")
 @reporting
 def list_(gateway: GatewayOption = GATEWAY_DEFAULT, as_json: JsonOption = False) -> None:
-    """The wallet's channels with the gateway: what lies in them, and what the gateway could claim. Nothing is asked."""
+    """The wallet's channels: what lies in them, and what their gateways could claim. Nothing is asked."""
     with agent_at(gateway) as agent:
         _show(agent.wallet.channels(), as_json=as_json)
 
@@ -46,29 +44,14 @@ def open_(
     gateway: GatewayOption = GATEWAY_DEFAULT,
     as_json: JsonOption = False,
 ) -> None:
-    """Open a channel before it is needed. A deposit travels with a request, so this asks a tiny question, which is charged."""
-    tokens = None if asset is None else [asset.rpartition("/")[2]]
-    networks = None if asset is None or "/" not in asset else [asset.rpartition("/")[0]]
-    limits = {"max_per_request": usd, "max_per_day": None, "channel_deposit": usd}
-    # Whoever has credit would pay with that, and open nothing.
-    with agent_at(
-        gateway,
-        rpc_url=rpc_url,
-        credit="never",
-        schemes=["batch-settlement"],
-        tokens=tokens,
-        networks=networks,
-        **limits,
-    ) as agent:
+    """Fill a channel up before it is needed. A deposit travels with a request: this asks a tiny question, which is charged."""
+    with agent_at(gateway, rpc_url=rpc_url, max_per_request=usd, max_per_day=None) as agent:
         before = {each.id: each.deposited_usd for each in agent.wallet.channels()}
-        with agent.http_client() as http:
-            answer = http.post("/v1/chat/completions", json=FIRST_QUESTION)
-        if answer.status_code != 200:
-            raise Failed(f"the gateway opened no channel: HTTP {answer.status_code} {answer.text[:300]}", "As it says")
-        channels = agent.wallet.channels()
-    if not as_json and before == {each.id: each.deposited_usd for each in channels}:
-        out.print("There is enough in the channel already; it is filled up by itself when it runs low.", markup=False)
-    _show(channels, as_json=as_json)
+        channel = agent.wallet.open_channel(usd, asset=asset)
+    if not as_json and before.get(channel.id) == channel.deposited_usd:
+        enough = f"There is enough in the channel already: {channel.unspent_usd} USD. Nothing was deposited or charged."
+        out.print(enough, markup=False)
+    _show([channel], as_json=as_json)
 
 
 @app.command(epilog="Example: [cyan]farebox channel refund --usd 0.50[/cyan]")
@@ -76,7 +59,9 @@ def open_(
 def refund(
     channel: Annotated[
         str | None,
-        typer.Argument(help="As `farebox channel list` shows it; may be left out if only one holds something."),
+        typer.Argument(
+            help="As `farebox channel list` shows it; may be left out if only one of the gateway's holds something."
+        ),
     ] = None,
     usd: Annotated[str | None, typer.Option(help="How much; by default all that is left.")] = None,
     gateway: GatewayOption = GATEWAY_DEFAULT,
@@ -98,7 +83,7 @@ def _show(channels: list[Channel], *, as_json: bool) -> None:
     if not channels:
         out.print("There are none: `farebox channel open 1` opens one, and so does paying through one.", markup=False)
         return
-    shown = table("channel", "asset", *COLUMNS, right=COLUMNS)
+    shown = table("channel", "asset", *COLUMNS, "used last with", right=COLUMNS)
     for each in channels:
         shown.add_row(
             each.id,
@@ -108,5 +93,6 @@ def _show(channels: list[Channel], *, as_json: bool) -> None:
             each.under_way_usd,
             each.unspent_usd,
             each.claimable_usd,
+            each.gateway,
         )
     out.print(shown)

@@ -26,6 +26,7 @@ from tests.agents_sdk.fake_gateway import NETWORK, TRANSACTION, FakeGateway
 
 AUTHORIZER = "0x" + "a7" * 20
 MISMATCH = "invalid_batch_settlement_evm_cumulative_amount_mismatch"
+NO_BALANCE = "invalid_batch_settlement_evm_refund_no_balance"
 EXCEEDS = "invalid_batch_settlement_evm_cumulative_exceeds_balance"
 PRICE = 500
 """Of every request, in atomic units."""
@@ -120,8 +121,9 @@ class FakeChannels(FakeGateway):
         assert isinstance(payload, PaymentPayload)
         assert payload.payload["type"] == "refund"
         payer = self._take_voucher(payload)
-        if self.script and self.script.pop(0) == "correct":
-            return self._required(request, MISMATCH)
+        step = self.script.pop(0) if self.script else "ok"
+        if step in ("correct", "empty"):
+            return self._required(request, MISMATCH if step == "correct" else NO_BALANCE)
         settled = SettleResponse(
             success=True, transaction=TRANSACTION, network=NETWORK, payer=payer, amount=self.given_back
         )

@@ -22,7 +22,7 @@ DEPOSIT = 1_000_000_000
 
 
 def terms_of(decimals: int) -> Terms:
-    return Terms("0x" + "01" * 32, "eip155:1", "eip155:1/USDC", decimals, {})
+    return Terms("0x" + "01" * 32, "eip155:1", "eip155:1/USDC", decimals, {"receiver": "0xTreasury"})
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,14 @@ def test_new_terms_are_no_reason_to_lock_up_more(gateway: FakeChannels, agent: A
     assert sum(gateway.deposits.values()) == 10_000
 
 
+def test_new_terms_at_another_url_are_no_reason_either(gateway: FakeChannels, make_agent: MakeAgent) -> None:
+    gateway.rotate = True
+    assert ask(make_agent(policy=POLICY)).status_code == 200
+    with pytest.raises(LimitExceeded, match="per channel_deposit"):
+        ask(make_agent(policy=POLICY, base_url=gateway.url.replace("127.0.0.1", "localhost")), 1)
+    assert sum(gateway.deposits.values()) == 10_000
+
+
 @pytest.mark.parametrize(
     "terms",
     [
@@ -311,6 +320,70 @@ def test_a_refund_needs_no_voucher_that_was_not_signed_before(gateway: FakeChann
     gateway.script, gateway.state = ["correct"], {"chargedCumulativeAmount": "300"}
     agent.wallet.refund_channel()
     assert (gateway.vouchers[-1], gateway.claimable) == (300, PRICE)
+
+
+def test_a_channel_is_its_gateways_by_whatever_url(gateway: FakeChannels, make_agent: MakeAgent) -> None:
+    """A gateway that moves keeps its receiver and its authorizer: what can be paid with can be listed and refunded."""
+    assert ask(make_agent(policy=POLICY)).status_code == 200
+    moved = gateway.url.replace("127.0.0.1", "localhost")
+    agent = make_agent(policy=POLICY, base_url=moved)
+    [channel] = agent.wallet.channels()
+    assert (channel.gateway, channel.unspent_usd) == (gateway.url, "0.009887")
+    assert ask(agent, 1).status_code == 200
+    [channel] = agent.wallet.channels()
+    assert (channel.gateway, len(gateway.deposits)) == (moved, 1)
+    assert agent.wallet.refund_channel().transaction == fake_gateway.TRANSACTION
+
+
+def test_a_refund_takes_the_one_channel_that_the_gateway_serves(gateway: FakeChannels, make_agent: MakeAgent) -> None:
+    for authorizer in ("0x" + "a8" * 20, "0x" + "a7" * 20):
+        gateway.terms = {"receiverAuthorizer": authorizer}
+        agent = make_agent(policy=POLICY if authorizer.endswith("a8") else replace(POLICY, channel_deposit="0.02"))
+        assert ask(agent).status_code == 200
+    served, other = agent.wallet.channels()
+    assert agent.wallet.refund_channel().channel == served.id
+    with pytest.raises(RequestRefused, match="does not serve the channel"):
+        agent.wallet.refund_channel(other.id)
+
+
+@pytest.mark.parametrize(
+    ("usd", "says"),
+    [
+        ("5", r"5\.00 USD are asked for, and 0\.009887 USD are left in the channel"),
+        ("0", r"the least that can come back of eip155:84532/USDC is 0\.000001 USD"),
+        ("0.0000001", r"the least that can come back"),
+        (None, "nothing in this channel that is not charged"),
+    ],
+)
+def test_a_refund_that_cannot_be_made_says_why(gateway: FakeChannels, agent: Agent, usd: str | None, says: str) -> None:
+    assert ask(agent).status_code == 200
+    gateway.script = ["empty"]
+    with pytest.raises(RequestRefused, match=says):
+        agent.wallet.refund_channel(usd=usd)
+
+
+def test_without_a_name_emptied_channels_are_told_to_be_empty(gateway: FakeChannels, make_agent: MakeAgent) -> None:
+    for authorizer in ("0x" + "a7" * 20, "0x" + "a8" * 20):
+        gateway.terms = {"receiverAuthorizer": authorizer}
+        agent = make_agent(policy=POLICY)
+        assert ask(agent).status_code == 200
+        agent.wallet.refund_channel()
+    with pytest.raises(RequestRefused, match="none of the wallet's channels holds anything"):
+        agent.wallet.refund_channel()
+
+
+def test_a_channel_is_filled_up_to_what_is_asked_for_and_not_for_less_than_the_least_deposit(
+    gateway: FakeChannels, agent: Agent
+) -> None:
+    assert agent.wallet.open_channel("0.006").deposited_usd == "0.006"
+    opened = agent.wallet.open_channel("0.02")
+    assert (opened.deposited_usd, opened.unspent_usd) == ("0.020113", "0.019887")
+    assert list(gateway.deposits.values()) == [6_000, 14_113]
+    # The gateway takes no deposit below 5000 units.
+    asked = len(gateway.vouchers)
+    assert agent.wallet.open_channel("0.02") == opened
+    assert agent.wallet.open_channel("0.01") == opened
+    assert len(gateway.vouchers) == asked, "nothing was asked or charged"
 
 
 def test_a_channel_that_the_gateway_does_not_take_any_more_is_the_wallets_to_empty(

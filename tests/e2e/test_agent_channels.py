@@ -305,6 +305,43 @@ def test_what_is_left_in_a_channel_comes_back_and_the_channel_can_be_used_again(
     assert len(deposits_of(stack, payer)) == 2
 
 
+def test_a_gateway_that_has_moved_gives_back_what_is_left(
+    stack: Stack, make_agent: MakeAgent, payer: LocalAccount, simulator: Simulator
+) -> None:
+    with FaultyProxy(stack.gateway_url) as proxy:
+        before = make_agent(proxy.url)
+        assert ask(before).status_code == 200
+        [known] = make_agent().wallet.channels()
+        assert known.gateway == proxy.url
+    agent = make_agent()
+    assert ask(agent, 1).status_code == 200
+    assert_in_step(stack, agent, payer, requests=2)
+    refund = agent.wallet.refund_channel()
+    assert refund.channel == known.id
+    assert refund.transaction is not None
+    [channel] = agent.wallet.channels()
+    assert (channel.unspent_usd, channel.gateway) == ("0.00", stack.gateway_url)
+
+
+def test_a_channel_is_filled_up_to_what_is_asked_for(
+    stack: Stack, make_agent: MakeAgent, payer: LocalAccount, simulator: Simulator
+) -> None:
+    agent = make_agent()
+    agent.wallet.open_channel("0.5")
+    opened = agent.wallet.open_channel("2", asset="eip155:84532/USDC")
+    assert usd_to_nano("1.999") < usd_to_nano(opened.unspent_usd) <= usd_to_nano("2")
+    assert agent.wallet.open_channel("2") == opened, "there is enough: nothing is asked"
+    assert len(simulator.attempts()) == 2
+    assert_in_step(stack, agent, payer, requests=2, deposits=2)
+
+
+def test_a_refund_of_more_than_there_is_says_what_is_left(stack: Stack, make_agent: MakeAgent) -> None:
+    agent = make_agent()
+    left = agent.wallet.open_channel("0.5").unspent_usd
+    with pytest.raises(RequestRefused, match=f"5.00 USD are asked for, and {left} USD are left in the channel"):
+        agent.wallet.refund_channel(usd="5")
+
+
 def test_a_refund_whose_answer_is_lost_is_found_to_be_done(
     stack: Stack, make_agent: MakeAgent, payer: LocalAccount, simulator: Simulator
 ) -> None:
