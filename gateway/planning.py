@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from gateway.api.errors import ApiError
 from gateway.dialects.canonical import ChatRequest
 from gateway.routing.catalog import Candidate, Catalog
-from gateway.routing.engine import Engine, NoRoute, Preferences
+from gateway.routing.engine import Engine, NoRoute, Preferences, Route
 from gateway.settings import Settings, TokenizerFamily
 from payments.money import divide_up, usd_to_nano
 from payments.quotes import Quote, make_quote
@@ -77,19 +78,12 @@ class Planner:
         Raises:
             ApiError: If nothing can serve the request, saying why.
         """
-        maximum = self._max_output_tokens(request)
+        maximum = self.max_output_tokens(request)
         try:
-            route = self._engine.route(request, preferences, self._count_input(request, "o200k_base"), maximum)
+            route, costs = self.route(request, preferences)
         except NoRoute as error:
-            raise ApiError(
-                404 if error.code == "model_not_found" else 400, error.code, error.message, param="model"
-            ) from None
-        costs = [self._maximum_cost(request, candidate, maximum) for candidate in route.candidates]
+            raise ApiError(error.status, error.code, error.message, param=error.param) from None
         candidates = route.candidates
-        if request.model == "auto" and not request.models:
-            kept = [index for index, cost in enumerate(costs) if cost <= AUTO_COST_FACTOR_MAX * costs[0]]
-            candidates = tuple(route.candidates[index] for index in kept)
-            costs = [costs[index] for index in kept]
         quote = make_quote(
             inference_nano_usd=max(costs),
             network_fee_nano_usd=self._network_fee_nano_usd,
@@ -99,6 +93,22 @@ class Planner:
             expires_at=now + self._ttl_s,
         )
         return Plan(request, route.strategy, candidates, maximum, quote)
+
+    def route(self, request: ChatRequest, preferences: Preferences) -> tuple[Route, list[int]]:
+        """Choose a route, and say what each candidate of it may cost at most, in nano-USD.
+
+        Raises:
+            NoRoute: If nothing can serve the request, saying why.
+        """
+        maximum = self.max_output_tokens(request)
+        route = self._engine.route(request, preferences, self._count_input(request, "o200k_base"), maximum)
+        costs = [self.maximum_cost(request, candidate, maximum) for candidate in route.candidates]
+        if request.model == "auto" and not request.models:
+            dear = [cost > AUTO_COST_FACTOR_MAX * costs[0] for cost in costs]
+            if any(dear):
+                route = route.without(list(compress(route.candidates, dear)), "dearer_than_auto_may_be")
+            costs = [cost for cost, left_out in zip(costs, dear, strict=True) if not left_out]
+        return route, costs
 
     def honour(self, fresh: Plan, quote: Quote, marks: Sequence[bytes]) -> Plan | None:
         """The plan that an earlier quote promised, at its price, whatever prices have done since.
@@ -114,7 +124,7 @@ class Planner:
         """
 
         def maximum(candidate: Candidate) -> int:
-            return self._maximum_cost(fresh.request, candidate, fresh.max_output_tokens)
+            return self.maximum_cost(fresh.request, candidate, fresh.max_output_tokens)
 
         room = quote.maximum_nano_usd - quote.network_fee_nano_usd
         quoted = tuple(candidate for mark in marks if (candidate := self._catalog.by_mark(mark)) is not None)
@@ -134,9 +144,11 @@ class Planner:
         """What an answer that nobody waited for costs, in nano-USD: what the provider bills, and no fee of ours."""
         return divide_up(inference_nano_usd * plan.scale[0], plan.scale[1])
 
-    def _max_output_tokens(self, request: ChatRequest) -> int:
+    def max_output_tokens(self, request: ChatRequest) -> int:
+        """The limit on the answer: the request's own, or the default."""
         return request.max_output_tokens or self._default_max_output_tokens
 
-    def _maximum_cost(self, request: ChatRequest, candidate: Candidate, max_output_tokens: int) -> int:
+    def maximum_cost(self, request: ChatRequest, candidate: Candidate, max_output_tokens: int) -> int:
+        """The most that a candidate's answer may cost, in nano-USD."""
         output = min(max_output_tokens, candidate.max_output_tokens) * request.choices
         return candidate.price.maximum_cost(self._count_input(request, candidate.tokenizer), output)

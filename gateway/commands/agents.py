@@ -90,6 +90,10 @@ def _fix(error: Exception) -> str:
             return "Do not pay this gateway by channels; what is left in one can be withdrawn on chain"
         case agents_sdk.RequestRefused(code="insufficient_balance" | "insufficient_credit"):
             return "`farebox wallet balance` shows what is there, `farebox wallet topup` adds to it"
+        case agents_sdk.RequestRefused(
+            code="treasury_short" | "withdrawal_impossible" | "topup_unclaimed" | "daily_limit"
+        ):
+            return "Run it again later; nothing was taken"
         case agents_sdk.RequestRefused(code="key_not_found"):
             return "`farebox wallet keys list` shows the ids (key_…)"
         case agents_sdk.RequestRefused(code="channel" | "refund_no_balance"):

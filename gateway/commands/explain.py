@@ -37,6 +37,7 @@ def explain(
     settings = load_settings(config)
     from gateway.api.errors import ApiError
     from gateway.dialects.openai_chat import parse_request
+    from gateway.planning import Planner
     from gateway.routing.catalog import Catalog
     from gateway.routing.engine import Engine, NoRoute
     from gateway.routing.preferences import STRATEGY_HEADER, parse_preferences
@@ -47,21 +48,20 @@ def explain(
     try:
         request = parse_request(body)
         preferences = parse_preferences(body, {STRATEGY_HEADER: strategy} if strategy else {})
-        output_tokens = request.max_output_tokens or settings.payments.default_max_output_tokens
-        input_tokens = count_input(request)
-        route = Engine(catalog, settings).route(request, preferences, input_tokens, output_tokens)
+        planner = Planner(settings, catalog, Engine(catalog, settings), count_input)
+        route, _ = planner.route(request, preferences)
     except (ApiError, NoRoute) as error:
         raise Failed(
             error.message, "Correct the request; /v1/models and `farebox config check` show what there is"
         ) from None
 
+    output_tokens = planner.max_output_tokens(request)
     rows = []
     for entry in route.explanation:
         candidate = _candidate(catalog, entry)
-        limit = min(output_tokens, candidate.max_output_tokens) * request.choices
         counted = count_input(request, candidate.tokenizer)
-        rows.append((entry, counted, candidate.price.maximum_cost(counted, limit)))
-    _show(route.strategy, input_tokens, output_tokens, rows, as_json)
+        rows.append((entry, counted, planner.maximum_cost(request, candidate, output_tokens)))
+    _show(route.strategy, count_input(request), output_tokens, rows, as_json)
 
 
 def _show(

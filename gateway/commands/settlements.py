@@ -21,6 +21,8 @@ from gateway.commands.shared import (
 )
 
 if TYPE_CHECKING:
+    from gateway.settings import Settings
+    from payments.chain.networks import Token
     from payments.store import Transaction
 
 app = typer.Typer(
@@ -51,10 +53,14 @@ def list_(
 
     before = None if older_than is None else time.time_ns() // 1_000_000 - 1000 * _seconds(older_than)
     wanted = _states(state)
-    with open_database(load_settings(config)) as database:
+    settings = load_settings(config)
+    with open_database(settings) as database:
         rows = database.read(
             lambda tx: stories.search(tx, wanted=wanted, kind=kind, payer=payer, created_before_ms=before, limit=limit)
         )
+    tokens = _tokens(settings)
+    for row in rows:
+        row |= _worth(row, "value", tokens)
     if as_json:
         print_json({"ok": True, "settlements": rows})
         return
@@ -64,19 +70,25 @@ def list_(
     for row in rows:
         last = row["reason"] if row["state"] == "failed" else row["transaction_hash"]
         since = stories.moment(row["created_ms"])
-        shown.add_row(row["id"], row["kind"], row["state"], since, row["payer"], row["value"], last or "")
+        value = _amount(row, "value")
+        shown.add_row(row["id"], row["kind"], row["state"], since, row["payer"], value, last or "")
     out.print(shown)
 
 
 @app.command(epilog="Example: [cyan]farebox settlements explain rcpt_2f…[/cyan]")
 @reporting
 def explain(settlement: SettlementId, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """The whole story of one settlement: the order, its transaction and broadcasts, the evidence, and what happens next."""
+    """The whole story of one settlement: the order, its transaction and broadcasts, the evidence, and what happens next.
+
+    Its value is counted in the token's smallest units; with --json its worth stands next to it (`…_usd`).
+    """
     from payments.settlement import stories
 
-    with open_database(load_settings(config)) as database:
+    settings = load_settings(config)
+    with open_database(settings) as database:
         story = database.read(lambda tx: stories.tell(tx, _found(tx, settlement)))
     assert story is not None
+    _add_worth(story, _tokens(settings))
     if as_json:
         print_json({"ok": True, **story})
         return
@@ -111,8 +123,11 @@ def _print_story(story: dict[str, Any]) -> None:
 
     shown = table("", "")
     shown.show_header = False
-    for name, value in story["settlement"].items():
-        if value is not None:
+    order = story["settlement"]
+    for name, value in order.items():
+        if name in ("value", "received_value") and value is not None:
+            shown.add_row(name, _amount(order, name))
+        elif value is not None and name not in ("value_usd", "received_value_usd"):
             shown.add_row(name, stories.moment(value) if name.endswith("_ms") else str(value))
     out.print(shown)
     transaction = story["transaction"]
@@ -134,7 +149,7 @@ def _print_story(story: dict[str, Any]) -> None:
     if evidence is not None:
         out.print(
             f"\nEvidence: log {evidence['transfer_log_index']} of {evidence['transaction_hash']}"
-            f" in block {evidence['block_number']} brought {evidence['received_value']}",
+            f" in block {evidence['block_number']} brought {_amount(order, 'received_value')}",
             markup=False,
         )
     else:
@@ -142,10 +157,46 @@ def _print_story(story: dict[str, Any]) -> None:
     if story["transfers"]:
         booked = table("transfer", "from", "to", "amount", "state", right=("amount",))
         for row in story["transfers"]:
-            amount = row["amount"] if row["posted_amount"] is None else row["posted_amount"]
-            booked.add_row(row["id"], row["debit_account"], row["credit_account"], str(amount), row["state"])
+            amount = f"{row['amount_usd']} USD" if "amount_usd" in row else f"{row['amount_native']} coins"
+            booked.add_row(row["id"], row["debit_account"], row["credit_account"], amount, row["state"])
         out.print(booked)
     out.print(f"\nNext: {story['next']}.", markup=False)
+
+
+def _tokens(settings: Settings) -> dict[tuple[int, str], Token]:
+    """What the configuration knows of the tokens, by chain and address."""
+    return {
+        (token.chain_id, token.address): token for network in settings.resolved_networks() for token in network.tokens
+    }
+
+
+def _worth(row: dict[str, Any], name: str, tokens: dict[tuple[int, str], Token]) -> dict[str, Any]:
+    """In dollars, what a row counts in the smallest units of its token, and the token's name; {} of one that is not known."""
+    from payments.money import atomic_to_nano_down, nano_to_usd
+
+    token = tokens.get((row["chain_id"], row["token"]))
+    if token is None or row[name] is None:
+        return {}
+    return {"asset": token.asset, f"{name}_usd": nano_to_usd(atomic_to_nano_down(int(row[name]), token.decimals))}
+
+
+def _add_worth(story: dict[str, Any], tokens: dict[tuple[int, str], Token]) -> None:
+    from payments.ledger.accounts import unit_of
+    from payments.money import nano_to_usd
+
+    order = story["settlement"]
+    order |= _worth(order, "value", tokens) | _worth(order, "received_value", tokens)
+    for row in story["transfers"]:
+        amount = row["amount"] if row["posted_amount"] is None else row["posted_amount"]
+        row[f"amount_{unit_of(row['debit_account'])}"] = nano_to_usd(amount)
+
+
+def _amount(row: dict[str, Any], name: str) -> str:
+    """A value for people: with the token's symbol, or as its smallest units where the configuration does not know it."""
+    worth = row.get(f"{name}_usd")
+    if worth is None:
+        return f"{row[name]} units of {row['token']}"
+    return f"{worth} {row['asset'].rpartition('/')[2]}"
 
 
 def _found(tx: Transaction, name: str) -> str:

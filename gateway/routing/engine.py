@@ -6,8 +6,8 @@ Hard filters exclude, one score ranks what is left. A few microseconds a candida
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 from gateway.dialects.canonical import ChatRequest
 from gateway.routing.catalog import Candidate, Catalog
@@ -88,6 +88,14 @@ class Route:
             Considered(entry.candidate.id, entry.score, entry.expected_nano_usd, entry.excluded_by)
             for entry in sorted(self._entries, key=lambda entry: entry.excluded_by is not None)
         )
+
+    def without(self, candidates: Collection[Candidate], reason: str) -> Route:
+        """This route without some of its candidates, and why they are left out."""
+        entries = tuple(
+            replace(entry, excluded_by=reason) if entry.candidate in candidates else entry for entry in self._entries
+        )
+        kept = tuple(candidate for candidate in self.candidates if candidate not in candidates)
+        return Route(kept, self.strategy, entries)
 
 
 def _never_open(candidate_id: str) -> bool:

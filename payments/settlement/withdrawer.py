@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from payments import withdrawals
 from payments.chain.networks import Token
 from payments.chain.rpc import RpcError, RpcUnavailable
-from payments.chain.transactions import encode_transfer
+from payments.chain.transactions import encode_balance_of, encode_transfer
 from payments.errors import SettlementUnavailable
-from payments.money import nano_to_atomic_down
+from payments.ledger import transfers
+from payments.ledger.accounts import account_id
+from payments.money import atomic_to_nano_down, nano_to_atomic_down, nano_to_usd
 from payments.settlement import payouts
 from payments.settlement.engine import Settlements
 from payments.settlement.orders import Kind
@@ -73,6 +75,7 @@ class Withdrawer:
         try:
             await self._settlements.rpc.call("eth_call", [call, "latest"])
         except RpcError as error:
+            await self._require_covered(token, value)
             raise WithdrawalRefused(
                 "withdrawal_impossible",
                 f"{token.asset} refuses this transfer now ({error.message}); your balance is untouched, try again later",
@@ -81,6 +84,32 @@ class Withdrawer:
             raise SettlementUnavailable(
                 "settlement_unavailable", "the chain cannot be asked right now; your balance is untouched, try again"
             ) from None
+
+    async def _require_covered(self, token: Token, value: int) -> None:
+        """Deposits are in a wallet's balance before they are in the treasury: see `payments.settlement.sweeps`.
+
+        Raises:
+            WithdrawalRefused: The treasury has not as much now, and when it will.
+        """
+        call = {"to": token.address, "data": "0x" + encode_balance_of(self.treasury).hex()}
+        try:
+            held = int(await self._settlements.rpc.call("eth_call", [call, "latest"]), 16)
+        except (RpcError, RpcUnavailable):
+            return
+        if held >= value:
+            return
+        account = account_id("forwarders", token.asset)
+        unswept = -(await self._store.read(lambda tx: transfers.balance(tx, account))).balance
+        has = nano_to_usd(atomic_to_nano_down(held, token.decimals))
+        why, until = "", "later"
+        if unswept > 0:
+            why = f", and {nano_to_usd(unswept)} USD lie at deposit addresses until they are swept into it"
+            until = "in some minutes"
+        raise WithdrawalRefused(
+            "treasury_short",
+            f"the treasury has {has} USD in {token.asset} now, less than this{why}; your balance is untouched: try again"
+            f" {until}, or ask for less",
+        )
 
     def take(self, withdrawal_id: str) -> None:
         """A withdrawal's order is durable: put it on its way."""

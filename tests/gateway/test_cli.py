@@ -367,6 +367,19 @@ def test_explain_shows_every_candidate_and_what_excluded_it(run: Run) -> None:
     assert "no tools" in run("explain", "request.json").stdout
 
 
+def test_explain_leaves_out_what_a_quote_for_auto_leaves_out(run: Run) -> None:
+    value = parsed(run("explain", "--max-tokens", "5", "--json"))
+    assert value["route"] == ["small@open"]
+    excluded = {entry["candidate"]: entry["excluded_by"] for entry in value["considered"]}
+    assert excluded == {"small@open": None, "large-4.7@open": "dearer_than_auto_may_be"}
+    assert "dearer than auto may be" in run("explain", "--max-tokens", "5").stdout
+    # Who names the models has agreed to their prices.
+    Path("request.json").write_text(
+        '{"model": "auto", "models": ["large-4.7"], "messages": [{"role": "user", "content": "hi"}]}'
+    )
+    assert len(parsed(run("explain", "request.json", "--json"))["route"]) == 2
+
+
 def test_explain_takes_options_instead_of_a_file(run: Run) -> None:
     value = parsed(run("explain", "-m", "LARGE-4-7", "-p", "word " * 1000, "--max-tokens", "7", "--json"))
     assert value["route"] == ["large-4.7@open"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,26 @@ def test_a_story_has_the_order_the_transaction_the_evidence_and_what_is_next(run
     text = run("settlements", "explain", name).output
     for part in (EVIDENCE, "batch of 2", transaction["broadcasts"][1]["hash"], "settle:paid", "Next: it is final once"):
         assert part in text
+
+
+@pytest.mark.usefixtures("filled")
+def test_values_have_their_units(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = f"1000 units of {TOKEN}"
+    assert unknown in run("settlements", "list").output
+    assert f"brought {unknown}" in run("settlements", "explain", "payment:paid").output
+    coin = {"symbol": "COIN", "address": TOKEN, "decimals": 6, "transfer_method": "permit2"}
+    network = {"chain_id": 84532, "rpc_urls": ["http://127.0.0.1:9"], "tokens": [coin]}
+    monkeypatch.setenv("FAREBOX_NETWORKS", json.dumps([network]))
+    for name, value in (("SECRET", "s" * 32), ("SIGNER_KEYS", json.dumps(["0x" + "55" * 32]))):
+        monkeypatch.setenv(f"FAREBOX_{name}", value)
+    text = run("settlements", "explain", "payment:paid").output
+    assert "brought 0.001 COIN" in text
+    assert "0.000000001 USD" in text
+    assert "0.001 COIN" in run("settlements", "list").output
+    story = parsed(run("settlements", "explain", "payment:paid", "--json"))
+    order = story["settlement"]
+    assert (order["value"], order["value_usd"], order["asset"]) == ("1000", "0.001", "eip155:84532/COIN")
+    assert story["transfers"][0]["amount_usd"] == "0.000000001"
 
 
 @pytest.mark.usefixtures("filled")

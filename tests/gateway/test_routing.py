@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from gateway.api.errors import ApiError
 from gateway.dialects.canonical import ChatRequest, MediaBlock, Message, TextBlock, Tool, ToolCallBlock
+from gateway.planning import Planner
 from gateway.routing.catalog import Candidate, Catalog, normal_name
 from gateway.routing.engine import Engine, NoRoute, Preferences, Route
 from gateway.routing.estimates import Estimate
 from gateway.routing.features import Features
 from gateway.routing.preferences import MaxPrice, parse_preferences
+from gateway.routing.tokens import count_input
 from gateway.settings import ModelSettings, PaymentSettings, ProviderSettings, RoutingSettings, Settings
 from payments.money import NANO_PER_USD, Usage
 from payments.quotes import route_mark
@@ -314,6 +316,12 @@ def test_open_breaker_excludes_and_all_open_is_temporary() -> None:
     with pytest.raises(NoRoute) as caught:
         route(engine_of(DEAR, is_open={"dear@p"}), asking("dear"))
     assert (caught.value.code, caught.value.status) == ("no_candidate_available", 503)
+    settings = settings_of(models=[DEAR])
+    catalog = Catalog.from_settings(settings)
+    planner = Planner(settings, catalog, Engine(catalog, settings, is_open=lambda _: True), count_input)
+    with pytest.raises(ApiError) as told:
+        planner.plan(asking("dear"), Preferences(), b"d" * 32, 0)
+    assert (told.value.code, told.value.status) == ("no_candidate_available", 503)
 
 
 def test_nobody_left_says_why_for_each() -> None:

@@ -293,6 +293,23 @@ async def test_a_transfer_that_the_token_would_refuse_is_not_begun(
     assert refused.value.code == "withdrawal_impossible"
 
 
+@pytest.mark.parametrize("deposited", [False, True])
+async def test_what_the_treasury_has_not_yet_is_refused_with_where_it_lies(
+    chain: Devnet, network: Network, store: Store, deposited: bool
+) -> None:
+    usdc, wallet = network.tokens[0], chain.wallets[1]
+    if deposited:
+        owed = {"debit": account_id("forwarders", usdc.asset), "credit": payer_account(wallet.address, usdc.asset)}
+        await store.write(lambda tx: transfers.post(tx, id="log:1:0", amount=3 * USD, reference="log", **owed))
+    async with withdrawing(chain, network, store) as (withdrawer, _):
+        more = balance_of(chain.rpc_url, chain.usdc, withdrawer.treasury) * 1000 + USD
+        with pytest.raises(WithdrawalRefused) as refused:
+            await withdrawer.require_possible(wallet.address.lower(), usdc, more)
+    assert refused.value.code == "treasury_short"
+    assert ("3.00 USD lie at deposit addresses until they are swept" in str(refused.value)) is deposited
+    assert "try again" in str(refused.value)
+
+
 async def test_one_that_reverts_gives_the_money_and_the_fee_back(chain: Devnet, network: Network, store: Store) -> None:
     usdc, wallet = network.tokens[0], chain.wallets[1]
     await owe(store, wallet, usdc, 9 * USD)
