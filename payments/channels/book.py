@@ -15,6 +15,7 @@ from typing import Any
 
 from payments.chain.channel_contract import ChannelState
 from payments.chain.networks import Token
+from payments.errors import PaymentRefused
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id
 from payments.money import atomic_to_nano_down, nano_to_atomic_down, nano_to_atomic_up
@@ -42,19 +43,35 @@ _INSERT = (
     "INSERT INTO channel (id, chain_id, asset, state, payer, payer_authorizer, receiver, receiver_authorizer, token,"
     " withdraw_delay, salt, balance, total_claimed, withdraw_amount, withdraw_at, refund_nonce, synced_block, marks,"
     " synced_marks, voucher, signature, charged_nano_usd, claimed_nano_usd, lost_nano_usd, announced, refunding,"
-    " claim_from_ms, topped_up_to_nano_usd, created_ms, updated_ms)"
-    " VALUES (?, ?, ?, 'new', ?, ?, ?, ?, ?, ?, ?, '0', '0', '0', 0, '0', -1, 0, 0, '0', ?, 0, 0, 0, '0', '0', 0, 0, ?, ?)"
+    " claim_from_ms, topped_up_to_nano_usd, unpaid_transactions, unpaid_since_ms, created_ms, updated_ms)"
+    " VALUES (?, ?, ?, 'new', ?, ?, ?, ?, ?, ?, ?,"
+    " '0', '0', '0', 0, '0', -1, 0, 0, '0', ?, 0, 0, 0, '0', '0', 0, 0, 0, 0, ?, ?)"
     " ON CONFLICT (id) DO NOTHING"
 )
 _REFUNDS = (
     "SELECT authorization_nonce, value FROM settlement"
     " WHERE reference = ? AND kind = 'channel_refund' AND state <> 'final'"
 )
+_UNPAID = "SELECT COALESCE(SUM(unpaid_transactions), 0) FROM channel WHERE payer = ? AND unpaid_since_ms > ?"
+_COUNT_TRANSACTION = """
+    UPDATE channel SET
+        unpaid_transactions = CASE WHEN unpaid_since_ms > ? THEN unpaid_transactions + 1 ELSE 1 END,
+        unpaid_since_ms = CASE WHEN unpaid_since_ms > ? THEN unpaid_since_ms ELSE ? END
+    WHERE id = ?
+"""
+_COUNT_REQUEST = (
+    "UPDATE channel SET unpaid_transactions = unpaid_transactions - 1 WHERE id = ? AND unpaid_transactions > 0"
+)
 _SETTABLE = frozenset({
     "balance", "total_claimed", "withdraw_amount", "withdraw_at", "refund_nonce", "synced_block", "synced_marks", "voucher",
     "signature", "charged_nano_usd", "claimed_nano_usd", "lost_nano_usd", "announced", "refunding", "refund_id", "claim_id",
     "claim_from_ms", "unclaimed_since_ms", "topped_up_to_nano_usd",
 })  # fmt: skip
+
+
+UNPAID_MAX = 10
+"""Transactions in one `UNPAID_WINDOW_MS` for one payer, by whichever channels, that no request was charged for."""
+UNPAID_WINDOW_MS = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +310,25 @@ def book_claimed(tx: Transaction, channel_id: str, claimed_nano_usd: int, token:
     put(tx, channel_id, claimed_nano_usd=claimed_nano_usd, unclaimed_since_ms=since)
 
 
+def count_transaction(tx: Transaction, channel: Channel) -> None:
+    """Count a deposit or a refund that is ordered now. Its gas is ours, and each charged request makes up for one: else a payer
+    could have us make one for every atomic unit.
+
+    Raises:
+        PaymentRefused: ``unpaid_transactions``: there were too many for this payer lately; nothing was changed.
+    """
+    now = now_ms()
+    since = now - UNPAID_WINDOW_MS
+    (unpaid,) = tx.execute(_UNPAID, (channel.config.payer, since)).fetchone()
+    if unpaid >= UNPAID_MAX:
+        raise PaymentRefused(
+            "unpaid_transactions",
+            f"{UNPAID_MAX} deposits and refunds were made for this wallet within an hour that no charged request makes up for;"
+            " use what is deposited, or send it again later",
+        )
+    tx.execute(_COUNT_TRANSACTION, (since, since, now, channel.id))
+
+
 def held_nano_usd(tx: Transaction, channel: Channel) -> int:
     """What requests under way may still cost."""
     return transfers.balance(tx, channel.account).pending_out
@@ -304,6 +340,8 @@ def charge(tx: Transaction, channel_id: str, amount_nano_usd: int, announced: in
     assert channel is not None
     charged = channel.charged_nano_usd + amount_nano_usd
     owed_before, owes = channel.unclaimed_since_ms, _owes(charged - channel.claimed_nano_usd, token)
+    if amount_nano_usd:
+        tx.execute(_COUNT_REQUEST, (channel_id,))
     put(
         tx,
         channel_id,

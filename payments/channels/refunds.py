@@ -162,6 +162,7 @@ def _begin(
         call_data=encode_refund(channel.config, amount, nonce, sign_digest(authorizer.key, digest)),
         valid_before=0,
     )
+    book.count_transaction(tx, channel)
     outbox.enqueue(tx, order)
     book.put(tx, channel.id, refunding=book.signed_refunds(tx, channel.id, nonce), refund_id=settlement_id)
     return settlement_id, amount

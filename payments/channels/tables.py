@@ -63,6 +63,9 @@ class Channel(SQLModel, table=True):
     unclaimed_since_ms: int | None = Field(default=None, sa_column=_big(nullable=True))
     topped_up_to_nano_usd: int = Field(default=0, sa_column=_big(default=0))
     """`charged_nano_usd` when its payer last topped up its balance here, in whole atomic units."""
+    unpaid_transactions: int = Field(default=0, sa_column=_big(default=0))
+    """Deposits and refunds that were ordered, less the requests that were charged since; counted from `unpaid_since_ms` on."""
+    unpaid_since_ms: int = Field(default=0, sa_column=_big(default=0))
     created_ms: int = Field(sa_column=_big())
     updated_ms: int = Field(sa_column=_big())
 

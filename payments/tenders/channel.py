@@ -191,6 +191,7 @@ class ChannelTender:
         if isinstance(decision, Taken) and decision.deposit == "due":
             if deposit is None or not deposit.cover.holds(tx):
                 raise _Overtaken
+            book.count_transaction(tx, channel)
             outbox.enqueue(tx, self._deposit_order())
         if unknown and isinstance(decision, PaymentRefused):
             # Nothing is kept of it: a key costs nothing, another salt even less.

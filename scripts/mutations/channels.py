@@ -115,6 +115,27 @@ CHANNELS = (
         ON_CHAIN,
     ),
     Mutation(
+        "refunds for nothing are not counted",
+        _REFUNDS,
+        "    book.count_transaction(tx, channel)\n",
+        "",
+        ON_CHAIN,
+    ),
+    Mutation(
+        "deposits for nothing are not counted",
+        "payments/tenders/channel.py",
+        "            book.count_transaction(tx, channel)\n",
+        "",
+        ON_CHAIN,
+    ),
+    Mutation(
+        "transactions for nothing are counted a channel",
+        _BOOK,
+        ' FROM channel WHERE payer = ? AND unpaid_since_ms > ?"\n',
+        ' FROM channel WHERE payer = ? AND unpaid_since_ms > ? AND unpaid_transactions > 1"\n',
+        ON_CHAIN,
+    ),
+    Mutation(
         "a claim exceeds the voucher",
         _KEEPER,
         "    total = min(charged, channel.voucher, channel.on_chain.balance)\n",

@@ -15,7 +15,7 @@ import pytest
 from contracts.devnet import OWNER_ADDRESS, Devnet, as_owner, balance_of, call_data, rpc
 from payments import receipts
 from payments.chain.networks import Network
-from payments.channels import keeper
+from payments.channels import book, keeper
 from payments.channels.refunds import Refunder
 from payments.channels.requests import OutOfStep
 from payments.errors import PaymentRefused
@@ -309,6 +309,40 @@ async def test_a_refund_gives_back_what_was_not_charged_and_can_be_spent_by_nobo
     assert await opened.keeper.claim([await opened.channel()], opened.token) == 1
     await opened.settle_open()
     assert await opened.receivable() == 0
+
+
+async def test_transactions_that_nothing_is_charged_for_are_bounded(
+    opened: Gateway, chain: Devnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(book, "UNPAID_MAX", 3)
+    await opened.pay(PRICE, PRICE, deposit=5 * PRICE)
+    refunder = Refunder(opened.services, opened.settlements, opened.scheme.check_channel)
+    ask = opened.payment((await opened.channel()).announced, type="refund", refund=1)
+
+    async def transactions() -> int:
+        signer = chain.wallets[0].address
+        return int(rpc(chain.rpc_url, "eth_getTransactionCount", signer, "latest"), 16)
+
+    before = await transactions()
+    for _ in range(2):
+        await refunder.refund(ask, opened.token)
+    # In another channel of the same payer, and hung up on.
+    again = dataclasses.replace(opened, salt=1)
+    await (await again.take(again.payment(PRICE, deposit=PRICE))).interrupt(Outcome({"reason": "gone"}))
+    for refused in (
+        refunder.refund(ask, opened.token),
+        opened.take(opened.payment(2 * PRICE, deposit=PRICE), b"another request"),
+    ):
+        with pytest.raises(PaymentRefused) as error:
+            await refused
+        assert error.value.code == "unpaid_transactions"
+    assert await transactions() - before == 3
+    await (await again.take(again.payment(PRICE))).capture(QUOTED, Outcome())
+    await refunder.refund(ask, opened.token)
+    with pytest.raises(PaymentRefused):
+        await refunder.refund(ask, opened.token)
+    monkeypatch.setattr(book, "UNPAID_WINDOW_MS", 0)
+    await refunder.refund(ask, opened.token)
 
 
 async def test_a_restart_finds_the_channel_its_deposit_and_its_claim(
