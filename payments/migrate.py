@@ -12,7 +12,7 @@ from payments.store import is_postgres
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-HEAD = "0023"
+HEAD = "0024"
 """The newest revision in `payments/migrations/versions`."""
 BUSY_TIMEOUT_S = 60
 _SCHEMA_LOCK = 0x66617265626F79

@@ -37,6 +37,8 @@ class Withdrawal(SQLModel, table=True):
     reason: str | None = None
     created_ms: int = Field(sa_column=_big())
     updated_ms: int = Field(sa_column=_big())
+    asked_nano_usd: int | None = Field(sa_column=Column(BigInteger, nullable=True))
+    """The amount that was asked for, in whole units; none for all that there was, or before this was kept."""
 
 
 class DepositAddress(SQLModel, table=True):

@@ -47,7 +47,10 @@ ENQUEUED_AT_ONCE = 100
 PER_DAY_MAX = 50
 """Withdrawals of one wallet in a day, whatever became of them: each costs gas."""
 _KEY = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
-_COLUMNS = "id, address, idempotency_key, asset, amount_nano_usd, fee_nano_usd, state, reason, created_ms, updated_ms"
+_COLUMNS = (
+    "id, address, idempotency_key, asset, amount_nano_usd, fee_nano_usd, state, reason, created_ms, updated_ms,"
+    " asked_nano_usd"
+)
 
 
 class WithdrawalRefused(PaymentError):
@@ -103,6 +106,8 @@ class Withdrawal:
     reason: str | None
     created_ms: int
     updated_ms: int
+    asked_nano_usd: int | None
+    """None for all that there was."""
     transaction_hash: str | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -156,7 +161,8 @@ def request(
     found = find(tx, address, idempotency_key)
     if found is not None:
         asked = None if amount_nano_usd is None else _whole(amount_nano_usd, token)
-        if found.asset != token.asset or asked not in (None, found.amount_nano_usd):
+        same = asked == found.amount_nano_usd if asked is not None else found.asked_nano_usd is None
+        if found.asset != token.asset or not same:
             raise WithdrawalRefused(
                 "idempotency_conflict",
                 f"this Idempotency-Key was used for another withdrawal ({found.id}); use a new one",
@@ -184,7 +190,8 @@ def request(
             f"{nano_to_usd(available)} USD are available in {token.asset}, less than {nano_to_usd(amount)} USD{fee}",
         ) from None
     state: State = "review" if recent + amount >= limits.review else "queued"
-    _insert(tx, withdrawal_id, address, idempotency_key, token, amount, limits.fee, state)
+    asked = None if amount_nano_usd is None else amount
+    _insert(tx, withdrawal_id, address, idempotency_key, token, amount, limits.fee, state, asked)
     if state == "queued":
         payouts.enqueue(tx, "withdrawal", withdrawal_id, address, token, _value(amount, token), treasury)
     made = get(tx, withdrawal_id)
@@ -371,12 +378,20 @@ def _select(tx: Transaction, conditions: str, parameters: tuple[Any, ...]) -> li
 
 
 def _insert(
-    tx: Transaction, id: str, address: str, key: str, token: Token, amount: int, fee: int, state: State
+    tx: Transaction,
+    id: str,
+    address: str,
+    key: str,
+    token: Token,
+    amount: int,
+    fee: int,
+    state: State,
+    asked: int | None,
 ) -> None:
     now = _now_ms()
     tx.execute(
-        f"INSERT INTO withdrawal ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - a constant
-        (id, address, key, token.asset, amount, fee, state, None, now, now),
+        f"INSERT INTO withdrawal ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - a constant
+        (id, address, key, token.asset, amount, fee, state, None, now, now, asked),
     )
 
 

@@ -18,6 +18,8 @@ from payments.store import Store
 from payments.withdrawals import Limits, Withdrawal
 
 LISTED_MAX = 100
+FIELDS = frozenset({"asset", "amount_usd"})
+"""Of a withdrawal. What is not among them is refused: `to` in particular must not look as if it had been heeded."""
 
 
 class WithdrawalApi:
@@ -48,6 +50,14 @@ class WithdrawalApi:
         """Make a withdrawal, or find the one that was made with the same `Idempotency-Key`."""
         address = await signed_in(self._access, call)
         body = read_json(call.body, self._json_depth_max)
+        unknown = sorted(body.keys() - FIELDS)
+        if unknown:
+            raise ApiError(
+                400,
+                "unknown_field",
+                f"a withdrawal has no `{unknown[0]}`: it has `asset` and `amount_usd`, and goes to the wallet's own address",
+                param=unknown[0],
+            )
         withdrawer, token = self._token(body.get("asset"))
         amount = _amount(body.get("amount_usd"))
         key = call.header(b"idempotency-key") or ""

@@ -160,6 +160,8 @@ def test_what_was_topped_up_and_not_spent_is_withdrawn(http: httpx.Client, stack
     refused = http.post("/v1/wallet/withdrawals", json=body, headers=session)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_idempotency_key")
     headers = session | {"idempotency-key": secrets.token_hex(8)}
+    refused = http.post("/v1/wallet/withdrawals", json=body | {"to": "0x" + "11" * 20}, headers=headers)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "to")
     made = [http.post("/v1/wallet/withdrawals", json=body, headers=headers).json() for _ in range(3)]
     assert len({each["id"] for each in made}) == 1
     deadline = time.monotonic() + 20

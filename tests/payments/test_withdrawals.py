@@ -189,6 +189,12 @@ async def test_the_same_key_is_the_same_withdrawal_and_another_amount_is_a_confl
         with pytest.raises(WithdrawalRefused) as refused:
             await ask(store, wallet, token, amount)
         assert refused.value.code == "idempotency_conflict"
+    # All that there is may happen to be as much, and is another wish all the same.
+    with pytest.raises(WithdrawalRefused) as refused:
+        await ask(store, wallet, usdc, None)
+    assert refused.value.code == "idempotency_conflict"
+    everything, _ = await ask(store, wallet, usdc, None, "all")
+    assert await ask(store, wallet, usdc, None, "all") == (everything, False)
     # Keys are each wallet's own: nobody finds, or blocks, what another one made.
     assert (await ask(store, other, usdc, 5 * USD))[1]
     for key in ("", "a b", "x" * 129, "ключ"):
