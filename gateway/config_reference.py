@@ -24,6 +24,14 @@ def markdown() -> str:
     return "\n".join(rows) + "\n"
 
 
+def settings() -> list[dict[str, str]]:
+    """The same for programs."""
+    return [
+        {"setting": path, "type": kind, "default": default.strip("`"), "meaning": meaning}
+        for path, kind, default, meaning in _rows(Settings, "")
+    ]
+
+
 def _rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"

@@ -174,12 +174,17 @@ def fund_pool(tx: Transaction, pool: str, amount_nano_usd: int, reference: str) 
     transfers.ensure_account(tx, pool_account(pool))
     transfers.post(
         tx,
-        id=f"grant:{pool}:{reference}",
+        id=grant_id(pool, reference),
         debit=GRANTS_ACCOUNT,
         credit=pool_account(pool),
         amount=amount_nano_usd,
         reference=reference,
     )
+
+
+def grant_id(pool: str, reference: str) -> str:
+    """The ledger transfer of a grant."""
+    return f"grant:{pool}:{reference}"
 
 
 def _view(row: tuple[Any, ...]) -> ApiKeyView:

@@ -39,6 +39,11 @@ def every_kind(store: Store, network: Network) -> dict[str, Kind]:
     }
 
 
+def names(store: Store) -> tuple[str, ...]:
+    """The kinds' names, which are the same on every network."""
+    return tuple(every_kind(store, Network(0, None, ())))
+
+
 def register(settlements: Settlements, store: Store) -> None:
     """Teach an engine all of them; before it starts."""
     for name, kind in every_kind(store, settlements.network).items():

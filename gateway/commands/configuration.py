@@ -81,8 +81,12 @@ def example(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def reference() -> None:
+@reporting
+def reference(as_json: JsonOption = False) -> None:
     """Print every setting with its type, default and meaning, as a Markdown table."""
-    from gateway.config_reference import markdown
+    from gateway.config_reference import markdown, settings
 
-    typer.echo(markdown(), nl=False)
+    if as_json:
+        print_json({"ok": True, "settings": settings()})
+    else:
+        typer.echo(markdown(), nl=False)

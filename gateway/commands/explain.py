@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gateway.commands.shared import ConfigOption, Failed, JsonOption, load_settings, out, print_json, reporting, table
+from gateway.commands.shared import (
+    ConfigOption,
+    Failed,
+    JsonOption,
+    WrongUsage,
+    load_settings,
+    out,
+    print_json,
+    reporting,
+    table,
+)
 
 if TYPE_CHECKING:
     from gateway.routing.catalog import Catalog
@@ -41,8 +51,11 @@ def explain(
     from gateway.routing.catalog import Catalog
     from gateway.routing.engine import Engine, NoRoute
     from gateway.routing.preferences import STRATEGY_HEADER, parse_preferences
+    from gateway.routing.strategies import STRATEGIES
     from gateway.routing.tokens import count_input
 
+    if strategy is not None and strategy.strip().lower() not in STRATEGIES:
+        raise WrongUsage(f"there is no strategy {strategy!r}", f"Use one of: {', '.join(STRATEGIES)}")
     body = _body(file, model, prompt, max_tokens)
     catalog = Catalog.from_settings(settings)
     try:

@@ -13,6 +13,7 @@ from gateway.commands.shared import (
     ConfigOption,
     Failed,
     JsonOption,
+    WrongUsage,
     load_settings,
     open_database,
     out,
@@ -53,8 +54,10 @@ def create(
 
     amount = _nano(fund_usd)
     _check_pool(pool)
+    if not name.strip():
+        raise WrongUsage("the key's name is empty", "Say whose key it is, such as search-team")
     if pay_to is not None and not re.fullmatch(r"0x[0-9a-fA-F]{40}", pay_to):
-        raise Failed(f"{pay_to} is no address", "An address is 0x and 40 hexadecimal digits")
+        raise WrongUsage(f"{pay_to} is no address", "An address is 0x and 40 hexadecimal digits")
 
     def unit(tx: Transaction) -> tuple[ApiKeyView, str]:
         made = accounts.create_key(tx, name, pool, admin, None if pay_to is None else pay_to.lower())
@@ -90,14 +93,16 @@ def list_(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     if not keys:
         out.print("There are no keys yet: `farebox keys create NAME` makes one.", markup=False)
         return
-    shown = table(
-        "id", "name", "key", "draws on", "left in pool, USD", "created", "state", right=("left in pool, USD",)
-    )
+    # Only keys of `farebox facilitator` have a recipient.
+    bound = [] if all(key.pay_to is None for key in keys) else ["settles for"]
+    columns = ("id", "name", "key", "draws on", "left in pool, USD", "created", "state", *bound)
+    shown = table(*columns, right=("left in pool, USD",))
     for key in keys:
         created = datetime.fromtimestamp(key.created_ms / 1000, UTC).strftime("%Y-%m-%d")
         state = "revoked" if key.revoked_ms else "admin" if key.admin else "active"
         source, left = (key.pool, available[key.pool]) if key.pool is not None else (f"wallet {key.wallet}", "")
-        shown.add_row(key.id, key.name, f"{key.prefix}…", source, left, created, state)
+        recipient = [key.pay_to or ""] if bound else []
+        shown.add_row(key.id, key.name, f"{key.prefix}…", source, left, created, state, *recipient)
     out.print(shown)
 
 
@@ -137,24 +142,43 @@ def fund(
 ) -> None:
     """Grant a pool money that its keys can spend."""
     from payments import accounts
-    from payments.ledger.transfers import TransferConflict, balance
+    from payments.ledger.transfers import balance
     from payments.money import nano_to_usd
 
     amount = _nano(usd)
     if amount == 0:
-        raise Failed("nothing to grant: the amount is 0", "Give an amount such as 25")
+        raise WrongUsage("nothing to grant: the amount is 0", "Give an amount such as 25")
     _check_pool(pool)
     grant = reference or secrets.token_hex(8)
-    with open_database(load_settings(config), create=True) as database:
-        try:
-            database.write(lambda tx: accounts.fund_pool(tx, pool, amount, grant))
-        except TransferConflict as error:
-            raise Failed(str(error), "Use another --reference for another amount") from None
+    with open_database(load_settings(config)) as database:
+        database.write(lambda tx: _grant(tx, pool, amount, grant))
         available = nano_to_usd(database.read(lambda tx: balance(tx, accounts.pool_account(pool))).available)
     if as_json:
         print_json({"ok": True, "pool": pool, "reference": grant, "available_usd": available})
     else:
         out.print(f"pool {pool} has {available} USD to spend", markup=False)
+
+
+def _grant(tx: Transaction, pool: str, amount_nano_usd: int, reference: str) -> None:
+    from payments import accounts
+    from payments.ledger.transfers import TransferConflict, find
+    from payments.money import nano_to_usd
+
+    pools = sorted({key.pool for key in accounts.list_keys(tx) if key.pool is not None})
+    if pool not in pools:
+        there = f"there are {', '.join(pools)}" if pools else "there are no keys yet"
+        raise Failed(
+            f"no key draws on a pool {pool!r}; {there}", f"`farebox keys create NAME --pool {pool}` makes a key with it"
+        )
+    try:
+        accounts.fund_pool(tx, pool, amount_nano_usd, reference)
+    except TransferConflict:
+        earlier = find(tx, accounts.grant_id(pool, reference))
+        assert earlier is not None
+        raise Failed(
+            f"the reference {reference!r} has granted this pool {nano_to_usd(earlier.amount)} USD already",
+            "Use another --reference for another amount",
+        ) from None
 
 
 def _nano(usd: str) -> int:
@@ -163,9 +187,9 @@ def _nano(usd: str) -> int:
     try:
         return usd_to_nano(usd)
     except ValueError as error:
-        raise Failed(str(error), "Write dollars like 25 or 0.50") from None
+        raise WrongUsage(str(error), "Write dollars like 25 or 0.50") from None
 
 
 def _check_pool(pool: str) -> None:
     if not pool or "@" in pool or ":" in pool or pool != pool.strip():
-        raise Failed(f"{pool!r} cannot be a pool's name", "Use letters, digits, - and _")
+        raise WrongUsage(f"{pool!r} cannot be a pool's name", "Use letters, digits, - and _")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gateway.commands.ledger_export import export
+from gateway.commands.ledger_export import export, find_account
 from gateway.commands.shared import (
     ConfigOption,
     Database,
@@ -157,10 +157,9 @@ def statement(
             accounts = database.read(_accounts)
             rows = []
         else:
-            accounts = [entry for entry in database.read(_accounts) if entry["account"] == account]
-            if not accounts:
-                raise Failed(f"there is no account {account!r}", "`farebox ledger statement` lists all accounts")
-            rows = database.read(lambda tx: _transfers(tx, account, limit))
+            account = id = database.read(lambda tx, named=account: find_account(tx, named))  # type: ignore[misc]
+            accounts = [entry for entry in database.read(_accounts) if entry["account"] == id]
+            rows = database.read(lambda tx: _transfers(tx, id, limit))
     if as_json:
         print_json(
             {"ok": True, "accounts": accounts} if account is None else {"ok": True, **accounts[0], "transfers": rows}

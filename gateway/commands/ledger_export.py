@@ -10,11 +10,24 @@ from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
-from gateway.commands.shared import ConfigOption, Failed, load_settings, open_database, reporting
+from gateway.commands.shared import (
+    ConfigOption,
+    Failed,
+    JsonOption,
+    WrongUsage,
+    load_settings,
+    open_database,
+    reporting,
+)
+
+if TYPE_CHECKING:
+    from gateway.commands.shared import Database
+    from payments.ledger.export import Selection
+    from payments.store import Transaction
 
 FOREVER_MS = 2**53
 Write = Callable[[tuple[str, ...]], object]
@@ -40,30 +53,52 @@ def export(
         bool, typer.Option("--all", help="Also what is held, and holds that were freed; both move nothing.")
     ] = False,
     config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Every transfer of the books, oldest first. The gateway may be running.
+    """Every transfer of the books, oldest first. The gateway may be running. With --json, as with --format jsonl.
 
     Amounts are dollars; in accounts of a chain's own coin (gas) they are that coin's units.
     """
     from payments.ledger import export as exporting
 
-    end = _day(until, "--to")
-    selection = exporting.Selection(
-        from_ms=_milliseconds(_day(since, "--from"), 0),
-        to_ms=_milliseconds(None if end is None else end + timedelta(days=1), FOREVER_MS),
-        account=account,
-        unposted=unposted,
-    )
-    with open_database(load_settings(config)) as database, _destination(output) as target:
-        write = (
-            _csv_writer(target, exporting.COLUMNS) if form is Format.CSV else _json_writer(target, exporting.COLUMNS)
+    begin, end = _day(since, "--from"), _day(until, "--to")
+    if begin is not None and end is not None and begin > end:
+        raise WrongUsage(f"--from {begin} is after --to {end}", "Exchange them")
+    lines = as_json or form is Format.JSONL
+    with open_database(load_settings(config)) as database:
+        selection = exporting.Selection(
+            from_ms=_milliseconds(begin, 0),
+            to_ms=_milliseconds(None if end is None else end + timedelta(days=1), FOREVER_MS),
+            account=None if account is None else database.read(lambda tx: find_account(tx, account)),
+            unposted=unposted,
         )
-        after: exporting.Position | None = exporting.first(selection)
-        while after is not None:
-            at = after
-            rows, after = database.read(lambda tx, at=at: exporting.page(tx, selection, at))  # type: ignore[misc]
-            for row in rows:
-                write(row)
+        with _destination(output) as target:
+            write = (_json_writer if lines else _csv_writer)(target, exporting.COLUMNS)
+            _write_all(database, selection, write)
+
+
+def find_account(tx: Transaction, name: str) -> str:
+    """The id of the account that a person means; an address may be spelled in upper case.
+
+    Raises:
+        Failed: There is none.
+    """
+    rows = tx.execute("SELECT id FROM ledger_account WHERE LOWER(id) = ?", (name.lower(),)).fetchall()
+    ids = [str(row[0]) for row in rows]
+    if name not in ids and len(ids) != 1:
+        raise Failed(f"there is no account {name!r}", "`farebox ledger statement` lists all accounts")
+    return name if name in ids else ids[0]
+
+
+def _write_all(database: Database, selection: Selection, write: Write) -> None:
+    from payments.ledger import export as exporting
+
+    after: exporting.Position | None = exporting.first(selection)
+    while after is not None:
+        at = after
+        rows, after = database.read(lambda tx, at=at: exporting.page(tx, selection, at))  # type: ignore[misc]
+        for row in rows:
+            write(row)
 
 
 def _csv_writer(target: IO[str], columns: tuple[str, ...]) -> Write:
@@ -91,7 +126,7 @@ def _day(text: str | None, option: str) -> date | None:
     try:
         return date.fromisoformat(text)
     except ValueError:
-        raise Failed(f"{option} {text!r} is not a day", "Write it as 2026-01-31") from None
+        raise WrongUsage(f"{option} {text!r} is not a day", "Write it as 2026-01-31") from None
 
 
 def _milliseconds(day: date | None, default: int) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gateway.commands.shared import ConfigOption, Failed, JsonOption, load_settings, print_json, reporting
+from gateway.commands.shared import ConfigOption, Failed, JsonOption, WrongUsage, load_settings, print_json, reporting
 
 DEFAULT_BLOCK_TIME_S = 2.0
 
@@ -104,7 +104,7 @@ def dev(
     Ctrl-C stops everything; a second start on the same directory continues from it.
     """
     if automine and block_time is not None:
-        raise Failed("--automine and --block-time exclude each other", "Leave one of them out")
+        raise WrongUsage("--automine and --block-time exclude each other", "Leave one of them out")
     if automine is False and block_time is None:
         block_time = DEFAULT_BLOCK_TIME_S
     from gateway.dev import stack

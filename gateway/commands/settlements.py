@@ -12,6 +12,7 @@ from gateway.commands.shared import (
     ConfigOption,
     Failed,
     JsonOption,
+    WrongUsage,
     load_settings,
     open_database,
     out,
@@ -49,12 +50,18 @@ def list_(
     as_json: JsonOption = False,
 ) -> None:
     """Settlements, newest first. Those that stay open for minutes deserve a look with `explain`."""
+    from payments import kinds
     from payments.settlement import stories
 
     before = None if older_than is None else time.time_ns() // 1_000_000 - 1000 * _seconds(older_than)
     wanted = _states(state)
+    if payer is not None and not re.fullmatch(r"0x[0-9a-fA-F]{40}", payer, re.ASCII):
+        raise WrongUsage(f"{payer!r} is no address", "An address is 0x and 40 hexadecimal digits")
     settings = load_settings(config)
     with open_database(settings) as database:
+        known = kinds.names(database.store)
+        if kind not in (None, *known):
+            raise WrongUsage(f"there is no kind {kind!r}", f"Use one of: {', '.join(known)}")
         rows = database.read(
             lambda tx: stories.search(tx, wanted=wanted, kind=kind, payer=payer, created_before_ms=before, limit=limit)
         )
@@ -219,12 +226,12 @@ def _states(name: str | None) -> tuple[str, ...]:
     if name is None:
         return ()
     if name not in GROUPS and name not in STATES:
-        raise Failed(f"there is no state {name!r}", f"Use one of: {', '.join((*STATES, *GROUPS))}")
+        raise WrongUsage(f"there is no state {name!r}", f"Use one of: {', '.join((*STATES, *GROUPS))}")
     return GROUPS.get(name, (name,))
 
 
 def _seconds(age: str) -> int:
     match = re.fullmatch(r"(\d{1,6})([smhd])", age)
     if match is None:
-        raise Failed(f"{age!r} is not an age", "Write it like 90s, 10m, 2h or 1d")
+        raise WrongUsage(f"{age!r} is not an age", "Write it like 90s, 10m, 2h or 1d")
     return int(match[1]) * AGES_S[match[2]]

@@ -69,22 +69,34 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 class Failed(Exception):
     """A command could not do its work: what is wrong, and what the user can do."""
 
+    exit_status = 1
+
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(what)
         self.what = what
         self.fix = fix
 
 
+class WrongUsage(Failed):
+    """What was written is not what the command takes, whatever the state of things."""
+
+    exit_status = 2
+
+
 def reporting(command: Callable[P, None]) -> Callable[P, None]:
-    """Let a command's expected failures end it with a sentence and status 1 instead of a traceback."""
+    """Let a command's expected failures end it with a sentence and status 1 (2 for wrong usage) instead of a traceback."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         as_json = bool(kwargs.get("as_json"))
+        status = 1
         try:
+            for name, value in kwargs.items():
+                require_text(name, value)
             command(*args, **kwargs)
         except Failed as error:
             show_failure(error.what, error.fix, as_json)
+            status = error.exit_status
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] not in SERVER_MODULES:
                 raise
@@ -93,6 +105,9 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
         except (sqlite3.Error, StoreBusy) as error:
             fix = "Check that the disk is not full, the file is writable, and it is a Farebox database"
             show_failure(f"the database cannot be used: {error}", fix, as_json)
+        except BrokenPipeError:
+            # Who reads the output has enough of it (`| head`): no failure that anybody wants to read of.
+            raise
         except OSError as error:
             what = error.strerror or str(error)
             show_failure(
@@ -100,9 +115,22 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
             )
         else:
             return
-        raise typer.Exit(1)
+        raise typer.Exit(status)
 
     return run
+
+
+def require_text(name: str, value: Any) -> None:
+    """An argument is text: of bytes that are not UTF-8 Python makes what can neither be stored nor printed.
+
+    Raises:
+        WrongUsage: Naming it.
+    """
+    try:
+        if isinstance(value, str):
+            value.encode()
+    except UnicodeEncodeError:
+        raise WrongUsage(f"{name.replace('_', '-')} is not UTF-8 text: {value!a}", "Write it in UTF-8") from None
 
 
 def show_failure(what: str, fix: str, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from gateway.commands.shared import (
     ConfigOption,
     Failed,
     JsonOption,
+    WrongUsage,
     load_settings,
     open_database,
     out,
@@ -43,7 +44,7 @@ def list_(
     from payments import withdrawals
 
     if state not in (None, *STATES):
-        raise Failed(f"{state!r} is not a withdrawal's state", f"Take one of: {', '.join(STATES)}")
+        raise WrongUsage(f"{state!r} is not a withdrawal's state", f"Take one of: {', '.join(STATES)}")
     wanted = STATES if state is None else (state,)
     with open_database(load_settings(config)) as database:
         found = database.read(lambda tx: withdrawals.listed(tx, wanted, limit))

@@ -30,12 +30,14 @@ COMMANDS = [
     ["ask"],
     ["config", "check"],
     ["config", "example"],
+    ["config", "reference"],
     ["keys", "create"],
     ["keys", "list"],
     ["keys", "revoke"],
     ["keys", "fund"],
     ["ledger", "check"],
     ["ledger", "statement"],
+    ["ledger", "export"],
     ["receipts", "show"],
     ["settlements", "list"],
     ["settlements", "explain"],
@@ -64,6 +66,28 @@ def test_wrong_usage_exits_with_2(run: Run, arguments: list[str]) -> None:
     assert result.exit_code == 2
     assert "Usage" in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["receipts", "show", "\udcff"],
+        ["keys", "create", "\udcff"],
+        ["keys", "create", "a", "--pool", "\udcff"],
+        ["keys", "revoke", "\udcff"],
+        ["keys", "fund", "default", "1", "--reference", "\udcff"],
+        ["settlements", "explain", "\udcff"],
+        ["settlements", "list", "--payer", "\udcff"],
+        ["ledger", "export", "\udcff"],
+        ["withdrawals", "reject", "\udcff"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_an_argument_that_is_no_text_is_wrong_usage(run: Run, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "is not UTF-8 text: '\\udcff'" in result.stderr
+    assert "Write it in UTF-8" in parsed(run(*arguments, "--json"), 2)["error"]["fix"]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +148,12 @@ def test_config_check_lists_mistakes_and_warnings(run: Run) -> None:
     assert "1 mistake" in result.stderr
 
 
+def test_the_reference_is_there_for_programs_too(run: Run) -> None:
+    settings = {entry["setting"]: entry for entry in parsed(run("config", "reference", "--json"))["settings"]}
+    assert settings["port"]["default"] == "8402"
+    assert "| `port` |" in run("config", "reference").stdout
+
+
 def test_another_file_can_be_named_by_option_and_variable(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("other.toml").write_text(FILE)
     assert parsed(run("config", "check", "-c", "other.toml", "--json"))["config"] == "other.toml"
@@ -177,34 +207,52 @@ def test_keys_are_created_listed_and_revoked(run: Run) -> None:
 
 
 def test_a_pool_is_funded_once_for_each_reference(run: Run) -> None:
+    run("keys", "create", "a", "--pool", "team")
     for _ in range(2):
         value = parsed(run("keys", "fund", "team", "10", "--reference", "invoice-7", "--json"))
         assert value["available_usd"] == "10.00"
     assert parsed(run("keys", "fund", "team", "0.5", "--json"))["available_usd"] == "10.50"
     other = run("keys", "fund", "team", "11", "--reference", "invoice-7")
     assert other.exit_code == 1
+    assert "has granted this pool 10.00 USD already" in other.stderr
     assert "another --reference" in other.stderr
 
 
+def test_a_pool_that_no_key_draws_on_is_not_funded(run: Run) -> None:
+    run("keys", "create", "a", "--pool", "team")
+    assert "no key draws on a pool 'TYPO'; there are team" in run("keys", "fund", "TYPO", "5").stderr
+    assert "TYPO" not in run("ledger", "statement").stdout
+
+
+def test_a_list_shows_whom_a_key_of_the_facilitator_settles_for(run: Run) -> None:
+    run("keys", "create", "a")
+    assert "settles for" not in run("keys", "list").stdout
+    run("keys", "create", "b", "--pay-to", KEY_ADDRESS)
+    assert KEY_ADDRESS in run("keys", "list").stdout
+
+
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "says", "status"),
     [
-        (["keys", "fund", "team", "ten"], "not a dollar amount"),
-        (["keys", "fund", "team", "0"], "the amount is 0"),
-        (["keys", "fund", "a@b", "1"], "cannot be a pool's name"),
-        (["keys", "create", "x", "--fund-usd", "-1"], "not a dollar amount"),
-        (["keys", "create", "x", "--pool", ""], "cannot be a pool's name"),
-        (["keys", "list"], "there is no database"),
-        (["keys", "revoke", "key_1"], "there is no database"),
-        (["receipts", "show", "rcpt_1"], "there is no database"),
+        (["keys", "fund", "team", "ten"], "not a dollar amount", 2),
+        (["keys", "fund", "team", "0"], "the amount is 0", 2),
+        (["keys", "fund", "a@b", "1"], "cannot be a pool's name", 2),
+        (["keys", "create", "x", "--fund-usd", "-1"], "not a dollar amount", 2),
+        (["keys", "create", "x", "--pool", ""], "cannot be a pool's name", 2),
+        (["keys", "create", " "], "name is empty", 2),
+        (["keys", "create", "x", "--pay-to", "0x1"], "is no address", 2),
+        (["dev", "--block-time", "5", "--automine"], "exclude each other", 2),
+        (["keys", "list"], "there is no database", 1),
+        (["keys", "revoke", "key_1"], "there is no database", 1),
+        (["receipts", "show", "rcpt_1"], "there is no database", 1),
     ],
 )
-def test_what_cannot_be_done_is_said_with_a_way_out(run: Run, arguments: list[str], says: str) -> None:
+def test_what_cannot_be_done_is_said_with_a_way_out(run: Run, arguments: list[str], says: str, status: int) -> None:
     result = run(*arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == status
     assert says in result.stderr
     assert "→" in result.stderr
-    assert says in parsed(run(*arguments, "--json"), 1)["error"]["message"]
+    assert says in parsed(run(*arguments, "--json"), status)["error"]["message"]
 
 
 def test_an_unknown_key_cannot_be_revoked(run: Run) -> None:
@@ -265,6 +313,7 @@ def test_statement_lists_accounts_and_their_transfers(run: Run, receipt: str) ->
     )
     assert receipt in run("ledger", "statement", "pool:default@USD").stdout
     assert "there is no account" in run("ledger", "statement", "pool:nobody@USD").stderr
+    assert parsed(run("ledger", "statement", "POOL:Default@USD", "--json"))["account"] == "pool:default@USD"
 
 
 def test_statement_shows_gas_in_coins_and_not_in_dollars(run: Run, receipt: str, tmp_path: Path) -> None:
@@ -295,6 +344,11 @@ def test_export_writes_the_posted_transfers_for_accountants(run: Run, receipt: s
     assert (row["transfer"], row["credit_account"], row["amount"]) == (f"hold:{receipt}", "revenue@USD", "0.00125")
     assert len(run("ledger", "export", "--to", "2020-01-01").stdout.splitlines()) == 1
     assert "is not a day" in run("ledger", "export", "--from", "yesterday").stderr
+    crossed = run("ledger", "export", "--from", "2026-11-29", "--to", "2026-11-27")
+    assert (crossed.exit_code, "--from 2026-11-29 is after --to 2026-11-27" in crossed.stderr) == (2, True)
+    assert "there is no account 'nope@USD'" in run("ledger", "export", "nope@USD").stderr
+    lines = run("ledger", "export", "REVENUE@usd", "--json").stdout.splitlines()
+    assert [json.loads(line) for line in lines] == [row]
 
 
 def test_ledger_check_finds_books_that_do_not_balance(run: Run, receipt: str, tmp_path: Path) -> None:
@@ -388,11 +442,17 @@ def test_explain_takes_options_instead_of_a_file(run: Run) -> None:
     assert (cheap["strategy"], cheap["route"][0]) == ("cost-first", "small@open")
 
 
+def test_explain_blames_the_option_for_a_strategy_that_there_is_not(run: Run) -> None:
+    result = run("explain", "--strategy", "best")
+    assert result.exit_code == 2
+    assert "there is no strategy 'best'" in result.stderr
+    assert "balanced" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["-m", "large-4.8"], "did you mean large-4.7?"),
-        (["--strategy", "best"], "balanced"),
         (["missing.json"], "missing.json"),
         (["farebox.toml"], "is not JSON"),
         (["-m", "small", "--max-tokens", "999999"], "cannot write as many tokens"),

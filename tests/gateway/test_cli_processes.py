@@ -73,3 +73,16 @@ def test_a_real_process_creates_a_key_from_its_environment(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["key"].startswith("fbk_")
     assert (tmp_path / "d" / "farebox.db").exists()
+
+
+def test_who_has_read_enough_of_an_export_is_told_nothing(tmp_path: Path) -> None:
+    env = {**os.environ, "FAREBOX_DATA_DIR": str(tmp_path / "d"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "gateway.cli"]
+    subprocess.run([*command, "keys", "create", "a", "--fund-usd", "1"], env=env, cwd=tmp_path, check=True, timeout=60)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*command, "ledger", "export"], env=env, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")

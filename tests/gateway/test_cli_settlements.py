@@ -96,10 +96,13 @@ def test_settlements_are_found_by_state_kind_payer_and_age(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("filled")
-@pytest.mark.parametrize("arguments", [("--state", "odd"), ("--older-than", "soon")])
+@pytest.mark.parametrize(
+    "arguments", [("--state", "odd"), ("--older-than", "soon"), ("--kind", "foo"), ("--payer", "0xfoo")]
+)
 def test_a_wrong_filter_says_what_is_right(run: Run, arguments: tuple[str, str]) -> None:
+    assert listed(run, "--kind", "sweep") == set()
     result = run("settlements", "list", *arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert arguments[1] in result.stderr
 
 
