@@ -356,8 +356,12 @@ async def _sweep(store: Store) -> None:
     """Forget kept answers and used nonces whose time is over."""
     while True:
         await asyncio.sleep(SWEEP_INTERVAL_S)
-        with contextlib.suppress(StoreBusy):  # next time, then
+        try:
             await store.write(lambda tx: recovery.sweep_expired(tx, time.time_ns() // 1_000_000))
+        except StoreBusy as error:
+            log.warning("what has expired is swept away later", error=str(error))
+        except Exception:
+            log.exception("sweeping away what has expired failed")
 
 
 def _gauges(chains: list[Chain]) -> Iterator[tuple[str, str, dict[str, str], float]]:

@@ -96,6 +96,9 @@ async def watch(store: Store, leases: Leases) -> None:
                 await _put_right(store, alone=False)
         except StoreBusy as error:
             log.warning("other replicas cannot be looked after now: %s", error)
+        except Exception:
+            # Without this loop others would take this process for dead, and nobody would look after theirs.
+            log.exception("looking after other replicas failed")
 
 
 async def _put_right(store: Store, *, alone: bool) -> Recovered:

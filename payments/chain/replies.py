@@ -96,6 +96,15 @@ def _is_hash(result: Any) -> bool:
     return isinstance(result, str) and len(result) == UINT256_DIGITS
 
 
+def _is_bytes(result: Any, _: Sequence[Any]) -> bool:
+    if not isinstance(result, str) or not result.startswith("0x"):
+        return False
+    try:
+        return len(bytes.fromhex(result[2:])) * 2 == len(result) - 2
+    except ValueError:
+        return False
+
+
 def _is_receipt(result: Any, params: Sequence[Any]) -> bool:
     """Of the transaction that was asked for; one that is pending has no block and says nothing else."""
     if result is None:
@@ -135,6 +144,7 @@ def _is_block(result: Any, _: Sequence[Any]) -> bool:
 
 _CHECKS: dict[str, Callable[[Any, Sequence[Any]], bool]] = {
     "eth_blockNumber": _is_block_number,
+    "eth_call": _is_bytes,
     "eth_chainId": _is_quantity,
     "eth_estimateGas": _is_quantity,
     "eth_getBalance": _is_quantity,

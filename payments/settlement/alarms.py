@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from payments.chain.rpc import Request, RpcError, RpcUnavailable
+from payments.chain.rpc import Reply, Request, RpcError, RpcUnavailable
 from payments.chain.transactions import encode_balance_of
 from payments.money import NANO_DECIMALS, atomic_to_nano_down, nano_to_usd
 from payments.settlement.engine import Settlements
@@ -107,28 +107,39 @@ class Alarms:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def look(self) -> None:
-        """Read the balances once.
+        """Read the balances once. What a node does not tell stays as it was.
 
         Raises:
-            RpcError: A node refused.
             RpcUnavailable: No node answered.
         """
         data = "0x" + encode_balance_of(self._pay_to).hex()
         requests: list[Request] = [("eth_getBalance", (account.address, "latest")) for account in self._accounts]
         requests += [("eth_call", ({"to": token.address, "data": data}, "latest")) for token in self._tokens]
-        replies = [int(reply, 16) for reply in await self._rpc.ask(requests)]
+        replies = [_number(reply) for reply in await self._rpc.batch(requests)]
         for account, wei in zip(self._accounts, replies, strict=False):
-            self.gas_wei[account.address] = wei
+            if wei is not None:
+                self.gas_wei[account.address] = wei
         for token, atomic in zip(self._tokens, replies[len(self._accounts) :], strict=True):
-            self.treasury_nano_usd[token.asset] = atomic_to_nano_down(atomic, token.decimals)
+            if atomic is not None:
+                self.treasury_nano_usd[token.asset] = atomic_to_nano_down(atomic, token.decimals)
+        if None in replies:
+            log.warning("a node does not tell all balances of chain %d", self._chain_id)
 
     async def _run(self) -> None:
         while True:
             try:
                 await self.look()
-            except (RpcUnavailable, RpcError) as error:
+            except RpcUnavailable as error:
                 log.warning("cannot read the signers' balances: %s", error)
+            except Exception:
+                # Whatever a node makes up, an account without gas is told of all the same.
+                log.exception("reading the signers' balances failed")
             await asyncio.sleep(INTERVAL_S)
+
+
+def _number(reply: Reply) -> int | None:
+    """A balance; None if it is none: a node that is out of step answers a call of a contract with nothing."""
+    return None if isinstance(reply, RpcError) or reply == "0x" else int(reply, 16)
 
 
 def _coins(wei: int) -> str:

@@ -84,12 +84,24 @@ class Refunds:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def round(self) -> int:
-        """Begin a refund for everybody considered whose credit reaches the threshold; returns how many were begun."""
+        """Begin a refund for everybody considered whose credit reaches the threshold; returns how many were begun.
+
+        Raises:
+            RpcUnavailable: No node answered.
+            StoreBusy: The database takes nothing now.
+        """
         considered, self._considered = self._considered, set()
         begun = 0
         for payer, asset in considered:
             if time.monotonic() >= self._not_before.get((payer, asset), 0.0):
-                begun += await self._refund(payer, self._tokens[asset])
+                try:
+                    begun += await self._refund(payer, self._tokens[asset])
+                except (RpcUnavailable, StoreBusy):
+                    raise
+                except Exception:
+                    # Whatever one payer's credit meets, the others get theirs.
+                    log.exception("a refund of %s failed", asset)
+                    self._wait(payer, asset)
         return begun
 
     async def scan(self) -> None:
@@ -113,8 +125,11 @@ class Refunds:
                     await self.scan()
                     next_scan = time.monotonic() + SCAN_INTERVAL_S
                 await self.round()
-            except (RpcUnavailable, RpcError, StoreBusy) as error:
+            except (RpcUnavailable, StoreBusy) as error:
                 log.warning("refunds must wait: %s", error)
+                next_scan = 0.0
+            except Exception:
+                log.exception("refunds failed")
                 next_scan = 0.0
             await asyncio.sleep(INTERVAL_S)
 

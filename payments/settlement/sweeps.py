@@ -109,14 +109,17 @@ class Sweeps:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def round(self) -> int:
-        """Begin a sweep for every token that has enough to sweep; returns how many were begun.
-
-        Raises:
-            RpcError, RpcUnavailable: The chain cannot be asked now.
-        """
+        """Begin a sweep for every token that has enough to sweep; returns how many were begun. A token that the chain does not
+        tell of, now or ever, holds up no other."""
         begun = 0
         for token in self._deposits.network.tokens:
-            begun += await self._sweep(token)
+            try:
+                begun += await self._sweep(token)
+            except (RpcUnavailable, RpcError, StoreBusy) as error:
+                log.warning("sweeps of %s must wait: %s", token.asset, error)
+            except Exception:
+                # A node that is out of step answers with nothing, for example.
+                log.exception("sweeping %s failed", token.asset)
         return begun
 
     async def _sweep(self, token: Token) -> bool:
@@ -184,10 +187,7 @@ class Sweeps:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(self._interval_s)
-            try:
-                await self.round()
-            except (RpcUnavailable, RpcError, StoreBusy) as error:
-                log.warning("sweeps must wait: %s", error)
+            await self.round()
 
 
 def kind() -> Kind:

@@ -130,4 +130,7 @@ class Withdrawer:
                 await self.round()
             except StoreBusy as error:
                 log.warning("approved withdrawals must wait: %s", error)
+            except Exception:
+                # What is approved tomorrow is sent all the same.
+                log.exception("sending approved withdrawals failed")
             await asyncio.sleep(INTERVAL_S)

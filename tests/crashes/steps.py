@@ -51,7 +51,7 @@ BY_THE_CLOCK: dict[str, tuple[Any, str]] = {
 DRIVEN_BY = {"finality": "housekeeping"}
 """The loop that makes another one look, on a chain where nothing else happens."""
 
-EFFECTIVE = frozenset({"Deposits.round", "Sweeps._sweep", "ChannelKeeper.claim", "Judge.record"})
+EFFECTIVE = frozenset({"Deposits.round", "Sweeps._sweep", "ChannelKeeper.claim", "Judge.book"})
 """Units of loops whose result says whether there was anything to write."""
 
 _LOOP: contextvars.ContextVar[str] = contextvars.ContextVar("loop", default="")

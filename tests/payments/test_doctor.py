@@ -15,7 +15,8 @@ from payments.doctor import Finding, TokenMismatch, examine, verify_tokens
 from payments.settlement.alarms import Alarms
 from payments.store import Store
 from tests.databases import open_store
-from tests.payments.settling import Books, engine
+from tests.payments.nodes import LyingNode
+from tests.payments.settling import PAY_TO, Books, engine, until
 
 GAS_MINIMUM_WEI = 10**16
 
@@ -129,3 +130,19 @@ async def test_alarms_are_raised_and_end(chain: Devnet, network: Network, store:
         rpc(chain.rpc_url, "anvil_setBalance", signer.address, hex(GAS_MINIMUM_WEI))
         await alarms.look()
         assert "low_gas" not in {alarm.code for alarm in alarms.raised()}
+
+
+async def test_an_account_without_gas_is_told_of_though_a_node_answers_with_nothing(
+    chain: Devnet, network: Network, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("payments.settlement.alarms.INTERVAL_S", 0.02)
+    signer, node = chain.wallets[0], LyingNode(chain.rpc_url)
+    node.results = {"eth_call": "0x"}
+    async with node.serve() as url, engine(store, network, url, [signer], Books(network)) as settlements:
+        alarms = Alarms(settlements, PAY_TO, gas_minimum_wei=10**30, treasury_minimum_nano_usd=1)
+        await alarms.start()
+        await until(lambda: node.told > 1)
+        assert [alarm.code for alarm in alarms.raised()] == ["low_gas"]
+        node.results = {}
+        await until(lambda: len(alarms.raised()) == 3)
+        await alarms.stop()

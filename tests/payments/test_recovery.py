@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from payments import receipts
+from payments.leases import Leases, instance_name
 from payments.ledger import transfers
 from payments.ledger.transfers import Balance
-from payments.recovery import Recovered, recover, sweep_expired
+from payments.recovery import Recovered, recover, sweep_expired, watch
 from payments.store import Store, StoreOwned, Transaction
 from payments.tenders.base import Outcome
 from payments.tenders.exact import AlreadyUsed, ExactHold, settlement_id
@@ -32,6 +33,7 @@ from tests.payments.exact_samples import (
     quote_of,
 )
 from tests.payments.killed_gateway import CHARGED, FUNDS, NONCE
+from tests.payments.settling import until
 
 ANSWERED = Outcome({"model": "m"})
 RESERVED, SUBMITTED, MINED, CAPTURED = 1, 2, 3, 4
@@ -195,4 +197,24 @@ async def test_sweep_deletes_what_has_expired_and_nothing_else(tmp_path: Path) -
     assert await store.write(lambda tx: sweep_expired(tx, 100)) == 4
     kept = "SELECT receipt_id FROM replay UNION ALL SELECT nonce FROM sign_in_nonce"
     assert await store.read(lambda tx: tx.execute(kept).fetchall()) == [("r101",), ("n101",)]
+    store.close()
+
+
+async def test_a_process_goes_on_proving_that_it_lives_whatever_a_round_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, true_acquire = open_store(tmp_path), Leases.acquire
+    leases, refused = Leases(store, store.instance, ttl_s=0.1), list[str]()
+
+    async def acquire(self: Leases, name: str) -> bool:
+        if not refused:
+            refused.append(name)
+            raise RuntimeError("nobody foresaw this")
+        return await true_acquire(self, name)
+
+    monkeypatch.setattr(Leases, "acquire", acquire)
+    watcher = asyncio.create_task(watch(store, leases))
+    await until(lambda: leases.held(instance_name(store.instance)))
+    assert refused
+    watcher.cancel()
     store.close()

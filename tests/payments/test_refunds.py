@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from contracts.devnet import Devnet, as_owner, balance_of, rpc
@@ -10,8 +12,9 @@ from payments.chain.networks import Network
 from payments.ledger import books as ledger_books
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
+from payments.settlement import payouts
 from payments.settlement.refunds import Refunds
-from payments.store import Store
+from payments.store import Store, Transaction
 from tests.payments.settling import Books, credit, decided, engine, order_for, owe, pay, rows, transactions, until
 
 USD = 1_000_000_000
@@ -157,3 +160,28 @@ async def test_a_refund_that_reverts_is_voided(chain: Devnet, network: Network, 
     assert await rows(store, "state") == [("failed",)]
     assert await credit(store, payer, usdc) == 2 * USD
     assert await store.read(ledger_books.check) == []
+
+
+async def test_a_refund_that_cannot_be_written_holds_up_no_other(
+    chain: Devnet, network: Network, store: Store, books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usdc, treasury, true_hold = network.tokens[0], chain.wallets[3], payouts.hold
+    odd, other = chain.wallets[1], chain.wallets[2]
+
+    def hold(tx: Transaction, name: str, settlement_id: str, wallet: str, *amount: Any) -> None:
+        if wallet == odd.address.lower():
+            raise transfers.TransferConflict("exists with other content")
+        true_hold(tx, name, settlement_id, wallet, *amount)
+
+    monkeypatch.setattr(payouts, "hold", hold)
+    monkeypatch.setattr("payments.settlement.refunds.INTERVAL_S", 0.02)
+    async with engine(store, network, chain.rpc_url, [treasury], books, treasury=treasury) as settlements:
+        refunds = Refunds(store, settlements, network.tokens, USD)
+        await owe(store, odd, usdc, 3 * USD)
+        await refunds.start()
+        await until(lambda: refunds.refused == 1)
+        await owe(store, other, usdc, 3 * USD)
+        refunds.consider(other.address.lower(), usdc.asset)
+        await until(lambda: refunds.sent == 1)
+        await refunds.stop()
+    assert await credit(store, odd, usdc) == 3 * USD

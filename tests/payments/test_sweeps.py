@@ -15,7 +15,8 @@ from payments.ledger.accounts import account_id
 from payments.settlement.sweeps import Sweeps
 from payments.store import Store
 from tests.payments.depositing import CENT, CONFIRMATIONS, USD, balance, deposits, factory, give, proof, treasury
-from tests.payments.settling import Books, decided, engine, mine, rows
+from tests.payments.nodes import LyingNode
+from tests.payments.settling import Books, decided, engine, mine, rows, until
 
 __all__ = ["deposits", "factory", "treasury"]
 
@@ -88,6 +89,25 @@ async def test_an_address_that_the_token_blocks_holds_nobody_up_and_is_not_tried
     assert balance_of(chain.rpc_url, chain.usdc, treasury.address) == before + 200 * CENT
     assert [await balance(store, wallet, deposits.network.tokens[0]) for wallet in chain.wallets[:2]] == [2 * USD] * 2
     assert (await proof(deposits, store)).findings == []
+
+
+async def test_sweeps_go_on_after_an_answer_that_is_none(
+    chain: Devnet, store: Store, deposits: Deposits, treasury: Wallet
+) -> None:
+    """A node that is out of step knows no contract, and answers a call of one with nothing."""
+    give(chain, chain.usdc, await deposits.register(chain.wallets[1].address.lower()), 200 * CENT)
+    mine(chain.rpc_url, CONFIRMATIONS)
+    await deposits.catch_up()
+    node, books = LyingNode(chain.rpc_url), Books(deposits.network)
+    node.results = {"eth_call": "0x"}
+    async with node.serve() as url, engine(store, deposits.network, url, [chain.wallets[0]], books) as settlements:
+        sweeper = Sweeps(store, settlements, deposits, threshold_nano_usd=USD, interval_s=0.02)
+        await sweeper.start()
+        await until(lambda: node.told > 1)
+        node.results = {}
+        await until(lambda: sweeper.sent == 1)
+        await sweeper.stop()
+        await decided(store)
 
 
 async def test_what_another_sweep_has_emptied_since_it_was_looked_at_is_not_swept_again(

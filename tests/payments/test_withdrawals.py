@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -406,3 +407,29 @@ async def test_however_often_the_chain_changes_its_mind_it_is_paid_or_given_back
             5 if verdict == "failed" else 1
         ) * USD
         assert await store.read(ledger_books.check) == []
+
+
+async def test_what_is_approved_after_a_round_that_failed_is_sent(
+    chain: Devnet, network: Network, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("payments.settlement.withdrawer.INTERVAL_S", 0.02)
+    usdc, wallet, true_enqueue = network.tokens[0], chain.wallets[1], withdrawals.enqueue_approved
+    failed: list[Any] = []
+
+    def enqueue_approved(*arguments: Any) -> list[str]:
+        if not failed:
+            failed.append(arguments)
+            raise transfers.TransferConflict("exists with other content")
+        return true_enqueue(*arguments)
+
+    monkeypatch.setattr(withdrawals, "enqueue_approved", enqueue_approved)
+    async with withdrawing(chain, network, store) as (withdrawer, _):
+        await owe(store, wallet, usdc, 90 * USD)
+        made, _ = await ask(store, wallet, usdc, 80 * USD)
+        await store.write(lambda tx: withdrawals.approve(tx, made.id))
+        await withdrawer.start()
+        async with asyncio.timeout(10):
+            while await state_of(store, made) == "approved":  # noqa: ASYNC110 - there is no event to wait for
+                await asyncio.sleep(0.02)
+        await withdrawer.stop()
+    assert failed
