@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 INTERVAL_S = 1.0
 DUE_MAX = 1_000
 """Channels looked at in one round."""
+ALARM_NANO_USD = 10_000_000
+"""Less that cannot be claimed is not worth an alarm: anybody may owe us a little, and a key may be gone for good."""
 REORGANISED_BLOCKS = 64
 """Blocks that are read again each time: what a reorganisation changed is looked at once more."""
 
@@ -50,6 +52,7 @@ _DUE = """
 _OWING = f"""
     SELECT receiver_authorizer, token, COUNT(*), SUM(charged_nano_usd - lost_nano_usd - claimed_nano_usd) FROM channel
     WHERE {_OWES} GROUP BY receiver_authorizer, token
+    HAVING SUM(charged_nano_usd - lost_nano_usd - claimed_nano_usd) >= ?
 """  # noqa: S608 - a condition of this module's
 
 
@@ -156,7 +159,7 @@ class ChannelKeeper:
         return self._alarms
 
     async def _look_at_keys(self) -> list[Alarm]:
-        owing = await self._store.read(lambda tx: tx.execute(_OWING, (self._chain_id, 1)).fetchall())
+        owing = await self._store.read(lambda tx: tx.execute(_OWING, (self._chain_id, 1, ALARM_NANO_USD)).fetchall())
         alarms = []
         for authorizer, token, count, nano_usd in owing:
             owed = f"{count} channels owe ${nano_to_usd(int(nano_usd))} that cannot be claimed"

@@ -58,6 +58,10 @@ async def test_a_channel_whose_key_is_gone_holds_up_no_other_and_is_told(
     monkeypatch.setattr(opened.keeper, "_claim_age_ms", 0)
     await opened.keeper.watch()
     assert [(alarm.code, alarm.subject) for alarm in opened.keeper.alarms()] == [("unclaimable", old.address)]
+    assert "1 channels owe $0.02 " in opened.keeper.alarms()[0].message
+    monkeypatch.setattr(keeper, "ALARM_NANO_USD", QUOTED + 1)
+    await opened.keeper.watch()
+    assert opened.keeper.alarms() == []
     assert await opened.keeper.claim_due() == 1
     await opened.settle_open()
     assert await other.receivable() == 0
