@@ -43,7 +43,9 @@ def ask_command(
         ),
     ] = "exact",
     deposit_usd: Annotated[str, typer.Option(help="The most that lies unspent in a channel.")] = "1.00",
-    token: Annotated[str | None, typer.Option(help="Pay in this token only: a symbol or an address.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Pay in this token only, from credit too: a symbol or an address.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     gateway: Annotated[str, typer.Option(envvar=GATEWAY_VARIABLE, help="The gateway's URL.")] = "http://127.0.0.1:8402",
     rpc_url: Annotated[

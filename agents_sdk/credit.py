@@ -13,8 +13,9 @@ from typing import Any
 
 import httpx
 
-from agents_sdk.errors import AnswerUnreadable, SignInRefused
+from agents_sdk.errors import AnswerUnreadable, PolicyViolation, SignInRefused
 from agents_sdk.money import usd_to_nano
+from agents_sdk.policy import SpendingPolicy
 from agents_sdk.shared import Session, Shared
 from agents_sdk.sign_in import check_message
 from agents_sdk.steps import Steps, fetch
@@ -23,8 +24,10 @@ SESSION_MARGIN_S = 30
 _log = logging.getLogger("farebox.agent")
 
 
-def enough_credit(shared: Shared, maximum_nano_usd: int) -> Steps[Session | None]:
+def enough_credit(shared: Shared, maximum_nano_usd: int, policy: SpendingPolicy) -> Steps[Session | None]:
     """A session to pay with, if the wallet should have enough credit in one token; else None.
+
+    It is the gateway that chooses the token, so there must be enough in none that the policy forbids.
 
     Never raises for a gateway that has no credit to offer or cannot be signed in to: there is still the wallet to pay from.
     """
@@ -36,12 +39,24 @@ def enough_credit(shared: Shared, maximum_nano_usd: int) -> Steps[Session | None
     try:
         if shared.look_for_credit:
             yield from look_up(shared)
-        if max(journal.credit(origin, payer).values(), default=0) < maximum_nano_usd:
+        enough = [asset for asset, amount in journal.credit(origin, payer).items() if amount >= maximum_nano_usd]
+        if not enough or not all(_is_allowed(shared, policy, asset) for asset in enough):
             return None
         return (yield from session(shared))
     except (SignInRefused, AnswerUnreadable, httpx.TransportError) as error:
         _log.warning("credit with %s cannot be used now: %s", origin, error)
         return None
+
+
+def _is_allowed(shared: Shared, policy: SpendingPolicy, asset: str) -> bool:
+    token = shared.settings.tokens.by_asset(asset)
+    if token is None:  # in no token that could be signed for: only a policy without rules for tokens allows it
+        return policy.tokens is None and policy.networks is None
+    try:
+        policy.check_token(token)
+    except PolicyViolation:
+        return False
+    return True
 
 
 def look_up(shared: Shared) -> Steps[list[dict[str, Any]]]:

@@ -314,7 +314,7 @@ class Exchange:
             return None
         maximum = demand.quote.maximum_nano_usd
         for _ in range(2):
-            session = yield from credit.enough_credit(self._shared, maximum)
+            session = yield from credit.enough_credit(self._shared, maximum, self._policy)
             if session is None:
                 return None
             result = yield from self._send({"authorization": f"Bearer {session.token}"})

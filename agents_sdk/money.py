@@ -15,7 +15,7 @@ def usd_to_nano(text: str) -> int:
     Raises:
         ValueError: If the text is anything else.
     """
-    match = _USD.fullmatch(text)
+    match = _USD.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(f"{text!r} is not a dollar amount such as '0.05' (a text with at most nine decimals)")
     return int(match[1]) * NANO_PER_USD + int((match[2] or "").ljust(NANO_DECIMALS, "0"))

@@ -22,7 +22,7 @@ from agents_sdk.errors import (
     TokenNotAllowed,
 )
 from agents_sdk.money import usd_to_nano
-from agents_sdk.tokens import Token
+from agents_sdk.tokens import ADDRESS, NETWORK, Token
 
 HOUR_S = 3_600
 DAY_S = 86_400
@@ -47,7 +47,8 @@ class SpendingPolicy:
         max_per_request: The most that one request may cost, whether it is paid on chain or from credit.
         max_per_hour: The most that may leave the wallet within any 60 minutes.
         max_per_day: The most that may leave the wallet within any 24 hours.
-        tokens: Allowed tokens, as symbols (``"USDC"``) or contract addresses. None: every token that the agent knows.
+        tokens: Allowed tokens, as symbols (``"USDC"``) or contract addresses. None: every token that the agent knows. Credit in
+            another token is not spent either.
         networks: Allowed networks, as CAIP-2 identifiers. None: every network of the tokens known.
         recipients: Addresses that may be paid. None: whomever the gateway names.
         max_network_fee: The most that a quote may pass on for settling the payment.
@@ -63,7 +64,7 @@ class SpendingPolicy:
             fewer approval transactions to pay gas for.
 
     Raises:
-        ValueError: If an amount cannot be read.
+        ValueError: If an amount, a network or an address cannot be read.
 
     Example:
         >>> SpendingPolicy(max_per_request="0.05", max_per_day="2", tokens=["USDC"], networks=["eip155:8453"])
@@ -94,6 +95,12 @@ class SpendingPolicy:
         for field in (self.tokens, self.networks, self.recipients, self.prefer):
             if isinstance(field, str):
                 raise ValueError(f"{field!r} must be a list of texts, not one text")
+        for network in self.networks or ():
+            if not NETWORK.fullmatch(str(network)):
+                raise ValueError(f"{network!r} is not a CAIP-2 network such as eip155:8453")
+        for address in (*(self.recipients or ()), *filter(_is_hexadecimal, (*(self.tokens or ()), *self.prefer))):
+            if not ADDRESS.fullmatch(str(address).lower()):
+                raise ValueError(f"{address!r} is not an address: 0x and 40 hexadecimal digits")
 
     def windows(self) -> tuple[Window, ...]:
         """The limits over time, for the journal to hold atomically."""
@@ -122,6 +129,16 @@ class SpendingPolicy:
         Raises:
             NetworkNotAllowed, TokenNotAllowed, RecipientNotAllowed: As they say.
         """
+        self.check_token(token)
+        if self.recipients is not None and recipient.lower() not in {address.lower() for address in self.recipients}:
+            raise RecipientNotAllowed(f"the payment would go to {recipient}, which is not an allowed recipient")
+
+    def check_token(self, token: Token) -> None:
+        """Check what a payment would be in.
+
+        Raises:
+            NetworkNotAllowed, TokenNotAllowed: As they say.
+        """
         if self.networks is not None and token.network not in self.networks:
             raise NetworkNotAllowed(
                 f"the payment would be on {token.network}; allowed are {', '.join(sorted(self.networks))}"
@@ -130,8 +147,6 @@ class SpendingPolicy:
             raise TokenNotAllowed(
                 f"the payment would be in {token.symbol} ({token.address}); allowed are {', '.join(sorted(self.tokens))}"
             )
-        if self.recipients is not None and recipient.lower() not in {address.lower() for address in self.recipients}:
-            raise RecipientNotAllowed(f"the payment would go to {recipient}, which is not an allowed recipient")
 
     def rank(self, token: Token) -> int:
         """The place of a token in the order of preference; smaller is better."""
@@ -139,5 +154,9 @@ class SpendingPolicy:
         return next(places, len(self.prefer))
 
 
+def _is_hexadecimal(name: str) -> bool:
+    return str(name).lower().startswith("0x")
+
+
 def _names(token: Token, name: str) -> bool:
-    return name.lower() == token.address if name.lower().startswith("0x") else name.upper() == token.symbol.upper()
+    return name.lower() == token.address if _is_hexadecimal(name) else name.upper() == token.symbol.upper()

@@ -13,8 +13,8 @@ from typing import Literal
 TransferMethod = Literal["eip3009", "permit2"]
 
 PERMIT2_ADDRESS = "0x000000000022d473030f116ddee9f6b43ac78ba3"
-_NETWORK = re.compile(r"eip155:[1-9][0-9]{0,17}", re.ASCII)
-_ADDRESS = re.compile(r"0x[0-9a-f]{40}", re.ASCII)
+NETWORK = re.compile(r"eip155:[1-9][0-9]{0,17}", re.ASCII)
+ADDRESS = re.compile(r"0x[0-9a-f]{40}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ class Token:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "address", self.address.lower())
-        if not _ADDRESS.fullmatch(self.address):
+        if not ADDRESS.fullmatch(self.address):
             raise ValueError(f"{self.address!r} is not an address")
-        if not _NETWORK.fullmatch(self.network):
+        if not NETWORK.fullmatch(self.network):
             raise ValueError(f"{self.network!r} is not a CAIP-2 network such as eip155:8453")
         if not 0 <= self.decimals <= 36:
             raise ValueError("decimals must be between 0 and 36")

@@ -3,6 +3,7 @@
 Each method signs in with the wallet if it has not. Amounts are dollar texts.
 
 Example:
+    >>> agent = Agent(key, "https://gateway.example", policy=SpendingPolicy(max_per_request="5"))
     >>> agent.wallet.topup("5")
     TopUp(asset='eip155:8453/USDC', credited_usd='5.00', receipt='rcpt_…', transaction='0x…')
     >>> agent.wallet.withdraw("all", asset="USDC").state
@@ -55,7 +56,7 @@ class WalletAccount:
         return _run(self._shared, account.history(self._shared, limit, before))
 
     def topup(self, usd: str, *, asset: str | None = None) -> TopUp:
-        """Pay `usd` into the balance, by an x402 payment within the policy.
+        """Pay `usd` into the balance, by an x402 payment within the policy: a top-up counts as one request.
 
         When the answer is lost the same payment is sent again, also by the same call in a later process.
 

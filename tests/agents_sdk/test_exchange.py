@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from agents_sdk import Agent, LimitExceeded, SpendingPolicy
+from agents_sdk import Agent, LimitExceeded, NetworkNotAllowed, SpendingPolicy, TokenNotAllowed
 from tests.agents_sdk import fake_gateway
 from tests.agents_sdk.conftest import ADDRESS, KEY, MakeAgent
 from tests.agents_sdk.fake_gateway import FakeGateway
@@ -120,6 +120,22 @@ def test_credit_from_before_is_looked_for_at_the_start_if_asked(gateway: FakeGat
     gateway.credit[ADDRESS] = fake_gateway.MAXIMUM_NANO_USD
     assert ask(make_agent(credit="start")).status_code == 200
     assert gateway.nonces == set()
+
+
+def test_credit_in_a_token_that_the_policy_forbids_is_not_spent(gateway: FakeGateway, make_agent: MakeAgent) -> None:
+    gateway.credit[ADDRESS] = 2_000_000
+    gateway.tokens = [fake_gateway.USDC, fake_gateway.USDT]
+    with pytest.raises(TokenNotAllowed, match="allowed are DAI"):
+        ask(make_agent(credit="start", policy=SpendingPolicy(tokens=["DAI"])))
+    with pytest.raises(NetworkNotAllowed):
+        ask(make_agent(credit="start", policy=SpendingPolicy(networks=["eip155:1"])))
+    assert (gateway.on_credit, gateway.nonces) == (0, set())
+    ask(
+        make_agent(
+            credit="start", policy=SpendingPolicy(tokens=[fake_gateway.USDC.address], networks=[fake_gateway.NETWORK])
+        )
+    )
+    assert (gateway.on_credit, gateway.nonces) == (1, set())
 
 
 def test_credit_that_turns_out_too_small_is_topped_up_by_a_payment(gateway: FakeGateway, make_agent: MakeAgent) -> None:

@@ -151,7 +151,21 @@ def test_the_known_tokens_are_those_that_the_gateway_knows() -> None:
             )  # fmt: skip
 
 
-@pytest.mark.parametrize("bad", [{"max_per_request": "5 cents"}, {"tokens": "USDC"}, {"permit2_allowance": "much"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_per_request": "5 cents"},
+        {"max_per_day": 2},
+        {"channel_deposit": 1.5},
+        {"tokens": "USDC"},
+        {"tokens": ["0xUSDC"]},
+        {"networks": ["foo"]},
+        {"networks": [8453]},
+        {"recipients": ["foo"]},
+        {"permit2_allowance": "much"},
+    ],
+    ids=str,
+)
 def test_a_policy_that_cannot_be_read_is_an_error_at_once(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         SpendingPolicy(**bad)

@@ -113,8 +113,9 @@ def test_a_topup_keeps_to_the_policy_and_the_gateways_limits(
     with pytest.raises(RequestRefused, match="`amount_usd` must be a text such as") as refused:
         make_agent().wallet.topup("0.01")
     assert (refused.value.status, refused.value.code) == (400, "invalid_field")
-    with pytest.raises(ValueError, match="not a dollar amount"):
-        make_agent().wallet.topup("-1")
+    for odd in ("-1", 1, 1.5):
+        with pytest.raises(ValueError, match="not a dollar amount"):
+            make_agent().wallet.topup(odd)  # type: ignore[arg-type]
     assert balance_of(stack.rpc_url, USDC, owner.address) == FUNDS
     agent = make_agent(rpc_url=stack.rpc_url)
     assert agent.wallet.topup("1", asset="USDT").asset == "eip155:84532/USDT"
