@@ -108,7 +108,9 @@ def name_of(chain_id: int, token: str, payer: str) -> str:
     return f"approval:{chain_id}:{token}:{payer}"
 
 
-def begin(tx: Transaction, wanted: Wanted, budget: Budget, order: SettlementOrder | None) -> str | None:
+def begin(
+    tx: Transaction, wanted: Wanted, budget: Budget, order: SettlementOrder | None, from_block: int
+) -> str | None:
     """Write that an approval is to be brought to the chain, the order that gives its payer the coin, and the order of the
     payment, which waits for it: in one.
 
@@ -117,6 +119,7 @@ def begin(tx: Transaction, wanted: Wanted, budget: Budget, order: SettlementOrde
         wanted: What was found good on the chain.
         budget: What may be given away.
         order: What settles the payment; None for a payment that is settled later, if at all.
+        from_block: Before it nobody can have executed that, see `outbox.enqueue`.
 
     Returns:
         The settlement that funds it, for the engine to take up; None if nothing has to be given.
@@ -143,7 +146,7 @@ def begin(tx: Transaction, wanted: Wanted, budget: Budget, order: SettlementOrde
         outbox.enqueue(tx, funding_order)
     _write(tx, wanted, before, None if funding_order is None else funding_order.id, order)
     if order is not None:
-        outbox.enqueue(tx, order, waits_for=wanted.name)
+        outbox.enqueue(tx, order, from_block, waits_for=wanted.name)
     return None if funding_order is None else funding_order.id
 
 

@@ -143,7 +143,7 @@ class Sponsor:
 
     def begin(self, tx: Transaction, wanted: Wanted, order: SettlementOrder | None) -> str | None:
         """See `payments.sponsoring.records.begin`; once it is durable, `begun` has to be told."""
-        return records.begin(tx, wanted, self.budget, order)
+        return records.begin(tx, wanted, self.budget, order, self._settlements.from_block)
 
     def begun(self, funding_id: str | None = None, settlement_id: str | None = None) -> None:
         """What `begin` wrote is durable: look after it."""

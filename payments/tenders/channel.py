@@ -192,7 +192,7 @@ class ChannelTender:
             if deposit is None or not deposit.cover.holds(tx):
                 raise _Overtaken
             book.count_transaction(tx, channel)
-            outbox.enqueue(tx, self._deposit_order())
+            outbox.enqueue(tx, self._deposit_order(), self._services.settlements.from_block)
         if unknown and isinstance(decision, PaymentRefused):
             # Nothing is kept of it: a key costs nothing, another salt even less.
             raise decision

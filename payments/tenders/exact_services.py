@@ -51,6 +51,10 @@ class Settling(Protocol):
         """Write an order durably and broadcast it; the same id again changes nothing. `SettlementUnavailable` or `StoreBusy`
         mean that nothing was written."""
 
+    @property
+    def from_block(self) -> int:
+        """A block before which nobody can have executed what is found unexecuted now; see `outbox.enqueue`."""
+
     def take_queued(self, settlement_id: str) -> None:
         """Take up an order that a unit has written to the outbox, now that it is durable."""
 

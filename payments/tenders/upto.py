@@ -203,7 +203,8 @@ class UptoHold:
         taken = pledges.capture(tx, self._use, self.payer, self.maximum_nano_usd, amount_nano_usd, outcome)
         if taken.first and taken.charge.charged_nano_usd:
             value = self._atomic(taken.charge.charged_nano_usd)
-            outbox.enqueue(tx, order_for(self._payment, self._token, self.receipt_id, value))
+            order = order_for(self._payment, self._token, self.receipt_id, value)
+            outbox.enqueue(tx, order, self._services.settlements.from_block)
         if also is not None:
             also(tx)
         return taken

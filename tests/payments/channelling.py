@@ -88,43 +88,49 @@ class Channel:
     def pays(self, amount: int) -> dict[str, Any]:
         return self.call({"type": "voucher", "channelConfig": self.config_json, "voucher": self.voucher(amount)})
 
-    def deposits(self, value: int, amount: int, *, valid_s: int = 300, salt: int | None = None) -> dict[str, Any]:
+    def deposit(self, value: int, *, valid_s: int = 300, salt: int | None = None) -> Erc3009Deposit | Permit2Deposit:
+        """Signed by its payer."""
         deadline, salt = int(time.time()) + valid_s, secrets.randbits(256) if salt is None else salt
         if self.token.transfer_method == "eip3009":
             unsigned = Erc3009Deposit(value, 0, deadline, salt, b"")
-            signature = sign(
-                self.payer, vouchers.erc3009_deposit_digest(unsigned, self.config, self.number, self.token)
-            )
+            digest = vouchers.erc3009_deposit_digest(unsigned, self.config, self.number, self.token)
+            return dataclasses.replace(unsigned, signature=sign(self.payer, digest))
+        permit = Permit2Deposit(
+            value,
+            self.payer.address.lower(),
+            self.token.address,
+            value,
+            PERMIT2_DEPOSIT_COLLECTOR_ADDRESS,
+            salt,
+            deadline,
+            self.number,
+            b"",
+        )
+        digest = vouchers.permit2_deposit_digest(permit, self.token.chain_id)
+        return dataclasses.replace(permit, signature=sign(self.payer, digest))
+
+    def deposits(self, value: int, amount: int, *, valid_s: int = 300, salt: int | None = None) -> dict[str, Any]:
+        deposit = self.deposit(value, valid_s=valid_s, salt=salt)
+        signature = "0x" + deposit.signature.hex()
+        if isinstance(deposit, Erc3009Deposit):
             authorization: dict[str, Any] = {
                 "erc3009Authorization": {
                     "validAfter": "0",
-                    "validBefore": str(deadline),
-                    "salt": hex32(salt),
-                    "signature": "0x" + signature.hex(),
+                    "validBefore": str(deposit.valid_before),
+                    "salt": hex32(deposit.salt),
+                    "signature": signature,
                 }
             }
         else:
-            permit = Permit2Deposit(
-                value,
-                self.payer.address.lower(),
-                self.token.address,
-                value,
-                PERMIT2_DEPOSIT_COLLECTOR_ADDRESS,
-                salt,
-                deadline,
-                self.number,
-                b"",
-            )
-            signature = sign(self.payer, vouchers.permit2_deposit_digest(permit, self.token.chain_id))
             authorization = {
                 "permit2Authorization": {
-                    "from": permit.payer,
-                    "permitted": {"token": permit.token, "amount": str(value)},
-                    "spender": permit.spender,
-                    "nonce": str(salt),
-                    "deadline": str(deadline),
+                    "from": deposit.payer,
+                    "permitted": {"token": deposit.token, "amount": str(value)},
+                    "spender": deposit.spender,
+                    "nonce": str(deposit.nonce),
+                    "deadline": str(deposit.deadline),
                     "witness": {"channelId": hex32(self.number)},
-                    "signature": "0x" + signature.hex(),
+                    "signature": signature,
                 }
             }
         return self.call(

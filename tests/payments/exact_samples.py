@@ -88,6 +88,7 @@ class HandSettlements:
     after_submit: Callable[[], None] = lambda: None
     mine_at_once: bool = True
     taken: list[str] = field(default_factory=list)
+    from_block: int = 77
 
     def admit(self, payer: str) -> None:
         return

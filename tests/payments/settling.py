@@ -257,6 +257,15 @@ def let_ours_be_mined(chain: Devnet, settlements: Settlements) -> None:
     rpc(chain.rpc_url, "evm_setAutomine", True)
 
 
+def send(chain: Devnet, sender: Wallet, to: str, data: str, *, bid_gwei: int) -> None:
+    """A transaction for the next block, where whoever bids more comes first."""
+    rpc(chain.rpc_url, "anvil_impersonateAccount", sender.address)
+    fees = {"maxFeePerGas": hex(bid_gwei * 10**9), "maxPriorityFeePerGas": hex(bid_gwei * 10**9)}
+    rpc(
+        chain.rpc_url, "eth_sendTransaction", {"from": sender.address, "to": to, "data": data, "gas": hex(10**6)} | fees
+    )
+
+
 def mine(url: str, blocks: int = 1) -> None:
     for _ in range(blocks):
         rpc(url, "evm_mine")

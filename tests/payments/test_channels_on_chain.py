@@ -22,12 +22,14 @@ from payments.errors import PaymentRefused
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id
 from payments.ledger.books import check
+from payments.settlement.care import SLACK_BLOCKS
+from payments.settlement.dispatcher import Dispatcher
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.base import Outcome
 from payments.tenders.channel import ChannelHold, deposit_id
 from tests.payments.channel_desk import DELAY_S, FINALIZE, INITIATE, PAYER, PRICE, Gateway, gateway
 from tests.payments.exact_samples import DETAILS, QUOTED, assert_books_balance, quote_of
-from tests.payments.settling import PAY_TO, later_than_the_last_block, until
+from tests.payments.settling import PAY_TO, later_than_the_last_block, rows, until
 
 
 @pytest.fixture
@@ -165,6 +167,15 @@ async def test_whoever_withdraws_while_it_is_served_pays(opened: Gateway, chain:
     assert await opened.keeper.claim_due() == 1, "before the payer can take it out"
     await opened.settle_open()
     assert balance_of(chain.rpc_url, chain.usdc, PAY_TO) == SPENT // 1000
+
+
+async def test_what_made_a_deposit_is_looked_for_from_when_it_was_asked_for(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dispatcher, "take", lambda self, entry: None)
+    opened.settlements.courier.head = 1_000
+    await opened.take(opened.payment(PRICE, deposit=5 * PRICE), ready=False)
+    assert await rows(opened.services.store, "state, from_block") == [("queued", 1_000 - SLACK_BLOCKS)]
 
 
 async def test_what_can_never_be_claimed_holds_up_no_other_channel(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from contracts.devnet import Devnet, approve_permit2, balance_of, call_data, rpc, send_signed
 from payments.chain.networks import Network
+from payments.chain.rpc import Rpc
 from payments.chain.transactions import (
     AUTHORIZATION_USED_TOPIC,
     TRANSFER_TOPIC,
@@ -23,6 +25,8 @@ from payments.chain.transactions import (
 from payments.settlement import judge, outbox, states
 from payments.settlement.engine import Settlements
 from payments.settlement.evidence import PaymentProof
+from payments.settlement.orders import NoEvidence
+from payments.settlement.outbox import Entry
 from payments.store import Store, Transaction
 from payments.verification.eip712 import token_domain_separator
 from payments.verification.signatures import keccak256
@@ -276,3 +280,27 @@ async def test_a_transfer_that_proves_one_settlement_proves_no_other(
         return [outbox.proven_by(tx, first.chain_id, hashes) for hashes in (["0x01", "0x02"], ["0x02"])]
 
     assert await store.write(unit) == [{("0x01", 7): first.id}, {}]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["USDC", "USDT"])
+async def test_of_what_nobody_says_from_where_it_is_to_be_looked_for_no_node_is_asked_for_years_of_logs(
+    chain: Devnet, network: Network, settlements: Settlements, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """What no transaction of ours carried, on a chain of thirty million blocks."""
+    token = network.tokens[which]
+    ranges: list[tuple[int, int]] = []
+
+    async def call(self: Rpc, method: str, params: Sequence[Any] = ()) -> Any:
+        if method == "eth_call":
+            return "0x" + (word(1) if which == 0 else b"\xff" * 32).hex()
+        assert method == "eth_getLogs"
+        ranges.append((int(params[0]["fromBlock"], 16), int(params[0]["toBlock"], 16)))
+        return []
+
+    monkeypatch.setattr(Rpc, "call", call)
+    entry = Entry(order_for(pay(chain.wallets[1], token, 5), token), "queued", 0)
+    found = await settlements._care.judge.search(entry, 30_000_000)
+    assert found == NoEvidence(nonce_consumed=True)
+    assert len(ranges) <= 60
+    assert max(end for _, end in ranges) == 30_000_000
+    assert min(start for start, _ in ranges) <= 30_000_000 - 40_000

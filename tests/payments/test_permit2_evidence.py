@@ -39,6 +39,7 @@ from tests.payments.settling import (
     order_for,
     pay,
     rows,
+    send,
     submit,
     transactions,
     until,
@@ -109,14 +110,6 @@ def execute(chain: Devnet, calls: list[tuple[str, bytes]]) -> None:
     """A stranger makes calls in one transaction, as many of them as can be made, and bids more than we do."""
     to, data = calls[0] if len(calls) == 1 else (MULTICALL3_ADDRESS, encode_aggregate3(calls))
     send(chain, chain.wallets[9], to, "0x" + data.hex(), bid_gwei=700)
-
-
-def send(chain: Devnet, sender: Wallet, to: str, data: str, *, bid_gwei: int) -> None:
-    rpc(chain.rpc_url, "anvil_impersonateAccount", sender.address)
-    fees = {"maxFeePerGas": hex(bid_gwei * 10**9), "maxPriorityFeePerGas": hex(bid_gwei * 10**9)}
-    rpc(
-        chain.rpc_url, "eth_sendTransaction", {"from": sender.address, "to": to, "data": data, "gas": hex(10**6)} | fees
-    )
 
 
 def hide(chain: Devnet, calls: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:

@@ -31,6 +31,9 @@ from payments.errors import AllowanceRequired, PaymentConflict, PaymentError, Pa
 from payments.ledger import history
 from payments.ledger.accounts import account_id, payer_account
 from payments.recovery import recover
+from payments.settlement.care import SLACK_BLOCKS
+from payments.settlement.dispatcher import Dispatcher
+from payments.settlement.engine import Settlements
 from payments.tenders.authorizations import AlreadyUsed
 from payments.tenders.base import Outcome
 from payments.tenders.upto import UptoHold
@@ -40,7 +43,7 @@ from tests.payments.contract_wallets import place
 from tests.payments.desks import VALUE, opened
 from tests.payments.exact_samples import QUOTED, assert_books_balance
 from tests.payments.pledging import ANSWER_S, ANSWERED, COST, Desk, gateway
-from tests.payments.settling import PAY_TO, later_than_the_last_block, pay, until
+from tests.payments.settling import PAY_TO, later_than_the_last_block, pay, rows, until
 
 
 @pytest.fixture
@@ -82,6 +85,17 @@ async def test_only_what_the_answer_cost_is_taken(desk: Desk, which: int) -> Non
     ]
     assert await desk.store.read(lambda tx: promises.exposure(promises.under_way(tx, payment.payer))) == 0
     await desk.check_books()
+
+
+async def test_what_used_an_authorization_is_looked_for_from_when_the_answer_was_there(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dispatcher, "take", lambda self, entry: None)
+    assert isinstance(desk.services.settlements, Settlements)
+    desk.services.settlements.courier.head = 1_000
+    hold = await desk.authorize(desk.sign(desk.chain.wallets[1], desk.network.tokens[0]))
+    await hold.capture(COST, ANSWERED)
+    assert await rows(desk.store, "state, from_block") == [("queued", 1_000 - SLACK_BLOCKS)]
 
 
 async def test_it_may_be_valid_from_later_than_the_last_block_on(desk: Desk) -> None:
