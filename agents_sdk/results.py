@@ -75,7 +75,7 @@ class DepositAddress:
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key that spends the wallet's balance and can do nothing else."""
+    """A key that sees (balance and history) and spends the wallet's balance, and can do nothing else."""
 
     id: str
     name: str

@@ -134,7 +134,7 @@ class WalletAccount:
 
 
 class WalletKeys:
-    """API keys that spend the wallet's balance and can do nothing else."""
+    """API keys that see (balance and history) and spend the wallet's balance, and can do nothing else."""
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared

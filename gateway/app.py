@@ -6,6 +6,7 @@ import binascii
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from urllib.parse import parse_qsl
 
 import orjson
 from starlette.applications import Starlette
@@ -29,6 +30,7 @@ from gateway.offers import PaymentNeeded
 from gateway.services import Services
 from gateway.settings import Settings
 from payments import receipts
+from payments.facilitator.discovery import read_page
 from payments.x402.extensions import bazaar
 from payments.x402.v1 import RESOURCE_DESCRIPTION
 
@@ -180,6 +182,11 @@ def withdrawals(method: Callable[[WithdrawalApi, Call], Awaitable[dict[str, Any]
 async def discovery(services: Services, call: Call) -> None:
     """What is sold here, for catalogues: the paid route with the offers for an example (x402's discovery)."""
     services.limiter.take(call.client)
+    query = parse_qsl(call.scope.get("query_string", b"").decode("latin-1"))
+    try:
+        page = read_page(dict(query))
+    except ValueError as error:
+        raise ApiError(400, "invalid_parameter", str(error)) from None
     extensions = services.extensions
     call.scope["path"] = bazaar.CHAT_PATH
     call.scope["method"] = "POST"
@@ -187,7 +194,7 @@ async def discovery(services: Services, call: Call) -> None:
     answer = services.offers.required(call, PaymentNeeded(await services.flow.plan(call)))
     accepts = orjson.loads(binascii.a2b_base64(answer.header))["accepts"]
     url = extensions.origin + bazaar.CHAT_PATH
-    body = bazaar.listing(url, RESOURCE_DESCRIPTION, accepts, extensions.example_model or "")
+    body = bazaar.listing(url, RESOURCE_DESCRIPTION, accepts, extensions.example_model or "", page.limit, page.offset)
     await send_json(call.send, 200, body, {"cache-control": "max-age=60"})
 
 

@@ -20,6 +20,7 @@ from payments.tenders.schemes import Scheme
 from payments.x402 import wire
 from payments.x402.answers import HEADER_BYTES_ASKED_MAX, HEADER_BYTES_MAX
 from payments.x402.channels import SCHEME
+from payments.x402.v1 import RESOURCE_DESCRIPTION
 
 PAYMENT_HEADERS: dict[bytes, wire.HeaderName] = {b"payment-signature": "payment-signature", b"x-payment": "x-payment"}
 
@@ -74,7 +75,7 @@ class PaymentNeeded(Exception):
     @property
     def error(self) -> str:
         """What the 402 says is wrong."""
-        return error_text(self.code, self.message)
+        return f"{self.code}: {self.message}" if self.refused is None else error_text(self.code, self.message)
 
 
 def error_text(code: str, message: str) -> str:
@@ -126,6 +127,7 @@ class Offers:
         error: str,
         refused: PaymentRefused | None = None,
         only: Sequence[str] = (),
+        description: str = RESOURCE_DESCRIPTION,
     ) -> wire.PaymentRequiredAnswer:
         """The 402 for anything that has a quote.
 
@@ -135,6 +137,7 @@ class Offers:
             error: Why it is not served.
             refused: What its payment was refused with; a payer that is out of step is told where it stands.
             only: The schemes that can be offered; the first of them is, if none was asked for or configured.
+            description: What is paid for, in words.
         """
         accept_payment = call.header(b"accept-payment")
         networks, schemes = self._offered(accept_payment)
@@ -166,6 +169,7 @@ class Offers:
             [entry.network for entry in networks],
             None if self._extensions is None else self._extensions.declared(call, asked, requirements, resource_url),
             HEADER_BYTES_ASKED_MAX if asked else HEADER_BYTES_MAX,
+            description,
         )
 
     def payment_headers(self, call: Call, sent: SentPayment, response: dict[str, Any]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from payments.tenders.base import Hold, Outcome, Tender
 from payments.tenders.closing import because
 from payments.x402.answers import describe_quote
 
+DESCRIPTION = "Balance of the wallet that pays, spent on answers"
 RESUMES_MAX = 3
 ANOTHER_USE_WAIT_S = 30.0
 
@@ -81,7 +82,9 @@ class TopUps:
             await self._take(call, sent, self._offers.tender(sent, quote, now, refusal, tops_up=True), quote)
         except PaymentRefused as refused:
             self._limiter.count(call.client)
-            answer = self._offers.required_for(call, quote, error_text(refused.code, refused.message), refused)
+            answer = self._offers.required_for(
+                call, quote, error_text(refused.code, refused.message), refused, description=DESCRIPTION
+            )
             answer.body["quote"] = describe_quote(quote)
             headers = {"PAYMENT-REQUIRED": answer.header, "cache-control": "no-store"}
             await send_json(call.send, 402, answer.body, headers)

@@ -76,7 +76,7 @@ def create_key(
 
 
 def create_wallet_key(tx: Transaction, name: str, wallet: str) -> tuple[ApiKeyView, str]:
-    """Make a key that spends a wallet's balance, and nothing else.
+    """Make a key that sees and spends a wallet's balance, and can do nothing else.
 
     Args:
         tx: The unit's transaction.

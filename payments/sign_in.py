@@ -39,6 +39,12 @@ class SignInRefused(PaymentError):
     status = 401
 
 
+class BadAddress(SignInRefused):
+    """What is to sign in is no wallet's address. 400: nobody has tried to sign in yet."""
+
+    status = 400
+
+
 @dataclass(frozen=True, slots=True)
 class Challenge:
     """A message to sign with `personal_sign`. `expires_at` is Unix seconds."""
@@ -80,10 +86,10 @@ class SignIn:
         """Make the message that the wallet at `address` has to sign within five minutes of `now` (Unix seconds).
 
         Raises:
-            SignInRefused: If `address` is not one.
+            BadAddress: If `address` is not one.
         """
         if not _ADDRESS.fullmatch(address):
-            raise SignInRefused("invalid_address", "`address` must be 0x followed by 40 hexadecimal digits")
+            raise BadAddress("invalid_address", "`address` must be 0x followed by 40 hexadecimal digits")
         random = secrets.token_hex(12)
         expires_at = now + CHALLENGE_TTL_S
         nonce = random + self._nonce_mac(random, address, expires_at)

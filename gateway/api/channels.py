@@ -14,6 +14,7 @@ from payments.errors import PaymentRefused
 from payments.quotes import make_quote, request_digest
 from payments.x402.channels import PAYLOAD_TYPE, SCHEME, ChannelPayment
 
+DESCRIPTION = "A refund of what a payment channel holds"
 QUOTE_TTL_S = 300
 
 
@@ -49,5 +50,7 @@ async def _ask(call: Call, offers: Offers, refused: PaymentRefused) -> None:
         request_digest=digest,
         expires_at=int(time.time()) + QUOTE_TTL_S,
     )
-    answer = offers.required_for(call, quote, error_text(refused.code, refused.message), refused, only=(SCHEME,))
+    answer = offers.required_for(
+        call, quote, error_text(refused.code, refused.message), refused, only=(SCHEME,), description=DESCRIPTION
+    )
     await send_json(call.send, 402, answer.body, {"PAYMENT-REQUIRED": answer.header, "cache-control": "no-store"})

@@ -44,6 +44,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
+        # An endpoint may plan the request that another one would get, and changes its scope to it.
+        method = scope["method"]
         request_id = _request_id(scope)
         marks = [(b"x-request-id", request_id)]
         names = {name for name, _ in scope["headers"]}
@@ -95,7 +97,7 @@ class Guard:
             write(
                 "request",
                 id=request_id.decode(),
-                method=scope["method"],
+                method=method,
                 route=route,
                 status=status,
                 ms=round(seconds * 1e3, 2),

@@ -22,6 +22,7 @@ from payments.store import Store, Transaction
 from payments.verification.signatures import checksum_address
 
 PAGE_DEFAULT = 50
+TEXT_CHARACTERS_MAX = 4096
 KEY_NAME_CHARACTERS_MAX = 100
 SIGN_IN = "sign in first: POST /v1/wallet/challenges, sign the message, POST /v1/wallet/sessions"
 
@@ -85,13 +86,16 @@ class WalletApi:
 
     async def create_challenge(self, call: Call) -> dict[str, Any]:
         """A message for the wallet to sign with `personal_sign`."""
-        address = self._text(call, "address")
+        address = self._text(call, "address", "0x followed by 40 hexadecimal digits")
         challenge = self._sign_in.challenge(address, int(time.time()))
         return {"message": challenge.message, "nonce": challenge.nonce, "expires_at": challenge.expires_at}
 
     async def create_session(self, call: Call) -> dict[str, Any]:
         """A short-lived token, for a challenge that was signed. It works once."""
-        message, signature = self._text(call, "message"), self._text(call, "signature")
+        message = self._text(call, "message", "the challenge's message, unchanged")
+        signature = self._text(
+            call, "signature", "the wallet's signature of the message by personal_sign, in hexadecimal"
+        )
         now = int(time.time())
         address, nonce, expires_at = self._sign_in.verify(message, signature, now)
         await self._store.write(lambda tx: use_nonce(tx, nonce, expires_at))
@@ -165,10 +169,10 @@ class WalletApi:
     async def create_key(self, call: Call) -> dict[str, Any]:
         """An API key that spends this wallet's balance. It is shown here and never again."""
         address = await signed_in(self._access, call)
-        name = self._text(call, "name")
+        wanted = f"1 to {KEY_NAME_CHARACTERS_MAX} printable characters"
+        name = self._text(call, "name", wanted)
         if not name or len(name) > KEY_NAME_CHARACTERS_MAX or not name.isprintable():
-            message = f"`name` must be 1 to {KEY_NAME_CHARACTERS_MAX} printable characters"
-            raise ApiError(400, "invalid_field", message, param="name")
+            raise ApiError(400, "invalid_field", f"`name` must be {wanted}", param="name")
 
         def unit(tx: Transaction) -> tuple[ApiKeyView, str]:
             wallet_accounts.open_account(tx, address)
@@ -197,10 +201,12 @@ class WalletApi:
         self._access.forget(view.id)
         return _key_json(view)
 
-    def _text(self, call: Call, field: str) -> str:
+    def _text(self, call: Call, field: str, wanted: str) -> str:
         value = read_json(call.body, self._json_depth_max).get(field)
-        if not isinstance(value, str) or len(value) > 4096:
-            raise ApiError(400, "invalid_field", f"`{field}` must be a text of at most 4096 characters", param=field)
+        if value is None:
+            raise ApiError(400, "invalid_field", f"`{field}` is required: {wanted}", param=field)
+        if not isinstance(value, str) or len(value) > TEXT_CHARACTERS_MAX:
+            raise ApiError(400, "invalid_field", f"`{field}` must be {wanted}", param=field)
         return value
 
 

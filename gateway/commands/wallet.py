@@ -24,7 +24,9 @@ app = typer.Typer(
         "[cyan]farebox wallet withdraw all --asset USDC[/cyan]"
     ),
 )
-keys = typer.Typer(no_args_is_help=True, help="API keys that spend the wallet's balance and can do nothing else.")
+keys = typer.Typer(
+    no_args_is_help=True, help="API keys that see and spend the wallet's balance, and can do nothing else."
+)
 app.add_typer(keys, name="keys")
 
 

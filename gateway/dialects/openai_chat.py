@@ -12,7 +12,7 @@ from typing import Any, Final, NoReturn
 from gateway.api.errors import ApiError
 from gateway.dialects.canonical import Block, ChatRequest, Message, Tool, ToolResultBlock
 from gateway.dialects.openai_content import read_parts, read_text_parts, read_tool_calls
-from gateway.dialects.openai_fields import array, fail, integer, number, obj, optional_text, text
+from gateway.dialects.openai_fields import array, fail, integer, number, obj, optional_text, text, wrong_type
 
 NAME: Final = "openai_chat"
 GATEWAY_FIELDS: Final = frozenset({"models", "provider", "strategy", "route", "farebox"})
@@ -142,6 +142,8 @@ def _stop(value: object) -> tuple[str, ...]:
         return ()
     if isinstance(value, str):
         return (value,)
+    if not isinstance(value, list):
+        wrong_type("stop", value, "a string or an array of strings")
     stops = array(value, "stop", STOPS_MAX, empty_allowed=True)
     return tuple(text(stop, f"stop[{index}]", "a string") for index, stop in enumerate(stops))
 

@@ -56,6 +56,8 @@ def integer(owner: dict[str, Any], name: str, minimum: int, maximum: int) -> int
     value = owner.get(name)
     if value is None:
         return None
+    if isinstance(value, float):
+        fail(name, "invalid_type", f"must be a whole number, written as one, not {value!r}.")
     if type(value) is not int:  # a bool is an int to Python, not to a caller
         wrong_type(name, value, "a whole number")
     if not minimum <= value <= maximum:

@@ -78,7 +78,7 @@ def read_page(query: Mapping[str, str]) -> Page:
     for name, default, high in (("limit", PAGE_DEFAULT, PAGE_MAX), ("offset", 0, 10**9)):
         text = query.get(name, str(default))
         if not re.fullmatch(r"[0-9]{1,9}", text):
-            raise ValueError(f"{name} must be a number")
+            raise ValueError(f"{name} must be a whole number, 0 or more")
         numbers[name] = min(int(text), high)
     columns = (("type", "type"), ("payTo", "pay_to"), ("scheme", "scheme"), ("network", "network"))
     filters = [(column, query[name]) for name, column in columns if name in query]

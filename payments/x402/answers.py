@@ -46,6 +46,7 @@ def payment_required(
     networks: Sequence[Network],
     extensions: Mapping[str, Any] | None = None,
     header_bytes_max: int = HEADER_BYTES_MAX,
+    description: str = RESOURCE_DESCRIPTION,
 ) -> PaymentRequiredAnswer:
     """Build a 402 answer.
 
@@ -59,16 +60,18 @@ def payment_required(
         networks: The chains of `requirements`.
         extensions: Declarations by name, the most wanted one first; the last ones are left out before an offer is.
         header_bytes_max: Of the header.
+        description: What is paid for, in words.
 
     Returns:
         The header's value and the body.
     """
     assert requirements
     by_caip2 = {network.caip2: network for network in networks}
-    v1_accepts = [v1_requirement(offer, by_caip2[offer.network], resource_url) for offer in requirements]
+    v1_accepts = [v1_requirement(offer, by_caip2[offer.network], resource_url, description) for offer in requirements]
+    resource = {"url": resource_url, "description": description, "mimeType": RESOURCE_MIME_TYPE}
     return PaymentRequiredAnswer(
         header=_fitting_header(
-            requirements, quote_token, resource_url, error[:ERROR_CHARACTERS_MAX], extensions or {}, header_bytes_max
+            requirements, quote_token, resource, error[:ERROR_CHARACTERS_MAX], extensions or {}, header_bytes_max
         ),
         body={
             "x402Version": 1,
@@ -140,7 +143,7 @@ def _describe_candidate(candidate_id: str) -> dict[str, str]:
 def _fitting_header(
     requirements: Sequence[Requirement],
     quote_token: str,
-    resource_url: str,
+    resource: Mapping[str, str],
     error: str,
     extensions: Mapping[str, Any],
     header_bytes_max: int,
@@ -153,11 +156,7 @@ def _fitting_header(
             {
                 "x402Version": 2,
                 "error": error,
-                "resource": {
-                    "url": resource_url,
-                    "description": RESOURCE_DESCRIPTION,
-                    "mimeType": RESOURCE_MIME_TYPE,
-                },
+                "resource": resource,
                 "accepts": accepts,
                 "extensions": declared,
             }

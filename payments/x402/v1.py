@@ -15,13 +15,16 @@ RESOURCE_DESCRIPTION = "An answer of an AI model"
 RESOURCE_MIME_TYPE = "application/json"
 
 
-def v1_requirement(requirement: Requirement, network: Network, resource_url: str) -> dict[str, Any] | None:
+def v1_requirement(
+    requirement: Requirement, network: Network, resource_url: str, description: str = RESOURCE_DESCRIPTION
+) -> dict[str, Any] | None:
     """The JSON-able v1 offer that means the same as `requirement`, or None if v1 clients cannot pay it.
 
     Args:
         requirement: The v2 offer.
         network: Its chain.
         resource_url: What is being paid for.
+        description: The same in words.
     """
     if (
         requirement.scheme != "exact"
@@ -35,7 +38,7 @@ def v1_requirement(requirement: Requirement, network: Network, resource_url: str
         "maxAmountRequired": str(requirement.amount),
         "resource": resource_url,
         # v1 clients demand the two, whatever they say.
-        "description": RESOURCE_DESCRIPTION,
+        "description": description,
         "mimeType": RESOURCE_MIME_TYPE,
         "payTo": requirement.pay_to,
         "maxTimeoutSeconds": requirement.max_timeout_s,

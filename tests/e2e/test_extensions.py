@@ -399,6 +399,9 @@ def test_what_is_sold_is_described_and_discovered(http: httpx.Client, stack: Sta
     assert ask(http, example).status_code == 402
     client = with_bazaar(HTTPFacilitatorClientSync(FacilitatorConfig(url=stack.gateway_url)))  # type: ignore[arg-type]
     (item,) = client.extensions.bazaar.list_resources().items
+    beyond = http.get("/discovery/resources?limit=7&offset=1").json()
+    assert (beyond["items"], beyond["pagination"]) == ([], {"limit": 7, "offset": 1, "total": 1})
+    assert http.get("/discovery/resources?limit=-1").status_code == 400
     assert item.resource == f"{stack.gateway_url}/v1/chat/completions"
     assert item.accepts is not None
     assert {offer["payTo"] for offer in item.accepts} == {stack.pay_to.lower()}

@@ -89,6 +89,14 @@ def test_nobody_looks_into_anothers_wallet(http: httpx.Client, stack: Stack, wal
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "sign_in_required")
     session = sign_in(http, wallet)
     assert http.delete("/v1/wallet/keys/key_0", headers=session).status_code == 404
+    for body, says in (({}, "`name` is required: 1 to 100"), ({"name": "x" * 101}, "must be 1 to 100 printable")):
+        refused = http.post("/v1/wallet/keys", headers=session, json=body)
+        assert (refused.status_code, says in refused.json()["error"]["message"]) == (400, True), refused.text
+    for body in ({}, {"address": "0x1"}):
+        assert http.post("/v1/wallet/challenges", json=body).status_code == 400
+    unread = http.post("/v1/chat/completions", json=QUESTION, headers={"SIGN-IN-WITH-X": "e30="})
+    assert (unread.status_code, unread.json()["error"].partition(":")[0]) == (402, "invalid_message")
+    assert "SIGN-IN-WITH-X must be" in unread.json()["error"]
     for query in ("limit=0", "limit=201", "limit=x", "before=x"):
         assert http.get(f"/v1/wallet/history?{query}", headers=session).status_code == 400
 
@@ -108,6 +116,9 @@ def test_a_top_up_becomes_balance_once_and_is_not_sent_back(
     http: httpx.Client, stack: Stack, fresh: LocalAccount
 ) -> None:
     asked = top_up(http, "0.75")
+    described = {offer["description"] for offer in asked.json()["accepts"]}
+    described.add(decoded(asked.headers["PAYMENT-REQUIRED"])["resource"]["description"])
+    assert described == {"Balance of the wallet that pays, spent on answers"}
     assert asked.json()["quote"]["items"] == [{"name": "topup", "amount_usd": "0.75"}]
     payment = sign(fresh, asked)
     with ThreadPoolExecutor(8) as pool:

@@ -328,3 +328,18 @@ def test_any_json_is_a_request_or_a_400(value: Any) -> None:
     for dialect in DIALECTS.values():
         with contextlib.suppress(Untranslatable):
             assert orjson.loads(dialect.build(request, candidate("up"), 10, "http://up").body)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"max_tokens": 1.5}, "must be a whole number, written as one, not 1.5"),
+        ({"n": 1.0}, "must be a whole number, written as one, not 1.0"),
+        ({"n": "1"}, "must be a whole number, not a string"),
+        ({"stop": 5}, "must be a string or an array of strings, not a number"),
+    ],
+)
+def test_a_wrong_type_is_told_with_what_is_taken(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        parse_request(body(**fields))
+    assert (refused.value.code, says in refused.value.message) == ("invalid_type", True), refused.value.message

@@ -9,11 +9,14 @@ from typing import Any
 
 import orjson
 import pytest
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
+from structlog.testing import capture_logs
 
 from gateway.access.hangup import until_gone
 from gateway.api.errors import ApiError
+from gateway.api.guard import Guard
 from gateway.api.http import Call, CallerGone, EventStream, encode_headers, read_call, read_json, send_json
+from gateway.metrics import Metrics
 
 BODY_BYTES_MAX = 1000
 
@@ -284,3 +287,15 @@ async def test_one_wait_may_follow_another_on_the_same_call() -> None:
     with pytest.raises(CallerGone):
         async with until_gone(call):
             await asyncio.Event().wait()
+
+
+async def test_the_log_has_the_method_that_was_asked_with_whatever_an_endpoint_makes_of_it() -> None:
+    async def planning_another(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["method"] = "POST"
+        await send_json(send, 200, {})
+
+    caller = Caller()
+    guard = Guard(planning_another, 1, Metrics())
+    with capture_logs() as lines:
+        await guard({"type": "http", "method": "GET", "path": "/", "headers": []}, caller.receive, caller.send)
+    assert [line["method"] for line in lines if line["event"] == "request"] == ["GET"]

@@ -81,7 +81,7 @@ def test_the_message_is_an_eip_4361_one_for_this_gateway() -> None:
 def test_no_message_is_made_for_what_is_no_address(address: str) -> None:
     with pytest.raises(SignInRefused) as refused:
         SIGN_IN.challenge(address, NOW)
-    assert refused.value.code == "invalid_address"
+    assert (refused.value.code, refused.value.status) == ("invalid_address", 400)
 
 
 def test_somebody_else_cannot_sign_for_the_wallet() -> None:

@@ -55,7 +55,9 @@ def declaration(model: str) -> dict[str, Any]:
     }
 
 
-def listing(resource_url: str, description: str, accepts: Sequence[dict[str, Any]], model: str) -> dict[str, Any]:
+def listing(
+    resource_url: str, description: str, accepts: Sequence[dict[str, Any]], model: str, limit: int, offset: int
+) -> dict[str, Any]:
     """The answer of `/discovery/resources` of a gateway that sells one route.
 
     Args:
@@ -63,6 +65,8 @@ def listing(resource_url: str, description: str, accepts: Sequence[dict[str, Any
         description: What it is.
         accepts: The offers for the example in the declaration.
         model: Of the example.
+        limit: Of a page, at least 1.
+        offset: How many of the one route to leave out.
     """
     item = {
         "resource": resource_url,
@@ -76,4 +80,4 @@ def listing(resource_url: str, description: str, accepts: Sequence[dict[str, Any
         "tags": list(TAGS),
         "extensions": {NAME: declaration(model)},
     }
-    return {"x402Version": 2, "items": [item], "pagination": {"limit": 1, "offset": 0, "total": 1}}
+    return {"x402Version": 2, "items": [item][offset:], "pagination": {"limit": limit, "offset": offset, "total": 1}}
