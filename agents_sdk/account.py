@@ -6,6 +6,7 @@ Whatever moves money is asked for under a name that is written down first, so th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -46,6 +47,7 @@ FIRST_QUESTION = {"model": "auto", "messages": [{"role": "user", "content": "Say
 POLL_S = 1.0
 PAUSE_S_MAX = 30.0
 _WALLET = "/v1/wallet"
+_KEY = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
 def balance(shared: Shared) -> Steps[list[Balance]]:
@@ -82,7 +84,11 @@ def topup(shared: Shared, usd: str, asset: str | None) -> Steps[TopUp]:
             f"the top-up of {usd} USD is not known to have arrived ({_message(status, content)}); ask for the same "
             "again: it is the same payment"
         )
-    raise RequestRefused(status, error_code_in(content), _message(status, content))
+    code = error_code_in(content)
+    if code == "insufficient_funds":
+        which = asset or "any token that may be paid in"
+        raise RequestRefused(status, code, f"the wallet does not hold {usd} USD of {which}")
+    raise RequestRefused(status, code, _message(status, content))
 
 
 def withdraw(
@@ -90,6 +96,8 @@ def withdraw(
 ) -> Steps[Withdrawal]:
     """Take the balance out to the wallet, and wait until that is decided."""
     amount = usd if usd == "all" else nano_to_usd(usd_to_nano(usd))
+    if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
+        raise ValueError(f"{idempotency_key!r} is not an idempotency key: 1 to 128 characters (A-Z a-z 0-9 . _ : -)")
     chosen = asset or (yield from _only_asset(shared))
     intent = f"withdraw|{shared.origin}|{shared.wallet.address}|{chosen}|{amount}"
     key = idempotency_key or shared.journal.intend(intent)[0]
@@ -161,6 +169,8 @@ def list_keys(shared: Shared) -> Steps[list[ApiKey]]:
 
 def revoke_key(shared: Shared, key_id: str) -> Steps[ApiKey]:
     """Make a key useless."""
+    if not key_id:
+        raise RequestRefused(404, "key_not_found", "this wallet has no key without an id")
     document = yield from _ask(shared, "DELETE", f"{_WALLET}/keys/{quote(key_id, safe='')}", again=True)
     return _read(lambda: _key(document), "key")
 

@@ -201,9 +201,16 @@ class Agent:
 
 
 def _base(base_url: str) -> httpx.URL:
-    url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
+    try:
+        url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{base_url!r} is not a URL such as https://gateway.example: {error}") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"{base_url!r} is not a URL such as https://gateway.example")
+    if url.raw_path not in (b"", b"/") or url.fragment:
+        raise ValueError(
+            f"{base_url!r} has a path: a gateway is named by scheme, host and port, such as https://gateway.example"
+        )
     return url
 
 

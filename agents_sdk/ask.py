@@ -56,9 +56,14 @@ def ask_command(
     console = Console(stderr=True)
     key = os.environ.get(KEY_VARIABLE)
     if not key:
-        console.print(f"Set {KEY_VARIABLE} to the private key of the wallet that pays.", style="red")
-        raise typer.Exit(2)
+        fix = f"Set {KEY_VARIABLE} to the private key of the wallet that pays."
+        raise _failed(console, "there is no wallet", fix, 2, as_json=json_output)
     try:
+        text = _question(question)
+        _require_text(model, "--model")
+        _require_text(token or "", "--token")
+        if strategy is not None and not strategy.isascii():
+            raise ValueError("--strategy is the name of none")
         policy = SpendingPolicy(
             max_per_request=max_usd,
             max_per_day=None,
@@ -68,22 +73,51 @@ def ask_command(
         )
         agent = Agent(key, gateway, policy=policy, rpc_url=rpc_url)
     except ValueError as error:
-        console.print(str(error), style="red", markup=False)
-        raise typer.Exit(2) from None
-    text = sys.stdin.read() if question == "-" else question
+        raise _failed(console, str(error), "`farebox ask --help` shows examples", 2, as_json=json_output) from None
     with agent:
         try:
             answer = _ask(agent, text, model, strategy, echo=not json_output)
+        except httpx.TransportError as error:
+            what = f"{gateway} does not answer ({type(error).__name__})"
+            fix = f"Check --gateway (or {GATEWAY_VARIABLE}), and ask the same again: nothing is paid twice"
+            raise _failed(console, what, fix, 1, as_json=json_output) from None
         except (FareboxError, httpx.HTTPError, _Failed) as error:
-            console.print(f"{type(error).__name__.lstrip('_')}: {error}", style="red", markup=False)
-            raise typer.Exit(1) from None
+            what = f"{type(error).__name__.lstrip('_')}: {error}"
+            raise _failed(console, what, "Change what it says, and ask again", 1, as_json=json_output) from None
         receipt = next(iter(agent.receipts(limit=1)), None)
     if json_output:
-        sys.stdout.write(json.dumps({"answer": answer, "receipt": _as_json(receipt)}) + "\n")
+        sys.stdout.write(json.dumps({"ok": True, "answer": answer, "receipt": _as_json(receipt)}) + "\n")
     else:
         sys.stdout.write("\n")
         if receipt is not None:
             console.print(_line(receipt), style="dim", markup=False, highlight=False)
+
+
+def _question(given: str) -> str:
+    try:
+        text = sys.stdin.read() if given == "-" else given
+    except UnicodeError:
+        raise ValueError("the question is not text (UTF-8)") from None
+    _require_text(text, "the question")
+    return text
+
+
+def _require_text(value: str, what: str) -> None:
+    # Of bytes that are no UTF-8 Python makes characters that cannot be sent.
+    try:
+        value.encode()
+    except UnicodeError:
+        raise ValueError(f"{what} is not text (UTF-8)") from None
+
+
+def _failed(console: Console, what: str, fix: str, status: int, *, as_json: bool) -> typer.Exit:
+    """Tell what went wrong: JSON on standard output for programs, two lines on standard error for people."""
+    if as_json:
+        sys.stdout.write(json.dumps({"ok": False, "error": {"message": what, "fix": fix}}) + "\n")
+    else:
+        console.print(what, style="red", markup=False, soft_wrap=True)
+        console.print(f"  → {fix}", markup=False, soft_wrap=True)
+    return typer.Exit(status)
 
 
 class _Failed(Exception):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gateway.commands.shared import Failed
+from gateway.commands.shared import Failed, WrongUsage
 
 if TYPE_CHECKING:
     from agents_sdk import Agent
@@ -59,7 +59,7 @@ def agent_at(
     try:
         agent = Agent(key, gateway, policy=SpendingPolicy(**policy), rpc_url=rpc_url, credit=credit)
     except ValueError as error:
-        raise Failed(str(error), "Correct it, and try again") from None
+        raise _wrong_usage(error) from None
     with agent:
         try:
             yield agent
@@ -70,7 +70,12 @@ def agent_at(
             fix = f"Check --gateway (or {GATEWAY_VARIABLE}); if something was asked for, run the same command again"
             raise Failed(what, fix) from None
         except ValueError as error:
-            raise Failed(str(error), "Write amounts as dollars, such as 12.50") from None
+            raise _wrong_usage(error) from None
+
+
+def _wrong_usage(error: ValueError) -> WrongUsage:
+    amount = "dollar amount" in str(error)
+    return WrongUsage(str(error), "Write amounts as dollars, such as 12.50" if amount else "Correct it, and try again")
 
 
 def _fix(error: Exception) -> str:
@@ -88,6 +93,8 @@ def _fix(error: Exception) -> str:
             return "Raise the limit if that is what you want"
         case agents_sdk.ChannelDisputed():
             return "Do not pay this gateway by channels; what is left in one can be withdrawn on chain"
+        case agents_sdk.RequestRefused(code="insufficient_funds"):
+            return "Ask for less, or send the wallet more of the token first"
         case agents_sdk.RequestRefused(code="insufficient_balance" | "insufficient_credit"):
             return "`farebox wallet balance` shows what is there, `farebox wallet topup` adds to it"
         case agents_sdk.RequestRefused(

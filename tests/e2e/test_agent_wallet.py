@@ -278,7 +278,8 @@ def test_a_wallet_with_credit_opens_a_channel_all_the_same(farebox: Callable[...
     ("arguments", "what", "fix"),
     [
         (["wallet", "topup", "0.01"], "`amount_usd` must be", "as it says"),
-        (["wallet", "topup", "nothing"], "is not a dollar amount", "such as 12.50"),
+        (["wallet", "topup", "2000"], "does not hold 2000.00 USD of any token", "Ask for less"),
+        (["wallet", "keys", "revoke", ""], "no key without an id", "farebox wallet keys list"),
         (["wallet", "topup", "1", "--asset", "DAI"], "DAI is wanted", "--asset"),
         (["wallet", "withdraw", "1", "--asset", "USDC"], "", "farebox wallet topup"),
         (["wallet", "keys", "revoke", "key_nobody"], "no key with this id", "farebox wallet keys list"),
@@ -286,7 +287,6 @@ def test_a_wallet_with_credit_opens_a_channel_all_the_same(farebox: Callable[...
         (["channel", "refund"], "there is no channel", "farebox channel list"),
         (["channel", "open", "0.000001"], "allowed per request", "Raise the limit"),
         (["wallet", "balance", "--gateway", "http://127.0.0.1:9"], "does not answer", "--gateway"),
-        (["wallet", "balance", "--gateway", "gateway.example"], "is not a URL", ""),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -294,6 +294,28 @@ def test_what_goes_wrong_is_said_with_what_to_do(
     farebox: Callable[..., Any], arguments: list[str], what: str, fix: str
 ) -> None:
     error = farebox(*arguments, status=1)["error"]
+    assert what in error["message"]
+    assert fix in error["fix"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "fix"),
+    [
+        (["wallet", "topup", "nothing"], "is not a dollar amount", "such as 12.50"),
+        (["wallet", "withdraw", "abc"], "is not a dollar amount", "such as 12.50"),
+        (["channel", "open", "abc"], "is not a dollar amount", "such as 12.50"),
+        (["channel", "refund", "--usd", "abc"], "is not a dollar amount", "such as 12.50"),
+        (["wallet", "withdraw", "1", "--asset", "USDC", "--idempotency-key", "é"], "idempotency key", "Correct it"),
+        (["wallet", "balance", "--gateway", "gateway.example"], "is not a URL", "Correct it"),
+        (["wallet", "balance", "--gateway", "http://localhost:abc"], "is not a URL", "Correct it"),
+        (["wallet", "balance", "--gateway", "http://localhost:1/foo"], "has a path", "Correct it"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_read_is_wrong_usage(
+    farebox: Callable[..., Any], arguments: list[str], what: str, fix: str
+) -> None:
+    error = farebox(*arguments, status=2)["error"]
     assert what in error["message"]
     assert fix in error["fix"]
 
