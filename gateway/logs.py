@@ -38,8 +38,9 @@ def configure(level: str = "info") -> None:
         )
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # One line a start is enough from the server itself.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # One line a start is enough from the server itself, and none from what looks after the schema.
+    for name in ("uvicorn", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _dumps(event: Any, **_: Any) -> bytes:

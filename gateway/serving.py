@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from contextlib import AbstractAsyncContextManager
 
+import structlog
 import uvicorn
 import uvloop
 from starlette.applications import Starlette
@@ -16,6 +18,8 @@ from gateway.settings import LimitSettings
 
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
+
+log = structlog.get_logger("farebox.serving")
 
 
 def run(opened: AbstractAsyncContextManager[Starlette], host: str, port: int, limits: LimitSettings) -> None:
@@ -35,9 +39,19 @@ def run(opened: AbstractAsyncContextManager[Starlette], host: str, port: int, li
         runner.run(_serve(opened, host, port, limits))
 
 
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say where it listens: with port 0 nobody else knows."""
+        await super().startup(sockets)
+        for server in getattr(self, "servers", []):
+            for listening in server.sockets:
+                host, port, *_ = listening.getsockname()
+                log.info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+
 async def _serve(opened: AbstractAsyncContextManager[Starlette], host: str, port: int, limits: LimitSettings) -> None:
     async with opened as app:
-        server = uvicorn.Server(
+        server = _Server(
             uvicorn.Config(
                 app,
                 host=host,

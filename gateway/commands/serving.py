@@ -25,9 +25,13 @@ def serve(
 ) -> None:
     """Run the gateway until SIGTERM or Ctrl-C; requests under way are finished first.
 
-    With --json it prints one line with its address before it starts to listen. Logs go to standard error.
+    With --json it prints one line with its address before it starts to listen. Logs go to standard error, and say where it
+    listens once it does.
     """
     settings = load_settings(config)
+    if not settings.models:
+        fix = "Run: farebox config example > farebox.toml, and edit it; or farebox dev, which needs no configuration"
+        raise Failed("the configuration names no models: there is nothing to serve", fix)
     changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update=changes)
     from gateway import app

@@ -178,6 +178,15 @@ def test_the_example_passes_its_own_check(run: Run) -> None:
     assert all(problem["warning"] for problem in value["problems"])
 
 
+def test_without_models_there_is_nothing_to_serve(run: Run, tmp_path: Path) -> None:
+    Path("farebox.toml").unlink()
+    result = run("serve")
+    assert result.exit_code == 1
+    assert "names no models" in result.stderr
+    assert "farebox config example" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 

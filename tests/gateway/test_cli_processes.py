@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.commands.shared import SERVER_MODULES
+from tests.gateway.command_line import FILE
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -86,3 +87,22 @@ def test_who_has_read_enough_of_an_export_is_told_nothing(tmp_path: Path) -> Non
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_gateway_says_where_it_listens_and_nothing_of_its_schema(tmp_path: Path) -> None:
+    (tmp_path / "farebox.toml").write_text(FILE)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "gateway.cli", "serve", "--port", "0"]
+    with subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            lines = []
+            for line in process.stderr:
+                lines.append(json.loads(line))
+                if lines[-1]["event"] == "listening":
+                    break
+        finally:
+            process.terminate()
+    assert lines[-1]["url"].startswith("http://127.0.0.1:")
+    assert not lines[-1]["url"].endswith(":0")
+    assert [line["event"] for line in lines if "alembic" in line["event"] or "upgrade" in line["event"]] == []
