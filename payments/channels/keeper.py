@@ -109,21 +109,24 @@ class ChannelKeeper:
 
     async def _run(self) -> None:
         while True:
-            try:
-                if self._leases.held(self._lease) or await self._leases.acquire(self._lease):
-                    if time.monotonic() >= self._next_watch:
-                        await self.watch()
-                        self._next_watch = time.monotonic() + self._watch_s
-                    await self.sync_marked()
-                    await self.claim_due()
-            except (RpcUnavailable, RpcError, StoreBusy, PaymentError, LeaseLost) as error:
-                log.warning("channels must wait: %s", error)
-            except Exception:
-                # Nothing that one channel meets may keep the others from being claimed in time.
-                log.exception("looking after channels failed")
+            # Whatever one of these meets, the others go on: a node that refuses logs may still take claims.
+            for part in (self._watch_in_time, self.sync_marked, self.claim_due):
+                try:
+                    if self._leases.held(self._lease) or await self._leases.acquire(self._lease):
+                        await part()
+                except (RpcUnavailable, RpcError, StoreBusy, PaymentError, LeaseLost) as error:
+                    log.warning("channels must wait: %s", error)
+                except Exception:
+                    # Nothing that one channel meets may keep the others from being claimed in time.
+                    log.exception("looking after channels failed")
             await asyncio.sleep(self._interval_s)
 
     # --- the chain ----------------------------------------------------------------------------------------------------
+
+    async def _watch_in_time(self) -> None:
+        if time.monotonic() >= self._next_watch:
+            await self.watch()
+            self._next_watch = time.monotonic() + self._watch_s
 
     async def watch(self) -> int:
         """Look at every channel of ours that the contract has had an event of since the last time; returns how many."""

@@ -15,6 +15,7 @@ import pytest
 from contracts.devnet import OWNER_ADDRESS, Devnet, as_owner, balance_of, call_data, rpc
 from payments import receipts
 from payments.chain.networks import Network
+from payments.chain.replies import RpcError
 from payments.channels import book, keeper
 from payments.channels.refunds import Refunder
 from payments.channels.requests import OutOfStep
@@ -196,6 +197,23 @@ async def test_what_can_never_be_claimed_holds_up_no_other_channel(
     assert await opened.keeper.claim_due() == 1
     await opened.settle_open()
     assert await other.receivable() == 0
+
+
+async def test_a_node_that_refuses_logs_keeps_no_channel_from_being_claimed(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await opened.pay(PRICE, PRICE, deposit=5 * PRICE)
+
+    async def refused() -> int:
+        raise RpcError(-32000, "no logs here")
+
+    monkeypatch.setattr(opened.keeper, "watch", refused)
+    monkeypatch.setattr(opened.keeper, "_claim_age_ms", 0)
+    await opened.keeper.start()
+    async with asyncio.timeout(20):
+        while await opened.receivable():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.02)
+    await opened.keeper.stop()
 
 
 async def test_a_deposit_is_made_once_and_its_replay_finds_the_first_outcome(opened: Gateway, chain: Devnet) -> None:
