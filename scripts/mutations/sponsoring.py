@@ -56,8 +56,8 @@ SPONSORING = (
     Mutation(
         "a payment goes out before its approval",
         _RECORDS,
-        "        outbox.enqueue(tx, order, waits_for=wanted.name)\n",
-        "        outbox.enqueue(tx, order)\n",
+        "        outbox.enqueue(tx, order, from_block, waits_for=wanted.name)\n",
+        "        outbox.enqueue(tx, order, from_block)\n",
         TESTS,
     ),
     Mutation(
