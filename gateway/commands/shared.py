@@ -61,8 +61,8 @@ ConfigOption = Annotated[
     ),
 ]
 
-# Into a pipe or a file, tables are as wide as they need; rich would fold them to 80 columns.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
+# Into a pipe or a file, tables are as wide as they need, so that every id stands in one piece; rich would fold them.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

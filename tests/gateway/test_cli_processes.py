@@ -61,6 +61,16 @@ def test_what_nobody_expected_is_a_sentence_too() -> None:
     assert "Traceback" in python(code, FAREBOX_DEBUG="1").stderr
 
 
+def test_ids_in_pipes_stand_in_one_piece() -> None:
+    code = (
+        "from gateway.commands.shared import out, table\nshown = table('id', 'transaction', 'why')\n"
+        "shown.add_row('refund:0x' + 'ab' * 32 + ':0:2', '0x' + 'cd' * 32, 'because ' * 20)\nout.print(shown)"
+    )
+    heads, row = python(code, COLUMNS="80").stdout.splitlines()
+    assert heads.split() == ["id", "transaction", "why"]
+    assert row.split()[:2] == ["refund:0x" + "ab" * 32 + ":0:2", "0x" + "cd" * 32]
+
+
 def test_a_real_process_creates_a_key_from_its_environment(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "gateway.cli", "keys", "create", "agent", "--json"],
