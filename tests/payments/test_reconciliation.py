@@ -22,6 +22,8 @@ USD = 1_000_000_000
 
 @pytest.fixture
 async def node(chain: Devnet) -> AsyncIterator[Rpc]:
+    # Anvil forgets the states of long ago, and the first block's with them when other tests have mined a thousand blocks.
+    mine(chain.rpc_url, 3)
     async with Rpc([chain.rpc_url]) as opened:
         yield opened
 
