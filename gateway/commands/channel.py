@@ -22,6 +22,8 @@ app = typer.Typer(
         "[cyan]farebox channel refund[/cyan]"
     ),
 )
+TABLE_WIDTH = 200
+"""In a narrower terminal a table would break the channels' ids, which have to be copied."""
 COLUMNS = ("deposited, USD", "charged, USD", "under way, USD", "left, USD", "claimable, USD")
 
 
@@ -82,6 +84,14 @@ def _show(channels: list[Channel], *, as_json: bool) -> None:
         return
     if not channels:
         out.print("There are none: `farebox channel open 1` opens one, and so does paying through one.", markup=False)
+        return
+    if out.width < TABLE_WIDTH:
+        for each in channels:
+            out.print(each.id, style="bold", markup=False)
+            out.print(f"  {each.asset}, used last with {each.gateway}", markup=False)
+            amounts = (each.deposited_usd, each.charged_usd, each.under_way_usd, each.unspent_usd, each.claimable_usd)
+            told = (f"{name.removesuffix(', USD')} {usd}" for name, usd in zip(COLUMNS, amounts, strict=True))
+            out.print(f"  {', '.join(told)} USD", markup=False)
         return
     shown = table("channel", "asset", *COLUMNS, "used last with", right=COLUMNS)
     for each in channels:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from eth_account.signers.local import LocalAccount
+from rich.console import Console
 from typer.testing import CliRunner
 
 from agents_sdk import Agent, LimitExceeded, OutcomeUnknown, RequestRefused, SpendingPolicy, TokenNotAllowed
@@ -249,7 +250,7 @@ def test_the_wallet_commands(stack: Stack, farebox: Callable[..., Any], owner: L
 
 
 def test_the_channel_commands_and_a_question_paid_through_a_channel(
-    stack: Stack, farebox: Callable[..., Any], owner: LocalAccount
+    stack: Stack, farebox: Callable[..., Any], owner: LocalAccount, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "farebox channel open" in farebox("channel", "list", text=True)
     [opened] = farebox("channel", "open", "0.5")["channels"]
@@ -260,6 +261,9 @@ def test_the_channel_commands_and_a_question_paid_through_a_channel(
     assert len(deposits_of(stack, owner)) == 1
     shown = farebox("channel", "list", text=True)
     assert opened["id"] in shown
+    monkeypatch.setattr("gateway.commands.channel.out", Console(width=80, soft_wrap=True))
+    head, *_ = farebox("channel", "list", text=True).splitlines()
+    assert head == opened["id"], "whole, to be copied"
     back = farebox("channel", "refund")
     assert back["transaction"] is not None
     charged = farebox("channel", "list")["channels"][0]["charged_usd"]
