@@ -17,9 +17,8 @@ from dataclasses import dataclass
 
 from payments import receipts
 from payments.leases import Leases, end_dead_instances, instance_name
-from payments.ledger import transfers
 from payments.store import Store, StoreBusy, Transaction
-from payments.tenders import authorizations, pledges
+from payments.tenders import authorizations, closing, pledges
 
 REASON = "gateway_restarted"
 
@@ -113,7 +112,7 @@ def put_right(tx: Transaction, *, alone: bool) -> Recovered:
     end_dead_instances(tx, alone=alone)
     holds = [row[0] for row in tx.execute(_ORPHANED_HOLDS).fetchall()]
     for hold in holds:
-        transfers.void(tx, hold)
+        closing.void(tx, hold)
     forgotten = authorizations.forget_unwritten(tx)
     interrupted, released = receipts.end_orphans(tx, REASON)
     pledges.burn_orphans(tx)

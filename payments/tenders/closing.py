@@ -16,6 +16,7 @@ from payments.ledger import transfers
 from payments.ledger.accounts import account_id
 from payments.money import nano_to_usd
 from payments.store import Store, StoreBusy, Transaction
+from payments.tenders import losses
 from payments.tenders.base import Also, Charge, HoldEnded, Outcome
 
 
@@ -70,6 +71,7 @@ def capture(tx: Transaction, use: Use, amount_nano_usd: int, outcome: Outcome) -
     ):
         return _ended_before(tx, use, "captured")
     transfers.capture(tx, use.hold_id, charged)
+    losses.regain_freed(tx, use.receipt_id, held.debit, held.amount - charged)
     if overrun:
         transfers.post(
             tx,
@@ -130,6 +132,7 @@ def interrupt(tx: Transaction, use: Use, outcome: Outcome, spent_nano_usd: int =
         receipts.spend(tx, use.receipt_id, spent)
     if held is not None and spent:
         transfers.capture(tx, use.hold_id, spent)
+        losses.regain_freed(tx, use.receipt_id, held.debit, held.amount - spent)
     else:
         _free(tx, use)
     return True
@@ -155,6 +158,14 @@ def charge_spent(tx: Transaction, receipt_id: str, asset: str, account: str, cos
         transfers.post(tx, id=name, debit=account, credit=revenue, amount=due, reference=receipt_id)
 
 
+def void(tx: Transaction, hold: str) -> None:
+    """Free what is held under the ledger transfer `hold`; again: nothing."""
+    if transfers.void(tx, hold):
+        held = transfers.find(tx, hold)
+        assert held is not None
+        losses.regain_freed(tx, held.reference, held.debit, held.amount)
+
+
 def was_held(tx: Transaction, use: Use) -> bool:
     """Whether something was held for this use, be it ended or not."""
     return transfers.find(tx, use.hold_id) is not None
@@ -168,7 +179,7 @@ def because(reason: str) -> Outcome:
 def _free(tx: Transaction, use: Use) -> None:
     # An exact payment that is not mined yet holds nothing yet.
     if was_held(tx, use):
-        transfers.void(tx, use.hold_id)
+        void(tx, use.hold_id)
 
 
 def _merged(use: Use, outcome: Outcome) -> tuple[dict[str, Any], str | None]:

@@ -13,7 +13,7 @@ from payments import receipts
 from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
 from payments.store import Transaction
-from payments.tenders import authorizations, closing
+from payments.tenders import authorizations, closing, losses
 from payments.tenders.closing import Use
 
 _FIND = """
@@ -42,10 +42,6 @@ class _Paid:
     @property
     def custody(self) -> str:
         return account_id("custody", self.asset)
-
-    @property
-    def variance(self) -> str:
-        return account_id("variance", self.asset)
 
     @property
     def account(self) -> str:
@@ -120,21 +116,16 @@ def _credit(tx: Transaction, row: dict[str, Any], found: _Paid, received_nano_us
     seen = transfers.find(tx, f"log:{row.get('transaction_hash')}:{row.get('transfer_log_index')}")
     source = found.custody if seen is None else seen.credit
     _post(tx, f"settle:{_round(settlement_id, reversals)}", source, found.account, received_nano_usd, settlement_id)
-    if reversals == 0:
-        return
-    # What was taken back arrives after all, so the operator's loss is made good.
-    before = _round(settlement_id, reversals - 1)
-    lost = transfers.find(tx, f"loss:{before}")
-    if lost is not None:
-        amount = min(lost.amount, received_nano_usd)
-        _post(tx, f"made-good:{before}", found.account, found.variance, amount, settlement_id)
+    if reversals:
+        # What was taken back arrives after all, so the operator's loss is made good.
+        losses.regain(tx, settlement_id, found.account, received_nano_usd)
 
 
 def _take_back(tx: Transaction, settlement_id: str, found: _Paid) -> None:
     this = _round(settlement_id, _reversals(tx, settlement_id))
     lost = found.paid_nano_usd - transfers.balance(tx, found.account).available
     if lost > 0:
-        _post(tx, f"loss:{this}", found.variance, found.account, lost, settlement_id)
+        losses.lose(tx, settlement_id, found.account, lost)
     _post(tx, f"unsettle:{this}", found.account, found.custody, found.paid_nano_usd, settlement_id)
 
 

@@ -10,6 +10,7 @@ from payments.ledger import transfers
 from payments.ledger.accounts import account_id, payer_account
 from payments.ledger.transfers import Balance
 from payments.receipts import ReceiptView
+from payments.recovery import recover
 from payments.store import Store
 from payments.tenders.account import AccountTender
 from payments.tenders.authorizations import AlreadyUsed
@@ -52,6 +53,10 @@ async def hold_of(desk: Desk, payment: Payment) -> ExactHold:
 
 async def revenue(store: Store, asset: str = ASSET) -> int:
     return (await store.read(lambda tx: transfers.balance(tx, account_id("revenue", asset)))).balance
+
+
+async def variance(store: Store) -> int:
+    return (await store.read(lambda tx: transfers.balance(tx, account_id("variance", ASSET)))).balance
 
 
 async def test_a_key_and_a_balance_pay_for_the_input(store: Store) -> None:
@@ -168,11 +173,29 @@ async def test_a_reorganisation_takes_back_what_was_charged_for_it_too(desk: Des
     await desk.settlements.reorganise(name)
     await desk.settlements.fail(name)
     assert await credit_of(desk.store) == Balance(0, 0)
-    variance = account_id("variance", ASSET)
-    assert (await desk.store.read(lambda tx: transfers.balance(tx, variance))).balance == -SPENT
+    assert await variance(desk.store) == -SPENT
     await assert_books_balance(desk.store)
     await desk.settlements.mine(name)
-    assert (await desk.store.read(lambda tx: transfers.balance(tx, variance))).balance == 0
+    assert await variance(desk.store) == 0
+    await assert_books_balance(desk.store)
+
+
+@pytest.mark.parametrize("ends", ["released", "hung up", "crashed"])
+async def test_a_use_that_ends_when_its_money_is_gone_leaves_its_payer_nothing_that_nobody_paid(
+    desk: Desk, ends: str
+) -> None:
+    hold = await hold_of(desk, payment_of())
+    await hold.ready()
+    name = await taken_away(desk, hold)
+    assert await credit_of(desk.store) == Balance(QUOTED, QUOTED)
+    if ends == "crashed":
+        await recover(desk.store)
+    else:
+        await (hold.release(HUNG_UP) if ends == "released" else hold.interrupt(HUNG_UP))
+    assert (await credit_of(desk.store), await variance(desk.store)) == (Balance(0, 0), 0)
+    await assert_books_balance(desk.store)
+    await desk.settlements.mine(name)
+    assert (await credit_of(desk.store), await variance(desk.store)) == (Balance(QUOTED, 0), 0)
     await assert_books_balance(desk.store)
 
 
@@ -195,7 +218,8 @@ async def test_what_was_taken_from_a_hold_is_not_charged_again_when_a_payment_th
     await hold.ready()
     name = await taken_away(desk, hold)
     await hold.interrupt(HUNG_UP, SPENT)
-    assert await revenue(desk.store) == SPENT
+    assert (await revenue(desk.store), await variance(desk.store)) == (SPENT, -SPENT)
+    assert await credit_of(desk.store) == Balance(0, 0), "nobody has paid it"
     for _ in range(2):
         await desk.settlements.mine(name)
         await assert_charged(desk, SPENT)
@@ -210,6 +234,7 @@ async def test_an_earlier_use_is_not_charged_again_when_the_money_of_a_running_o
     second = await hold_of(desk, payment)
     name = await taken_away(desk, second)
     assert (await second.capture(COST, ANSWERED)).charged_nano_usd == SPENT + COST
+    assert (await credit_of(desk.store), await variance(desk.store)) == (Balance(0, 0), -SPENT - COST)
     await desk.settlements.mine(name)
     await assert_charged(desk, SPENT + COST)
 
@@ -249,11 +274,7 @@ async def test_a_use_that_runs_on_when_its_money_goes_and_comes_back_is_charged_
     assert (await hold.capture(COST, ANSWERED)).charged_nano_usd == COST
     assert await revenue(desk.store) == COST
     await assert_books_balance(desk.store)
-    credit = (await credit_of(desk.store)).available
-    variance = await desk.store.read(lambda tx: transfers.balance(tx, account_id("variance", ASSET)))
-    # Of less than is held, the rest is the operator's loss.
-    assert credit + COST == arrives - variance.balance
-    assert credit == QUOTED - COST
+    assert (await credit_of(desk.store), await variance(desk.store)) == (Balance(arrives - COST, 0), 0)
 
 
 async def test_a_use_released_before_its_money_arrives_leaves_what_an_earlier_one_spent_to_be_charged(
