@@ -30,7 +30,7 @@ from agents_sdk.answers import (
 from agents_sdk.channels import deposits, terms
 from agents_sdk.channels import payments as channel_payments
 from agents_sdk.endings import Endings, scheme_of
-from agents_sdk.errors import PolicyViolation, QuoteRejected
+from agents_sdk.errors import ApprovalNeeded, PolicyViolation, QuoteRejected
 from agents_sdk.journal import StoredPayment
 from agents_sdk.money import nano_to_atomic_up
 from agents_sdk.policy import SpendingPolicy
@@ -276,7 +276,14 @@ class Exchange:
                 if result.status == 412:
                     if approved:
                         return Answer(412, final(result.headers), body)
-                    yield from self._approve_for(payment, body)
+                    try:
+                        yield from self._approve_for(payment, body)
+                    except ApprovalNeeded:
+                        if not (sent_before or tries):
+                            # It was not taken, and the next attempt may be paid otherwise.
+                            closed = True
+                            self._endings.known(payment, "refused", result.headers, body)
+                        raise
                     approved = True
                     continue
                 answer = Answer(result.status, final(result.headers), body)

@@ -47,7 +47,7 @@ def ensure_allowance(shared: Shared, token: Token, amount: int, *, asked_to: boo
         if asked_to:
             raise ApprovalNeeded(
                 f"{token.symbol} on {token.network} moves through Permit2, which {payer} has not approved yet: give the agent "
-                "an rpc_url and a little gas to do it once, or pay in a token that needs no approval (USDC)"
+                "an rpc_url and a little gas to do it once, or pay by `exact` in a token that needs no approval (USDC)"
             )
         return
     known = shared.allowances.get(token.asset, 0)

@@ -100,6 +100,19 @@ def test_without_an_rpc_server_a_412_says_what_to_do(gateway: FakeGateway, make_
         ask(make_agent())
 
 
+def test_what_needs_an_approval_may_be_paid_otherwise_by_the_next_attempt(
+    gateway: FakeGateway, make_agent: MakeAgent
+) -> None:
+    gateway.tokens = [fake_gateway.USDT]
+    gateway.script = ["412"]
+    agent = make_agent()
+    with pytest.raises(ApprovalNeeded):
+        ask(agent)
+    gateway.tokens = [fake_gateway.USDC]
+    assert ask(agent) == 200
+    assert agent.receipts(1)[0].asset == fake_gateway.USDC.asset
+
+
 def test_without_gas_nothing_is_paid(gateway: FakeGateway, chain: Devnet, tmp_path: Path) -> None:
     offer_usdt(gateway, chain)
     policy = SpendingPolicy(tokens=["USDT"])
