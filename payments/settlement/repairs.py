@@ -15,8 +15,8 @@ from payments.chain.gas import BytesGas
 from payments.chain.rpc import Reply, Request, Rpc, RpcError, RpcUnavailable
 from payments.chain.signers import FeeEstimate, Signer
 from payments.settlement import loading, outgoing, states
+from payments.settlement.account_nonces import user_of
 from payments.settlement.courier import Courier
-from payments.settlement.nonces import user_of
 from payments.settlement.outbox import Entry
 from payments.settlement.outgoing import Outgoing
 from payments.store import Store, Transaction

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from contracts.devnet import Devnet, Wallet, balance_of
-from payments import withdrawals
 from payments.chain.networks import Network, Token
 from payments.chain.nodes import Node
 from payments.chain.replies import Reply, Request, RpcError
@@ -19,16 +18,14 @@ from payments.chain.transactions import Call
 from payments.ledger import transfers
 from payments.ledger.accounts import payer_account
 from payments.settlement import payouts
-from payments.settlement.nonces import user_of
+from payments.settlement.account_nonces import user_of
 from payments.settlement.repairs import NONCE_LOST_ROUNDS
 from payments.store import Store
-from payments.withdrawals import Limits
 from tests.payments.fake_chain import FakeChain, FakeRpc
 from tests.payments.machines import BATCH, THIEF, TOKEN
 from tests.payments.settling import Books, decided, engine, owe, rows
+from tests.payments.withdrawing import USD, ask
 
-USD = 1_000_000_000
-LIMITS = Limits(minimum=USD, maximum=100 * USD, daily=100 * USD, review=100 * USD, fee=0)
 OWED = 4 * USD
 OLD, NEW = 3, 4
 """Wallets that are the treasury."""
@@ -37,17 +34,7 @@ OLD, NEW = 3, 4
 async def withdraw(store: Store, wallet: Wallet, token: Token, treasury: Wallet) -> str:
     """Write the order of a withdrawal of all that is owed."""
     await owe(store, wallet, token, OWED)
-    made, _ = await store.write(
-        lambda tx: withdrawals.request(
-            tx,
-            address=wallet.address.lower(),
-            idempotency_key="key",
-            token=token,
-            amount_nano_usd=None,
-            limits=LIMITS,
-            treasury=treasury.address.lower(),
-        )
-    )
+    made, _ = await ask(store, wallet, token, None, treasury=treasury.address.lower())
     return made.id
 
 

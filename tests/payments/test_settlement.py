@@ -21,6 +21,7 @@ from tests.databases import open_store
 from tests.payments.nodes import LyingNode
 from tests.payments.settling import (
     PAY_TO,
+    SETTLED_S,
     Books,
     credit,
     engine,
@@ -33,8 +34,6 @@ from tests.payments.settling import (
     until,
     until_rows,
 )
-
-SETTLED_S = 20
 
 
 @pytest.fixture

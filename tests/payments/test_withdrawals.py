@@ -19,11 +19,9 @@ from payments.ledger.accounts import account_id, payer_account
 from payments.settlement.engine import Settlements
 from payments.settlement.withdrawer import Withdrawer
 from payments.store import Store
-from payments.withdrawals import Limits, NotUnderReview, UnknownWithdrawal, Withdrawal, WithdrawalRefused
+from payments.withdrawals import NotUnderReview, UnknownWithdrawal, Withdrawal, WithdrawalRefused
 from tests.payments.settling import Books, decided, engine, owe, rows, transactions, until
-
-USD = 1_000_000_000
-LIMITS = Limits(minimum=USD, maximum=100 * USD, daily=150 * USD, review=50 * USD, fee=0)
+from tests.payments.withdrawing import LIMITS, USD, ask
 
 
 @contextlib.asynccontextmanager
@@ -38,22 +36,6 @@ async def withdrawing(
         if start:
             await settlements.start()
         yield withdrawer, settlements
-
-
-async def ask(
-    store: Store, wallet: Wallet, token: Token, amount: int | None, key: str = "key-1", limits: Limits = LIMITS
-) -> tuple[Withdrawal, bool]:
-    return await store.write(
-        lambda tx: withdrawals.request(
-            tx,
-            address=wallet.address.lower(),
-            idempotency_key=key,
-            token=token,
-            amount_nano_usd=amount,
-            limits=limits,
-            treasury="0x" + "7e" * 20,
-        )
-    )
 
 
 async def balance(store: Store, wallet: Wallet, token: Token) -> transfers.Balance:
@@ -71,16 +53,8 @@ async def test_what_is_withdrawn_arrives_and_leaves_the_books(chain: Devnet, net
     before = balance_of(chain.rpc_url, chain.usdc, wallet.address)
     async with withdrawing(chain, network, store, start=False) as (withdrawer, settlements):
         await owe(store, wallet, usdc, 10 * USD + 999)
-        made, new = await store.write(
-            lambda tx: withdrawals.request(
-                tx,
-                address=wallet.address.lower(),
-                idempotency_key="k",
-                token=usdc,
-                amount_nano_usd=4 * USD + 999,
-                limits=replace(LIMITS, fee=USD // 2),
-                treasury=withdrawer.treasury,
-            )
+        made, new = await ask(
+            store, wallet, usdc, 4 * USD + 999, "k", replace(LIMITS, fee=USD // 2), withdrawer.treasury
         )
         assert new
         assert (made.state, made.amount_nano_usd, made.fee_nano_usd) == ("queued", 4 * USD, USD // 2)
@@ -270,17 +244,7 @@ async def test_one_that_was_written_before_a_crash_is_sent_once_after_it(
     before = balance_of(chain.rpc_url, chain.usdc, wallet.address)
     await owe(store, wallet, usdc, 9 * USD)
     async with withdrawing(chain, network, store, start=False) as (withdrawer, _):
-        made, _ = await store.write(
-            lambda tx: withdrawals.request(
-                tx,
-                address=wallet.address.lower(),
-                idempotency_key="k",
-                token=usdc,
-                amount_nano_usd=3 * USD,
-                limits=LIMITS,
-                treasury=withdrawer.treasury,
-            )
-        )
+        made, _ = await ask(store, wallet, usdc, 3 * USD, "k", LIMITS, withdrawer.treasury)
     for _ in range(2):
         async with withdrawing(chain, network, store):
             await decided(store)
@@ -321,17 +285,7 @@ async def test_one_that_reverts_gives_the_money_and_the_fee_back(chain: Devnet, 
     usdc, wallet = network.tokens[0], chain.wallets[1]
     await owe(store, wallet, usdc, 9 * USD)
     async with withdrawing(chain, network, store) as (withdrawer, settlements):
-        made, _ = await store.write(
-            lambda tx: withdrawals.request(
-                tx,
-                address=wallet.address.lower(),
-                idempotency_key="k",
-                token=usdc,
-                amount_nano_usd=3 * USD,
-                limits=replace(LIMITS, fee=USD),
-                treasury=withdrawer.treasury,
-            )
-        )
+        made, _ = await ask(store, wallet, usdc, 3 * USD, "k", replace(LIMITS, fee=USD), withdrawer.treasury)
         rpc(chain.rpc_url, "evm_setAutomine", False)
         withdrawer.take(made.id)
         await until(lambda: settlements.courier.broadcasts == 1)
