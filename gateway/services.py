@@ -361,6 +361,7 @@ async def _sweep(store: Store) -> None:
         except StoreBusy as error:
             log.warning("what has expired is swept away later", error=str(error))
         except Exception:
+            # What has expired since is swept away the next time.
             log.exception("sweeping away what has expired failed")
 
 

@@ -129,6 +129,7 @@ class Refunds:
                 log.warning("refunds must wait: %s", error)
                 next_scan = 0.0
             except Exception:
+                # Credit that grows later is sent back all the same.
                 log.exception("refunds failed")
                 next_scan = 0.0
             await asyncio.sleep(INTERVAL_S)

@@ -213,6 +213,7 @@ class Sponsor:
             except (RpcUnavailable, RpcError, StoreBusy) as error:
                 log.warning("the approval %s must wait: %s", sponsored.id, error)
             except Exception:
+                # Nonsense from a node about one of them; the others are looked at.
                 log.exception("looking after the approval %s failed", sponsored.id)
         return bool(under_way)
 
